@@ -1,0 +1,394 @@
+"""Latent shards on disk: record schema, writer, and the dataset that training reads.
+
+    ROOT/dataset.json                  DatasetInfo: codec digest, latent convention, fps, buckets
+    ROOT/manifests/SHARD.json          the files of a finished input shard (data_prep.ledger)
+    ROOT/latents/SHARD.TxHxW.parquet   one row per (key, window): moments of the codec's posterior
+    ROOT/captions/SHARD.parquet        one row per (key, window): original and synthetic caption
+    ROOT/status/SHARD.parquet          one row per sample that went in, kept or not
+
+A shard counts only once its manifest stands. Captions and latents are separate files, so that
+new captions never need new latents. Knows nothing of Ray, of decoding, or of the flow; torch is
+imported only when tensors are asked for.
+
+    LatentDatasetError(ValueError)   no dataset here, another version, an unknown id
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flow.codec import LatentConvention
+
+FORMAT_VERSION = 1
+GROUP_BYTES = 1 << 20
+_OPEN_FILES = 16
+HELD_OUT_SHARE = 16
+"""One key in so many is held out."""
+
+Split = Literal["train", "held_out", "all"]
+
+LATENT_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("window", pa.int32(), nullable=False),
+        pa.field("number", pa.int32(), nullable=False),
+        pa.field("shape", pa.list_(pa.int32(), 4), nullable=False),
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("mean", pa.large_binary(), nullable=False),
+        pa.field("logvar", pa.large_binary()),
+        pa.field("pts_s", pa.list_(pa.float64()), nullable=False),
+        pa.field("fps", pa.float32(), nullable=False),
+        pa.field("bucket", pa.string(), nullable=False),
+        pa.field("codec", pa.string(), nullable=False),
+    ]
+)
+CAPTION_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("window", pa.int32(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("synthetic", pa.string(), nullable=False),
+        pa.field("captioner", pa.string(), nullable=False),
+    ]
+)
+STATUS_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("number", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+
+class LatentDatasetError(ValueError):
+    """A latent dataset that cannot be read, or an id that is not in it."""
+
+
+class Bucket(NamedTuple):
+    """Size of a clip in pixels: `frames` (4k+1; 1 for images), `height`, `width`.
+
+    >>> str(Bucket(17, 64, 64)), Bucket.parse("17x64x64") == Bucket(17, 64, 64)
+    ('17x64x64', True)
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, text: str) -> Bucket:
+        """The bucket of a text such as 17x64x64. Raises LatentDatasetError on another form."""
+        parts = text.split("x")
+        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise LatentDatasetError(f"{text!r} is no bucket; write FRAMESxHEIGHTxWIDTH")
+        return cls(*(int(part) for part in parts))
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a sample's key belongs to the held-out split: a stable hash, 1 in 16."""
+    return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+@dataclass(frozen=True)
+class LatentRecord:
+    """Moments of one window of one clip, as they are stored."""
+
+    key: str
+    window: int
+    number: int
+    """Place of the sample in its input shard."""
+    bucket: Bucket
+    fps: float
+    pts_s: Sequence[float]
+    """[frames] source time of each frame, seconds."""
+    mean: npt.NDArray[np.float16]
+    """[t, C, h, w] posterior mean, codec units."""
+    logvar: npt.NDArray[np.float16] | None
+    """[t, C, h, w] posterior log-variance, or None where only the mean is kept."""
+    codec: str
+    """Digest of the codec that made the moments."""
+
+    def row(self) -> dict[str, Any]:
+        """The record as a row of LATENT_SCHEMA."""
+        return {
+            "key": self.key,
+            "window": self.window,
+            "number": self.number,
+            "shape": list(self.mean.shape),
+            "dtype": "float16",
+            "mean": np.ascontiguousarray(self.mean, dtype="<f2").tobytes(),
+            "logvar": None
+            if self.logvar is None
+            else np.ascontiguousarray(self.logvar, dtype="<f2").tobytes(),
+            "pts_s": [float(t) for t in self.pts_s],
+            "fps": self.fps,
+            "bucket": str(self.bucket),
+            "codec": self.codec,
+        }
+
+
+def rows_per_group(row: dict[str, Any]) -> int:
+    """Rows in a row group: about a megabyte of moments, so that one record is read cheaply."""
+    record_bytes = len(row.get("mean") or b"") + len(row.get("logvar") or b"")
+    return max(1, min(64, GROUP_BYTES // record_bytes)) if record_bytes else 4096
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
+    """Write rows, already in order, as Parquet and return their number; same rows, same bytes.
+
+    Only one row group is held in memory.
+    """
+    written = 0
+    group: list[dict[str, Any]] = []
+    with pq.ParquetWriter(
+        path, schema, compression="zstd", use_dictionary=False, write_statistics=False
+    ) as writer:
+        for row in rows:
+            group.append(row)
+            if len(group) >= rows_per_group(row):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                written, group = written + len(group), []
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    return written + len(group)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is common to all records of a dataset; `dataset.json`."""
+
+    codec_digest: str
+    convention: LatentConvention
+    fps: float
+    """Frame rate of the clips (images have none), frames per second."""
+    buckets: tuple[Bucket, ...]
+    latent_channels: int
+    prepare_digest: str
+    """Digest of the settings that decide what a sample becomes."""
+    version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "codec_digest": self.codec_digest,
+            "convention": self.convention.to_dict(),
+            "fps": self.fps,
+            "buckets": [str(bucket) for bucket in self.buckets],
+            "latent_channels": self.latent_channels,
+            "prepare_digest": self.prepare_digest,
+        }
+
+    @classmethod
+    def read(cls, root: Path) -> DatasetInfo:
+        """From `root/dataset.json`. Raises LatentDatasetError where there is none to read."""
+        from flow.codec import LatentConvention
+
+        values = read_info_values(root)
+        return cls(
+            codec_digest=values["codec_digest"],
+            convention=LatentConvention.from_dict(values["convention"]),
+            fps=values["fps"],
+            buckets=tuple(Bucket.parse(text) for text in values["buckets"]),
+            latent_channels=values["latent_channels"],
+            prepare_digest=values["prepare_digest"],
+            version=values["version"],
+        )
+
+
+def read_info_values(root: Path) -> dict[str, Any]:
+    """`root/dataset.json` as plain values, its version checked; without torch."""
+    path = Path(root) / "dataset.json"
+    if not path.is_file():
+        raise LatentDatasetError(
+            f"no latent dataset in {root}: dataset.json is missing; prepare one"
+        )
+    values = json.loads(path.read_text())
+    if values.get("version") != FORMAT_VERSION:
+        raise LatentDatasetError(
+            f"{path} has format version {values.get('version')!r}; "
+            f"this code reads {FORMAT_VERSION}. Prepare the shards again"
+        )
+    return dict(values)
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Records stacked: tensors fp32 [B, T, C, h, w] in codec units, captions in the same order."""
+
+    mean_BTCHW: Tensor
+    logvar_BTCHW: Tensor
+    captions: list[str]
+    """The captions that came with the clips."""
+    synthetic: list[str]
+    """The captions that the captioner wrote."""
+    ids: list[str]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a record lies."""
+
+    path: Path
+    group: int
+    row: int
+    """In its row group."""
+    caption: str
+    synthetic: str
+
+
+@dataclass
+class LatentDataset:
+    """Random access to the records of a prepared dataset.
+
+    The index (ids and captions) is held in memory; moments are read by row group and the last few
+    groups are kept. An id is `SHARD/KEY/WINDOW`. Shards without a manifest are not seen.
+
+    Args:
+        root: the folder that `prepare` wrote.
+        split: "train", "held_out" (keys whose hash is 0 mod 16) or "all".
+
+    Raises:
+        LatentDatasetError: no dataset there, or of another version.
+    """
+
+    root: Path
+    split: Split = "train"
+    cached_groups: int = 256
+    info: DatasetInfo = field(init=False)
+    buckets: dict[Bucket, list[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.split not in ("train", "held_out", "all"):
+            raise LatentDatasetError(f"split is {self.split!r}; use train, held_out or all")
+        self.root = Path(self.root)
+        self.info = DatasetInfo.read(self.root)
+        self._places: dict[str, _Place] = {}
+        self._groups: OrderedDict[tuple[Path, int], list[dict[str, Any]]] = OrderedDict()
+        self._files: dict[Path, pq.ParquetFile] = {}
+        self.buckets = {}
+        for manifest in sorted((self.root / "manifests").glob("*.json")):
+            self._index_shard(json.loads(manifest.read_text()))
+        for ids in self.buckets.values():
+            ids.sort()
+        self.buckets = dict(sorted(self.buckets.items()))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _index_shard(self, manifest: dict[str, Any]) -> None:
+        shard = manifest["shard"]
+        captions: dict[tuple[str, int], tuple[str, str]] = {}
+        for entry in manifest["files"]:
+            path = self.root / entry["path"]
+            if entry["kind"] == "captions":
+                for row in pq.read_table(path).to_pylist():
+                    captions[row["key"], row["window"]] = (row["caption"], row["synthetic"])
+        for entry in manifest["files"]:
+            if entry["kind"] != "latents":
+                continue
+            path = self.root / entry["path"]
+            ids = self.buckets.setdefault(Bucket.parse(entry["bucket"]), [])
+            for group, place, row in _keys(path):
+                if self.split != "all" and is_held_out(row["key"]) != (self.split == "held_out"):
+                    continue
+                name = f"{shard}/{row['key']}/{row['window']}"
+                texts = captions[row["key"], row["window"]]
+                self._places[name] = _Place(path, group, place, *texts)
+                ids.append(name)
+            if not ids:
+                del self.buckets[Bucket.parse(entry["bucket"])]
+
+    def captions(self, name: str) -> tuple[str, str]:
+        """Original and synthetic caption of an id."""
+        place = self._place(name)
+        return place.caption, place.synthetic
+
+    def load(self, ids: Sequence[str]) -> LatentBatch:
+        """The records of `ids`, all of one bucket, in the order given.
+
+        Where only means are stored, log-variances come back as −30 (no posterior noise).
+
+        Raises:
+            LatentDatasetError: no ids, an unknown id, or ids of different latent shapes.
+        """
+        import torch
+
+        if not ids:
+            raise LatentDatasetError("no ids to load; give at least one")
+        rows = [self._row(self._place(name)) for name in ids]
+        shapes = {tuple(row["shape"]) for row in rows}
+        if len(shapes) > 1:
+            raise LatentDatasetError(
+                f"ids of latent shapes {sorted(shapes)} in one batch; take them from one bucket"
+            )
+        means = np.stack([_moments(row, "mean") for row in rows])
+        logvars = np.stack([_moments(row, "logvar") for row in rows])
+        places = [self._place(name) for name in ids]
+        return LatentBatch(
+            mean_BTCHW=torch.from_numpy(means),
+            logvar_BTCHW=torch.from_numpy(logvars),
+            captions=[place.caption for place in places],
+            synthetic=[place.synthetic for place in places],
+            ids=list(ids),
+        )
+
+    def _place(self, name: str) -> _Place:
+        place = self._places.get(name)
+        if place is None:
+            raise LatentDatasetError(
+                f"no record {name!r} in the {self.split} split of {self.root}; ids are in .buckets"
+            )
+        return place
+
+    def _row(self, place: _Place) -> dict[str, Any]:
+        key = (place.path, place.group)
+        if key not in self._groups:
+            if place.path not in self._files:
+                while len(self._files) >= _OPEN_FILES:
+                    self._files.pop(next(iter(self._files))).close()
+                self._files[place.path] = pq.ParquetFile(place.path)
+            table = self._files[place.path].read_row_group(
+                place.group, columns=["shape", "mean", "logvar"]
+            )
+            self._groups[key] = table.to_pylist()
+            while len(self._groups) > self.cached_groups:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key][place.row]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_groups": OrderedDict(), "_files": {}}
+
+
+def _keys(path: Path) -> Iterable[tuple[int, int, dict[str, Any]]]:
+    """(row group, row in it, key and window) of every record of a file."""
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group, columns=["key", "window"]).to_pylist()
+            yield from ((group, place, row) for place, row in enumerate(rows))
+
+
+def _moments(row: dict[str, Any], name: str) -> npt.NDArray[np.float32]:
+    if row[name] is None:
+        return np.full(row["shape"], -30.0, dtype=np.float32)
+    return np.frombuffer(row[name], dtype="<f2").reshape(row["shape"]).astype(np.float32)

@@ -1,0 +1,172 @@
+"""A run of `prepare` around its pipeline: what is left to do, what the output is, what came of it.
+
+Knows the ledger and the codec's files; nothing of Ray, and torch only where the codec is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.config import PrepareConfig
+from data_prep.latents import Bucket, DatasetInfo, read_info_values
+from data_prep.ledger import Ledger, ShardJob, name_shards, sha256_of, write_atomically
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What came of the samples of the given shards, from their manifests."""
+
+    counts: dict[str, int]
+    """Samples by status: kept, dropped (a filter), failed (bad input)."""
+    reasons: dict[str, int]
+    """Samples by reason code, for those not kept."""
+    shards: int
+    """Input shards, done before or now."""
+    shards_done_now: int
+    truncated_shards: tuple[str, ...]
+    unreadable_shards: dict[str, str]
+    """Name of a shard that is no tar → why."""
+    samples_now: int
+    """Samples that this run itself finished."""
+    seconds: float
+    """Wall time of the run."""
+    startup_s: float
+    """Until the first sample was finished; 0 where nothing was left to do."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def clips_per_s(self) -> float:
+        """Samples finished per second after the start-up, 0 where there were none."""
+        working_s = self.seconds - self.startup_s
+        return (self.samples_now - 1) / working_s if self.samples_now > 1 and working_s > 0 else 0.0
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """(status, reason, samples) of the closing table; its numbers add up to `total`."""
+        kept = self.counts.get("kept", 0)
+        rows = [("kept", "", kept)]
+        rows += [("not kept", reason, count) for reason, count in sorted(self.reasons.items())]
+        return rows
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run has before it."""
+
+    names: tuple[str, ...]
+    """Of all shards given, done or not."""
+    jobs: tuple[ShardJob, ...]
+    """What is left."""
+    codec: str
+    """Absolute folder of the codec, or its hub id."""
+    out: Path
+    started: dict[str, Any] = field(default_factory=dict)
+
+
+def absolute_source(source: str) -> str:
+    """A shard's path made absolute (workers have other working folders); URIs stay."""
+    return source if "://" in source else str(Path(source).absolute())
+
+
+def codec_identity(codec: str) -> str:
+    """What tells one codec from another without loading it: a hash of its files, or its hub id."""
+    folder = Path(codec)
+    if not folder.is_dir():
+        return codec
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".json", ".safetensors"):
+            digest.update(f"{path.relative_to(folder)}:{sha256_of(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def plan_run(config: PrepareConfig, shards: Sequence[str], out: Path, codec: str) -> RunPlan:
+    """Name the shards, hold the settings against the output's, and list what is left to do.
+
+    The codec is loaded, and `dataset.json` and `prepare.json` written, only for a new output.
+
+    Raises:
+        ShardError: a shard is missing or given twice.
+        SettingsChanged: the output was begun with other settings or another codec.
+        CodecError: the codec cannot be loaded.
+    """
+    out = out.absolute()
+    codec = str(Path(codec).absolute()) if Path(codec).is_dir() else codec
+    named = name_shards([absolute_source(str(source)) for source in shards])
+    settings = {**config.latent_settings(), "codec": codec_identity(codec)}
+    ledger = Ledger(out)
+    ledger.check_settings(settings)
+    if not (out / "dataset.json").is_file():
+        _begin(config, out, codec, settings)
+    latent_digest = read_info_values(out)["prepare_digest"]
+    # The captioner may change between runs; the recipe beside the data is the latest.
+    recipe = json.dumps(config.model_dump(mode="json"), indent=1)
+    write_atomically(out / "prepare.json", recipe.encode())
+    jobs = []
+    for name, source in named.items():
+        job = ledger.job(name, source, latent_digest, config.caption_digest(), verify=config.verify)
+        if job is not None:
+            jobs.append(job)
+        else:
+            ledger.sweep(name)
+    return RunPlan(tuple(named), tuple(jobs), codec, out)
+
+
+def _begin(config: PrepareConfig, out: Path, codec: str, settings: dict[str, Any]) -> None:
+    """Write `dataset.json`: what is common to everything this output will hold."""
+    from flow.codec import VideoCodec
+
+    loaded = VideoCodec.load(codec)
+    size = config.bucket
+    clip = Bucket(size.num_frames, size.height, size.width)
+    buckets = {clip, Bucket(1, size.height, size.width)} if config.images else {clip}
+    info = DatasetInfo(
+        codec_digest=loaded.digest,
+        convention=loaded.convention,
+        fps=size.fps,
+        buckets=tuple(sorted(buckets)),
+        latent_channels=loaded.latent_channels,
+        prepare_digest=config.latent_digest(loaded.digest),
+    )
+    values = {**info.to_dict(), "settings": settings}
+    write_atomically(out / "dataset.json", json.dumps(values, indent=1, sort_keys=True).encode())
+
+
+def report_of(
+    plan: RunPlan, *, samples_now: int, seconds: float, startup_s: float
+) -> PrepareReport:
+    """Add up the manifests of the run's shards."""
+    ledger = Ledger(plan.out)
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    truncated, unreadable, standing = [], {}, 0
+    for name in plan.names:
+        manifest = ledger.manifest(name)
+        if manifest is None:
+            continue
+        standing += 1
+        counts.update(manifest["counts"])
+        reasons.update(manifest["reasons"])
+        if manifest["truncated"]:
+            truncated.append(name)
+        if manifest["error"]:
+            unreadable[name] = manifest["error"]
+    return PrepareReport(
+        counts=dict(sorted(counts.items())),
+        reasons=dict(sorted(reasons.items())),
+        shards=standing,
+        shards_done_now=len(plan.jobs),
+        truncated_shards=tuple(truncated),
+        unreadable_shards=unreadable,
+        samples_now=samples_now,
+        seconds=seconds,
+        startup_s=startup_s,
+    )

@@ -1,0 +1,206 @@
+"""Transformer layers and the three ways they attend: causal, frame-windowed, and from a cache.
+
+Knows nothing of flows, text or orders: it sees a sequence, its rotary turns and who may see whom. No mask
+of sequence × sequence is ever made: each way is a set of dense or causal products.
+
+Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from flow.rope import Rope
+
+
+@dataclass(frozen=True)
+class FrameReach:
+    """Who sees whom in a sequence of `text` places followed by frames of `tokens` places.
+
+    Every query sees all text. A token of frame f sees frames f+1-window .. f+ahead; a text query
+    sees the first `text_frames` frames.
+    """
+
+    text: int
+    tokens: int
+    window: int
+    ahead: int
+    text_frames: int
+
+    def frames_seen(self, frame: int, num_frames: int) -> range:
+        """Frames that a token of `frame` sees in a clip of `num_frames`."""
+        return range(max(0, frame + 1 - self.window), min(num_frames, frame + 1 + self.ahead))
+
+
+@lru_cache(maxsize=64)
+def _key_ranges(reach: FrameReach, num_frames: int) -> list[tuple[slice, slice]]:
+    """(queries, frame keys) slices over places, neighbours with the same keys joined."""
+    wanted = [(0, reach.text, 0, min(reach.text_frames, num_frames))] if reach.text else []
+    for frame in range(num_frames):
+        seen = reach.frames_seen(frame, num_frames)
+        start = reach.text + frame * reach.tokens
+        wanted.append((start, start + reach.tokens, seen.start, seen.stop))
+    joined: list[tuple[int, int, int, int]] = []
+    for start, stop, low, high in wanted:
+        if joined and joined[-1][2:] == (low, high):
+            joined[-1] = (joined[-1][0], stop, low, high)
+        else:
+            joined.append((start, stop, low, high))
+    return [
+        (
+            slice(start, stop),
+            slice(reach.text + low * reach.tokens, reach.text + high * reach.tokens),
+        )
+        for start, stop, low, high in joined
+    ]
+
+
+def attend_frames(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, reach: FrameReach) -> Tensor:
+    """Frame-windowed attention over a whole clip, one dense product per frame -> [B, H, S, D]."""
+    num_frames = (q_BHSD.shape[2] - reach.text) // reach.tokens
+    out = []
+    for queries, keys in _key_ranges(reach, num_frames):
+        if keys.start <= reach.text:
+            k, v = k_BHSD[:, :, : keys.stop], v_BHSD[:, :, : keys.stop]
+        else:
+            k, v = (
+                torch.cat([kv[:, :, : reach.text], kv[:, :, keys]], dim=2)
+                for kv in (k_BHSD, v_BHSD)
+            )
+        out.append(F.scaled_dot_product_attention(q_BHSD[:, :, queries], k, v))
+    return torch.cat(out, dim=2)
+
+
+def attend_last(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+    """Causal attention where the L queries are the last L of the S places -> [B, H, L, D]."""
+    length, places = q_BHLD.shape[2], k_BHSD.shape[2]
+    if length in (1, places):
+        return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, is_causal=length > 1)
+    if q_BHLD.device.type != "cpu":
+        return F.scaled_dot_product_attention(
+            q_BHLD, k_BHSD, v_BHSD, attn_mask=causal_lower_right(length, places)
+        )
+    return _attend_last_on_cpu(q_BHLD, k_BHSD, v_BHSD)
+
+
+def _attend_last_on_cpu(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+    """Two plain products: for few queries faster than the fused kernel, and only an L×L triangle is masked."""
+    length, places = q_BHLD.shape[2], k_BHSD.shape[2]
+    scores_BHLS = (q_BHLD * q_BHLD.shape[-1] ** -0.5) @ k_BHSD.transpose(-1, -2)
+    later = _later_places(length, scores_BHLS.device)
+    scores_BHLS[..., places - length :].masked_fill_(later, float("-inf"))
+    return scores_BHLS.softmax(dim=-1) @ v_BHSD
+
+
+@lru_cache(maxsize=64)
+def _later_places(length: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+
+
+class LayerCache:
+    """Rotated keys and values of one layer, allocated once: k, v [B, H, S, D] in the compute dtype."""
+
+    def __init__(self, batch: int, layer: TransformerLayer, places: int) -> None:
+        attention = layer.attention
+        like = attention.qkv.weight
+        shape = (batch, attention.heads, places, attention.head_dim)
+        self.k_BHSD = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.v_BHSD = torch.empty_like(self.k_BHSD)
+
+    def write(self, place: int, k_BHLD: Tensor, v_BHLD: Tensor) -> None:
+        """Put keys and values at places place .. place + L - 1."""
+        stop = place + k_BHLD.shape[2]
+        self.k_BHSD[:, :, place:stop] = k_BHLD
+        self.v_BHSD[:, :, place:stop] = v_BHLD
+
+
+class Attention(nn.Module):
+    """Pre-norm multi-head attention; one qkv product with bias, order q, k, v; scale head_dim^-0.5."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim, self.heads = head_dim, width // head_dim
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def project(self, h_BLW: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both turned) and values, each [B, H, L, D]."""
+        qkv = self.qkv(self.norm(h_BLW)).unflatten(-1, (3, self.heads, self.head_dim))
+        qk, v = qkv.split((2, 1), dim=2)
+        q, k = rope.rotate(qk).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
+
+    def merge(self, out_BHLD: Tensor) -> Tensor:
+        """Heads joined and projected -> [B, L, W]."""
+        return self.proj(rearrange(out_BHLD, "b h l d -> b l (h d)"))
+
+    def forward(self, h_BLW: Tensor, rope: Rope, reach: FrameReach | None = None) -> Tensor:
+        """Attention over the whole sequence: causal, or by frames where `reach` says so."""
+        q, k, v = self.project(h_BLW, rope)
+        if reach is None:
+            return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return self.merge(attend_frames(q, k, v, reach))
+
+    def extend(self, h_BLW: Tensor, rope: Rope, cache: LayerCache, place: int) -> Tensor:
+        """Causal attention of places place .. place + L - 1 over all places before and among them."""
+        q, k, v = self.project(h_BLW, rope)
+        cache.write(place, k, v)
+        stop = place + h_BLW.shape[1]
+        return self.merge(attend_last(q, cache.k_BHSD[:, :, :stop], cache.v_BHSD[:, :, :stop]))
+
+
+class MLP(nn.Module):
+    """Pre-norm d -> 4d -> d with exact GELU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, h_BLW: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm(h_BLW))))
+
+
+class TransformerLayer(nn.Module):
+    """h += attention(norm(h)); h += mlp(norm(h)). The unit that is sharded, compiled and checkpointed."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, head_dim)
+        self.mlp = MLP(width)
+
+    def forward(self, h_BLW: Tensor, rope: Rope, reach: FrameReach | None = None) -> Tensor:
+        """The whole sequence: causal, or by frames where `reach` says so."""
+        h_BLW = h_BLW + self.attention(h_BLW, rope, reach)
+        return h_BLW + self.mlp(h_BLW)
+
+    def extend(self, h_BLW: Tensor, rope: Rope, cache: LayerCache, place: int) -> Tensor:
+        """Places place .. place + L - 1 of a causal sequence whose past is in `cache`; overwrites them there."""
+        h_BLW = h_BLW + self.attention.extend(h_BLW, rope, cache, place)
+        return h_BLW + self.mlp(h_BLW)
+
+
+class GainNorm(nn.Module):
+    """RMSNorm in fp32 (or wider) whose gain is 1 + weight, epsilon 1e-6."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, h_BLW: Tensor) -> Tensor:
+        wide = h_BLW.to(torch.promote_types(h_BLW.dtype, torch.float32))
+        gain = 1 + self.weight.to(wide.dtype)
+        return (F.rms_norm(wide, wide.shape[-1:], eps=1e-6) * gain).to(h_BLW.dtype)

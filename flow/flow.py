@@ -1,0 +1,187 @@
+"""The deep-shallow flow and the model that pairs it with its denoiser.
+
+Knows latents, tokens, orders and which block reads what. Does not know prompts, seeds, sampling schedules
+of the deep block (`flow.sampling`) or training. Parameters are only touched inside `forward` of modules; the other
+methods are for sampling with unsharded weights.
+
+Shapes: B batch, T latent frames, C channels (of a latent, or of a token where H, W are the token grid),
+N tokens per frame, J text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from flow.block import AffineBlock
+from flow.config import FlowConfig
+from flow.denoiser import Denoiser
+from flow.inverse import invert_block
+from flow.rope import Rope, RopeCache
+from flow.tokens import patchify, unpatchify
+
+DENOISE_STEP = 0.3
+"""x = x_noisy - DENOISE_STEP · s: the scale the denoiser's target is expressed in (DESIGN section 3)."""
+
+SHALLOW_TOLERANCE = 1e-10
+"""Default stop of the shallow sweeps: relative squared change, per frame."""
+
+
+class FlowOutput(NamedTuple):
+    """What one forward pass of the flow says; a tuple so that sharding hooks find its tensors.
+
+    z_BTHWC: prior tokens; log_det_BTHWC: log|det| per element, summed over blocks; block_log_det: the same for
+    each block. All in raster order, fp32 or wider.
+    """
+
+    z_BTHWC: Tensor
+    log_det_BTHWC: Tensor
+    block_log_det: list[Tensor]
+
+    def nats(self) -> Tensor:
+        """Negative log-density per element [B, T, H, W, C], without the constant ½ ln 2π."""
+        return 0.5 * self.z_BTHWC.square() - self.log_det_BTHWC
+
+    def loss(self) -> Tensor:
+        """Mean of `nats`: nats per dimension. Its floor for data smoothed by σ is ½ + ln σ on average."""
+        return self.nats().mean()
+
+
+class DeepShallowFlow(nn.Module):
+    """f_D ∘ f_S of arXiv 2511.20462: shallow blocks inside frames, then one deep block over all of them."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        blocks = [AffineBlock(config, index) for index in range(config.num_blocks)]
+        self.shallow = nn.ModuleList(blocks[:-1])
+        self.deep = blocks[-1]
+        self.ropes = RopeCache(config.head_dim, config.pos_len)
+
+    @property
+    def deep_reversed(self) -> bool:
+        """Whether the deep block reads each frame from its last token to its first."""
+        return self.config.reversed_order(self.config.num_blocks - 1)
+
+    def forward(self, x: Tensor, text_BJE: Tensor | None = None) -> FlowOutput:
+        """Latents [B,T,C,H,W] (images: [B,C,H,W] too) and text -> z, log-determinants.
+
+        Differentiable in parameters and in x: x.grad of the mean loss times x.numel() is -∇ log p.
+        Without text the deep block reads tokens only; text is ignored where the model reads none.
+        """
+        u_BTHWC, log_dets = self._through_shallow(x)
+        grid, num_frames = _grid(u_BTHWC), u_BTHWC.shape[1]
+        text_BJE = text_BJE if self.config.deep_text else None
+        s_BLC = rearrange(_oriented(u_BTHWC, self.deep_reversed), "b t n c -> b (t n) c")
+        z_BLC, log_det = self.deep(s_BLC, self.deep_rope(grid, num_frames, text_BJE), text_BJE)
+        z_BTHWC, log_det = (
+            _restored(rearrange(y, "b (t n) c -> b t n c", t=num_frames), grid, self.deep_reversed)
+            for y in (z_BLC, log_det)
+        )
+        log_dets.append(log_det)
+        # Sharding hooks refuse views among a root's outputs.
+        log_dets = [y.clone() for y in log_dets]
+        return FlowOutput(z_BTHWC.clone(), torch.stack(log_dets).sum(0), log_dets)
+
+    def shallow_forward(self, x: Tensor) -> Tensor:
+        """Latents -> u, the tokens between shallow stack and deep block [B,T,H,W,C]."""
+        return self._through_shallow(x)[0]
+
+    @torch.no_grad()
+    def shallow_inverse(
+        self, u_BTHWC: Tensor, *, tolerance: float = SHALLOW_TOLERANCE, sequential: bool = False
+    ) -> Tensor:
+        """u -> latents [B,T,C,H,W], all frames as one batch; every frame meets the tolerance."""
+        u = u_BTHWC
+        grid, batch = _grid(u), u.shape[0]
+        for index in range(len(self.shallow) - 1, -1, -1):
+            flipped = self.config.reversed_order(index)
+            z_BNC = rearrange(_oriented(u, flipped), "b t n c -> (b t) n c")
+            block, rope = self.shallow[index], self._frame_rope(grid)
+            assert isinstance(block, AffineBlock)
+            s_BNC = invert_block(block, z_BNC, rope, tolerance=tolerance, sequential=sequential)
+            u = _restored(rearrange(s_BNC, "(b t) n c -> b t n c", b=batch), grid, flipped)
+        return unpatchify(u, self.config.patch_size)
+
+    def deep_rope(self, grid: tuple[int, int], num_frames: int, text_BJE: Tensor | None) -> Rope:
+        """Turns of the deep block's places for a clip, after text where it is given."""
+        text_len = 0 if text_BJE is None else text_BJE.shape[1]
+        return self.ropes.get(grid, num_frames, text_len, like=self.deep.sos)
+
+    def _frame_rope(self, grid: tuple[int, int]) -> Rope:
+        return self.ropes.get(grid, 1, 0, like=self.deep.sos)
+
+    def _through_shallow(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        u = self._tokens(x)
+        grid, batch = _grid(u), u.shape[0]
+        log_dets = []
+        for index, block in enumerate(self.shallow):
+            flipped = self.config.reversed_order(index)
+            s_BNC = rearrange(_oriented(u, flipped), "b t n c -> (b t) n c")
+            pair = block(s_BNC, self._frame_rope(grid))
+            u, log_det = (
+                _restored(rearrange(y, "(b t) n c -> b t n c", b=batch), grid, flipped)
+                for y in pair
+            )
+            log_dets.append(log_det)
+        return u, log_dets
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """Checked and patchified latents; an image becomes a clip of one frame."""
+        config = self.config
+        x_BTCHW = x.unsqueeze(1) if x.dim() == 4 else x
+        p = config.patch_size
+        shape = tuple(x.shape)
+        if x_BTCHW.dim() != 5 or shape[-3] != config.latent_channels:
+            raise ValueError(
+                f"latents of shape {shape}: expected [B,T,{config.latent_channels},h,w]"
+                f" or an image [B,{config.latent_channels},h,w]"
+            )
+        if shape[-2] % p or shape[-1] % p:
+            raise ValueError(
+                f"latents of shape {shape}: h and w must be multiples of patch_size {p}"
+            )
+        if not config.video and x_BTCHW.shape[1] != 1:
+            raise ValueError(f"latents of shape {shape}: an image model takes one frame")
+        return patchify(x_BTCHW, p)
+
+
+def _grid(u_BTHWC: Tensor) -> tuple[int, int]:
+    return u_BTHWC.shape[2], u_BTHWC.shape[3]
+
+
+def _oriented(u_BTHWC: Tensor, flipped: bool) -> Tensor:
+    """Frames of tokens [B,T,N,C] in a block's order."""
+    u_BTNC = rearrange(u_BTHWC, "b t h w c -> b t (h w) c")
+    return u_BTNC.flip(2) if flipped else u_BTNC
+
+
+def _restored(u_BTNC: Tensor, grid: tuple[int, int], flipped: bool) -> Tensor:
+    """The inverse of `_oriented`."""
+    u_BTNC = u_BTNC.flip(2) if flipped else u_BTNC
+    return rearrange(u_BTNC, "b t (h w) c -> b t h w c", h=grid[0])
+
+
+class FlowModel(nn.Module):
+    """A flow and, where configured, its denoiser: what a checkpoint holds."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.flow = DeepShallowFlow(config)
+        self.denoiser = Denoiser(config) if config.denoiser else None
+
+    def reset_parameters(self) -> None:
+        """Fresh start values everywhere, for a model built on the meta device and then allocated."""
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset) and module is not self:
+                reset()
+
+    @staticmethod
+    def denoise(x_noisy: Tensor, s: Tensor) -> Tensor:
+        """One denoising step, x_noisy - 0.3 s, which is Tweedie's x + σ² ∇ log p."""
+        return x_noisy - DENOISE_STEP * s

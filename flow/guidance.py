@@ -1,0 +1,37 @@
+"""Classifier-free guidance of an affine autoregressive step: two Gaussians in, one out.
+
+Knows formulas only. The two come from one batch of two (text, null text) through the deep block.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def guide(
+    mu_text: Tensor, sigma_text: Tensor, mu_null: Tensor, sigma_null: Tensor, weight: float
+) -> tuple[Tensor, Tensor]:
+    """Guided mean and scale of every element, same shape as given (DESIGN section 3; arXiv 2511.20462).
+
+    The product of powers p_text^(1+w) / p_null^w of two Gaussians, tempered by
+    s = min(sigma_text / sigma_null, 1)^2 so that the result is always a Gaussian:
+
+        sigma = sigma_text / sqrt(1 + w - w s)
+        mu    = ((1 + w) mu_text - w s mu_null) / (1 + w - w s)
+
+    >>> import torch
+    >>> mu, sigma = guide(torch.tensor(2.0), torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0), 3.0)
+    >>> float(mu), float(sigma)
+    (5.0, 1.0)
+    """
+    shrink = (sigma_text / sigma_null).clamp(max=1.0).square() * weight
+    precision = 1.0 + weight - shrink
+    mu = ((1.0 + weight) * mu_text - shrink * mu_null) / precision
+    return mu, sigma_text * precision.rsqrt()
+
+
+def guide_pair(mu_2B: Tensor, sigma_2B: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """The same for a batch whose first half read the text and whose second half the null text."""
+    mu_text, mu_null = mu_2B.chunk(2)
+    sigma_text, sigma_null = sigma_2B.chunk(2)
+    return guide(mu_text, sigma_text, mu_null, sigma_null, weight)

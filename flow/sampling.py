@@ -1,0 +1,403 @@
+"""From noise to latents: the deep block frame by frame, then shallow inverse and denoiser, as two streams.
+
+Knows seeds, frames, windows, schedules and certificates. Does not know prompts, codecs, sessions or where
+the streams run: `sample` is the two of them in one loop.
+
+Shapes: B batch, T latent frames, C channels, h, w latent cells, H, W tokens, J text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from flow.flow import SHALLOW_TOLERANCE, DeepShallowFlow, FlowModel
+from flow.guidance import guide_pair
+from flow.inverse import Inverter, Work
+from flow.tokens import patchify
+
+Noise = Callable[[int], Tensor]
+"""Frame index -> prior noise of that frame as a latent [B, C, h, w]."""
+
+
+class SampleError(ValueError):
+    """A sampling request that cannot be met; the message names the field, its value and the rule."""
+
+
+def frame_noise(seed: int, n: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise of frame n, from (seed, n) alone: fp32 on CPU, of `shape` (a latent frame [C, h, w])."""
+    digest = hashlib.sha256(f"flowreel noise {seed} {n}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(tuple(shape), generator=generator)
+
+
+def batch_noise(seeds: Sequence[int], shape: Sequence[int]) -> Noise:
+    """Noise of several videos sampled as one batch, each from its own seed."""
+    return lambda n: torch.stack([frame_noise(seed, n, shape) for seed in seeds])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSpec:
+    """What to sample and how; checked when made (`SampleError`)."""
+
+    num_frames: int
+    """Latent frames T of the whole video."""
+    grid: tuple[int, int]
+    """Latent cells (h, w)."""
+    seed: int = 0
+    guidance: float = 0.0
+    """Weight w >= 0; above 0 both a text and a null text are needed."""
+    schedule: Literal["jacobi", "sequential"] = "jacobi"
+    block_size: int = 16
+    """Tokens that Jacobi solves together in a frame without a frame before it."""
+    later_block_factor: int = 4
+    """How many times larger blocks are in later frames, which start warm. Blocks never cross frames."""
+    tolerance: float = 1e-3
+    """Squared change of a sweep over squared tokens at which a block is done; 0 asks for the exact solution."""
+    window_frames: int | None = None
+    """Latent frames that the deep block sees at once; None for all of them."""
+    context_frames: int = 1
+    """Last frames of a full window that the next window re-reads."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_frames", "block_size", "later_block_factor", "context_frames"):
+            self._require(
+                key,
+                type(getattr(self, key)) is int and getattr(self, key) >= 1,
+                "an int of at least 1",
+            )
+        self._require(
+            "grid", len(self.grid) == 2 and min(self.grid) >= 1, "two positive numbers (h, w)"
+        )
+        for key in ("guidance", "tolerance"):
+            value = getattr(self, key)
+            self._require(key, math.isfinite(value) and value >= 0, "finite and not negative")
+        self._require(
+            "schedule", self.schedule in ("jacobi", "sequential"), "'jacobi' or 'sequential'"
+        )
+        if self.window_frames is not None and self.window_frames < self.num_frames:
+            self._require(
+                "context_frames",
+                self.context_frames < self.window_frames,
+                f"less than window_frames ({self.window_frames})",
+            )
+
+    def _require(self, key: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise SampleError(f"{key} = {getattr(self, key)!r}: must be {rule}")
+
+    @property
+    def window(self) -> int:
+        """Frames of one window, at most the whole video."""
+        return min(self.window_frames or self.num_frames, self.num_frames)
+
+    def window_start(self, n: int) -> int:
+        """First frame (context included) of the window in which frame n is made."""
+        if n < self.window:
+            return 0
+        step = self.window - self.context_frames
+        return (1 + (n - self.window) // step) * step
+
+    def windows(self) -> Iterator[tuple[int, int, int]]:
+        """(first frame in sight, first new frame, end) of every window of the video."""
+        new = 0
+        while new < self.num_frames:
+            start = self.window_start(new)
+            end = min(start + self.window, self.num_frames)
+            yield start, new, end
+            new = end
+
+
+@dataclass
+class Counters:
+    """Work of the deep block, one entry per frame made by this stream."""
+
+    per_frame: list[Work] = field(default_factory=list)
+
+    @property
+    def iterations(self) -> int:
+        """Passes through the deep block."""
+        return sum(work.iterations for work in self.per_frame)
+
+    @property
+    def token_evaluations(self) -> int:
+        """Token positions in those passes; a guided pair counts once."""
+        return sum(work.evaluations for work in self.per_frame)
+
+    @property
+    def prefilled(self) -> int:
+        """Known positions (text, context) read in parallel."""
+        return sum(work.prefilled for work in self.per_frame)
+
+
+def _sequence(u_BTHWC: Tensor, flipped: bool) -> Tensor:
+    """Frames of tokens -> the deep block's sequence [B, T·N, C]."""
+    u_BTNC = rearrange(u_BTHWC, "b t h w c -> b t (h w) c")
+    return rearrange(u_BTNC.flip(2) if flipped else u_BTNC, "b t n c -> b (t n) c")
+
+
+class DeepStream:
+    """The deep block's inverse, one frame per call (arXiv 2511.20462; DESIGN section 4).
+
+    text_BJE, null_BJE: what it reads (null_BJE only with guidance). first_frame_u [B,1,H,W,C]: a given frame 0, from
+    `flow.shallow_forward`. emitted: frames u made before, to resume from (the given one included); the stream then
+    goes on as if uninterrupted. noise: prior noise by frame, `frame_noise(spec.seed, n)` by default.
+    """
+
+    def __init__(
+        self,
+        flow: DeepShallowFlow,
+        text_BJE: Tensor | None,
+        null_BJE: Tensor | None,
+        spec: SampleSpec,
+        first_frame_u: Tensor | None = None,
+        emitted: Sequence[Tensor] = (),
+        *,
+        noise: Noise | None = None,
+    ) -> None:
+        p, config = flow.config.patch_size, flow.config
+        if spec.grid[0] % p or spec.grid[1] % p:
+            raise SampleError(f"grid = {spec.grid}: must be multiples of patch_size {p}")
+        if not config.video and spec.num_frames != 1:
+            raise SampleError(f"num_frames = {spec.num_frames}: an image model makes 1")
+        self.flow, self.spec = flow, spec
+        self.frame_index = len(emitted)
+        self.counters = Counters()
+        self._first = first_frame_u
+        batch = _batch_of(text_BJE, first_frame_u, *emitted)
+        if noise is None and batch != 1:
+            raise SampleError(
+                f"a batch of {batch}: pass noise (see batch_noise), one seed makes one video"
+            )
+        shape = (config.latent_channels, *spec.grid)
+        self._noise = noise or (lambda n: frame_noise(spec.seed, n, shape).unsqueeze(0))
+        self._grid = (spec.grid[0] // p, spec.grid[1] // p)
+        self._tokens = self._grid[0] * self._grid[1]
+        text_BJE = text_BJE if config.deep_text else None
+        self._inverter = Inverter(
+            flow.deep,
+            flow.deep_rope(self._grid, spec.window, text_BJE),
+            batch=batch,
+            text_BJE=text_BJE,
+            null_BJE=null_BJE if config.deep_text else None,
+            guidance=spec.guidance if config.deep_text else 0.0,
+        )
+        # Frames from the start of the window on: what a restart reads.
+        self._window_start = spec.window_start(min(self.frame_index, spec.num_frames - 1))
+        self._recent = list(emitted[self._window_start :])
+        self._restarted = False
+
+    @property
+    def done(self) -> bool:
+        """All frames have been made."""
+        return self.frame_index >= self.spec.num_frames
+
+    @torch.no_grad()
+    def next_frame(self) -> Tensor:
+        """Tokens u [B, 1, H, W, C] of the next frame, fp32 or wider."""
+        if self.done:
+            raise SampleError(f"all {self.spec.num_frames} frames are made; start another stream")
+        before = self._inverter.work.copy()
+        if self.frame_index == 0 and self._first is not None:
+            u_BTHWC = self._first.to(self._inverter.tokens_BLC)
+        else:
+            u_BTHWC = self._solve(self.frame_index)
+        self._recent.append(u_BTHWC)
+        self.frame_index += 1
+        self.counters.per_frame.append(self._inverter.work.since(before))
+        return u_BTHWC
+
+    def _solve(self, n: int) -> Tensor:
+        self._enter_window(n)
+        inverter, tokens = self._inverter, self._tokens
+        flipped = self.flow.deep_reversed
+        noise = patchify(self._noise(n).unsqueeze(1), self.flow.config.patch_size)
+        z_BNC = _sequence(noise, flipped).to(inverter.tokens_BLC)
+        first = inverter.solved
+        if self.spec.schedule == "sequential":
+            inverter.sequential(z_BNC)
+        else:
+            block = self.spec.block_size
+            start_BNC = z_BNC
+            if first:
+                # Fresh mu and sigma are a function of the frames alone: a resumed stream starts alike.
+                inverter.refresh()
+                mu, sigma = (
+                    y[:, first - tokens : first] for y in (inverter.mu_BLC, inverter.sigma_BLC)
+                )
+                start_BNC = mu + sigma * z_BNC
+                block *= self.spec.later_block_factor
+            for low in range(0, tokens, block):
+                part = slice(low, min(low + block, tokens))
+                inverter.jacobi(z_BNC[:, part], start_BNC[:, part], self.spec.tolerance)
+        u_BNC = inverter.tokens_BLC[:, first : first + tokens]
+        u_BTNC = rearrange(u_BNC.flip(1) if flipped else u_BNC.clone(), "b n c -> b 1 n c")
+        return rearrange(u_BTNC, "b t (h w) c -> b t h w c", h=self._grid[0])
+
+    def _enter_window(self, n: int) -> None:
+        """Read text and known frames where a stream, or its next window, begins."""
+        start = self.spec.window_start(n)
+        if self._restarted and start == self._window_start:
+            return
+        self._recent = self._recent[start - self._window_start :]
+        self._window_start = start
+        known = None
+        if self._recent:
+            known = _sequence(torch.cat(self._recent, dim=1), self.flow.deep_reversed)
+        self._inverter.restart(known)
+        self._restarted = True
+
+
+def _batch_of(*tensors: Tensor | None) -> int:
+    sizes = {len(tensor) for tensor in tensors if tensor is not None}
+    if len(sizes) > 1:
+        raise SampleError(f"text and frames are batches of different sizes: {sorted(sizes)}")
+    return sizes.pop() if sizes else 1
+
+
+class FrameStream:
+    """Shallow inverse and denoiser over a video that arrives as u frames.
+
+    denoiser "learned" runs the model's denoiser (its stream keeps its own caches, so outputs may come later), "none"
+    gives the noisy latents the flow models.
+    """
+
+    def __init__(
+        self,
+        model: FlowModel,
+        text_BJE: Tensor | None,
+        denoiser: str = "learned",
+        *,
+        shallow_tolerance: float = SHALLOW_TOLERANCE,
+    ) -> None:
+        if denoiser not in ("learned", "none"):
+            raise SampleError(f"denoiser = {denoiser!r}: must be 'learned' or 'none'")
+        if denoiser == "learned" and model.denoiser is None:
+            raise SampleError("denoiser = 'learned': this model has none; ask for 'none'")
+        self.model, self.shallow_tolerance = model, shallow_tolerance
+        self._denoiser = None
+        if denoiser == "learned" and model.denoiser is not None:
+            self._denoiser = model.denoiser.stream(text_BJE)
+        self._noisy: list[Tensor] = []
+
+    def push(self, u_BTHWC: Tensor) -> list[Tensor]:
+        """Take the next frame or frames; give the clean latent frames [B, C, h, w] now final, in order."""
+        x_BTCHW = self.model.flow.shallow_inverse(u_BTHWC, tolerance=self.shallow_tolerance)
+        out: list[Tensor] = []
+        for x_BCHW in x_BTCHW.unbind(1):
+            if self._denoiser is None:
+                out.append(x_BCHW)
+            else:
+                self._noisy.append(x_BCHW)
+                out += self._clean(self._denoiser.push(x_BCHW))
+        return out
+
+    def finish(self) -> list[Tensor]:
+        """No frame follows: the clean latent frames still owed."""
+        return [] if self._denoiser is None else self._clean(self._denoiser.finish())
+
+    def _clean(self, answers: list[Tensor]) -> list[Tensor]:
+        ready, self._noisy = self._noisy[: len(answers)], self._noisy[len(answers) :]
+        return [self.model.denoise(x, s) for x, s in zip(ready, answers, strict=True)]
+
+
+def sample(
+    model: FlowModel,
+    text_BJE: Tensor | None,
+    null_BJE: Tensor | None,
+    spec: SampleSpec,
+    first_frame: Tensor | None = None,
+    denoiser: str = "learned",
+    *,
+    noise: Noise | None = None,
+    counters: Counters | None = None,
+) -> Tensor:
+    """Latents [B, T, C, h, w] of one video (or of a batch, with `noise`).
+
+    first_frame [B, 1, C, h, w]: a given first latent frame, already carrying the model's noise. `counters` is
+    filled with the deep block's work. Tolerance 0 makes the shallow blocks exact too.
+    """
+    with torch.no_grad():
+        first_u = None if first_frame is None else model.flow.shallow_forward(first_frame)
+    exact = spec.tolerance == 0 or spec.schedule == "sequential"
+    deep = DeepStream(model.flow, text_BJE, null_BJE, spec, first_u, noise=noise)
+    frames = FrameStream(
+        model, text_BJE, denoiser, shallow_tolerance=0.0 if exact else SHALLOW_TOLERANCE
+    )
+    out: list[Tensor] = []
+    while not deep.done:
+        out += frames.push(deep.next_frame())
+    out += frames.finish()
+    if counters is not None:
+        counters.per_frame[:] = deep.counters.per_frame
+    return torch.stack(out, dim=1)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far a sample's noise is from the noise asked for: r = (u - mu)/sigma - z over all made elements.
+
+    u is the exact sample of noise z + r, a backward error in units of the prior's standard deviation.
+    """
+
+    max_abs: float
+    p999_abs: float
+    num_elements: int
+
+
+@torch.no_grad()
+def certificate(
+    flow: DeepShallowFlow,
+    u_BTHWC: Tensor,
+    text_BJE: Tensor | None,
+    null_BJE: Tensor | None,
+    spec: SampleSpec,
+    *,
+    given_frames: int = 0,
+    noise: Noise | None = None,
+) -> Certificate:
+    """One parallel guided forward of the deep block over a sampled video (one per window of a long one).
+
+    given_frames: leading frames that were given, not made.
+    """
+    shape = (flow.config.latent_channels, *spec.grid)
+    noise = noise or (lambda n: frame_noise(spec.seed, n, shape).unsqueeze(0))
+    residuals = []
+    for start, new, end in spec.windows():
+        new = max(new, given_frames)
+        if new >= end:
+            continue
+        mu, sigma = _guided_forward(flow, u_BTHWC[:, start:end], text_BJE, null_BJE, spec.guidance)
+        u_BLC = _sequence(u_BTHWC[:, start:end], flow.deep_reversed).to(mu)
+        z = torch.stack([noise(n) for n in range(new, end)], dim=1)
+        z_BLC = _sequence(patchify(z, flow.config.patch_size), flow.deep_reversed).to(mu)
+        made = z_BLC.shape[1]
+        residuals.append(((u_BLC - mu) / sigma)[:, -made:] - z_BLC)
+    r = torch.cat([residual.flatten() for residual in residuals]).abs().double()
+    rank = max(1, math.ceil(0.999 * r.numel()))
+    return Certificate(float(r.max()), float(r.kthvalue(rank).values), r.numel())
+
+
+def _guided_forward(
+    flow: DeepShallowFlow,
+    u_BTHWC: Tensor,
+    text_BJE: Tensor | None,
+    null_BJE: Tensor | None,
+    guidance: float,
+) -> tuple[Tensor, Tensor]:
+    """mu and sigma [B, L, C] of every token of a window, from its true predecessors."""
+    s_BLC = _sequence(u_BTHWC, flow.deep_reversed)
+    grid = (u_BTHWC.shape[2], u_BTHWC.shape[3])
+    text_BJE = text_BJE if flow.config.deep_text else None
+    rope = flow.deep_rope(grid, u_BTHWC.shape[1], text_BJE)
+    if guidance <= 0 or text_BJE is None or null_BJE is None:
+        return flow.deep.predict(s_BLC, rope, text_BJE)
+    pair = flow.deep.predict(torch.cat([s_BLC, s_BLC]), rope, torch.cat([text_BJE, null_BJE]))
+    return guide_pair(*pair, guidance)

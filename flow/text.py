@@ -1,0 +1,162 @@
+"""Text in: the prompt as the model reads it, and the encoders that turn it into vectors.
+
+Knows nothing of flows or videos. Two encoders stand behind one `encode`: `hashed` (deterministic word vectors, no
+weights, for laptops and tests) and `t5` (FLAN-T5-XL for the released models, any T5 by id or path).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EXTEND_PREFIX = "(extend) "
+LAST_PREFIX = "(last) "
+VIDEO_TO_VIDEO_PREFIX = "(v2v) "
+
+
+class TextError(ValueError):
+    """A text encoder that cannot be built, or a text that it cannot take."""
+
+
+def format_prompt(
+    caption: str,
+    *,
+    fps: float | None = None,
+    noise_std: float | None = None,
+    aspect_ratio: str | None = None,
+    prefix: str = "",
+) -> str:
+    r"""The prompt as the released models were trained to read it.
+
+    Args:
+        caption: what is to be seen; may be empty (the null prompt is the formatted empty caption).
+        fps: frames per second; 0 says "image", None leaves the line out.
+        noise_std: the flow's σ, said in thousandths; None leaves the line out.
+        aspect_ratio: such as "16:9"; None leaves the line out.
+        prefix: a task prefix, put before the caption.
+
+    >>> format_prompt("a cat", fps=16, noise_std=0.5, aspect_ratio="1:1")
+    'Noise Level 500:\nA video with 16 fps:\na cat\n\n in a 1:1 aspect ratio.\n'
+    """
+    text = prefix + caption
+    if fps is not None:
+        kind = "An image" if fps == 0 else f"A video with {fps:g} fps"
+        text = f"{kind}:\n{text}\n"
+    if noise_std is not None:
+        text = f"Noise Level {round(noise_std * 1000)}:\n{text}"
+    if aspect_ratio is not None:
+        text = f"{text}\n in a {aspect_ratio} aspect ratio.\n"
+    return text
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Which text encoder a model reads: all that is needed to build it again.
+
+    Attributes:
+        kind: "hashed" or "t5".
+        length: number of text tokens, padded or cut to it.
+        dim: width of a text token.
+        path: id or folder of the T5 weights (kind "t5" only).
+    """
+
+    kind: str = "hashed"
+    length: int = 16
+    dim: int = 64
+    path: str | None = None
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where a recipe holds this
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("hashed", "t5"):
+            raise TextError(f"text.kind is {self.kind!r}; allowed: 'hashed', 't5'")
+        if self.length < 1 or self.dim < 1:
+            raise TextError(f"text.length {self.length} and text.dim {self.dim} must be at least 1")
+        if self.kind == "t5" and not self.path:
+            raise TextError(
+                "text.kind 't5' needs text.path, such as 'google/flan-t5-xl' or a folder"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class TextEncoder(Protocol):
+    """What every encoder offers."""
+
+    spec: TextSpec
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """fp32 [B, length, dim], zero where there is no token."""
+        ...
+
+
+class HashedText:
+    """Each word (or punctuation mark) is a fixed random vector of its own, drawn from the word's hash.
+
+    The same text gives the same vectors on every machine. Words beyond `length` are dropped.
+    """
+
+    def __init__(self, spec: TextSpec) -> None:
+        self.spec = spec
+        self._vectors: dict[str, np.ndarray] = {}
+
+    def _vector(self, word: str) -> np.ndarray:
+        if word not in self._vectors:
+            digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
+            rng = np.random.Generator(np.random.Philox(int.from_bytes(digest, "big")))
+            self._vectors[word] = rng.standard_normal(self.spec.dim).astype(np.float32)
+        return self._vectors[word]
+
+    def encode(self, texts: list[str]) -> Tensor:
+        out = np.zeros((len(texts), self.spec.length, self.spec.dim), dtype=np.float32)
+        for row, text in enumerate(texts):
+            words = re.findall(r"\w+|[^\w\s]", text.lower())[: self.spec.length]
+            for column, word in enumerate(words):
+                out[row, column] = self._vector(word)
+        return torch.from_numpy(out)
+
+
+class T5Text:
+    """Last hidden state of a T5 encoder, padding zeroed (DESIGN: FLAN-T5-XL for the released models)."""
+
+    def __init__(self, spec: TextSpec, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        assert spec.path is not None
+        self.spec = spec
+        self.device = torch.device(device)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(spec.path)
+            self.model = T5EncoderModel.from_pretrained(spec.path).eval().to(self.device)
+        except OSError as error:
+            raise TextError(
+                f"no T5 at {spec.path!r} ({str(error).splitlines()[0]}); "
+                "give text.path a folder with its tokenizer and weights, or an id a hub answers to"
+            ) from error
+        width = self.model.config.d_model
+        if width != spec.dim:
+            raise TextError(f"text.dim is {spec.dim}, but {spec.path} makes vectors of {width}")
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> Tensor:
+        batch = self.tokenizer(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.spec.length,
+            return_tensors="pt",
+        ).to(self.device)
+        hidden = self.model(**batch).last_hidden_state.float()
+        return (hidden * batch["attention_mask"][..., None]).cpu()
+
+
+def build_text_encoder(spec: TextSpec, device: str | torch.device = "cpu") -> TextEncoder:
+    """The encoder a spec names."""
+    return HashedText(spec) if spec.kind == "hashed" else T5Text(spec, device)

@@ -1,0 +1,361 @@
+"""Video in: frames with their real timestamps, decoded in a process that can be killed.
+
+decord reads first, PyAV second (decord cannot open AV1 in Matroska, and is only built for
+x86-64 Linux). A decoder may loop forever or crash on a lying container; it does so in a child
+(`media/read_child.py`), which the parent kills at the deadline and starts anew for the next
+video. The child lives as long as its `VideoReader`, so its start-up is paid once.
+
+Knows nothing of buckets, captions or Ray: who calls says which frames it wants.
+The errors and their reason codes are those of `media.errors`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from media.errors import (
+    DecoderDied,
+    DecodeTimeout,
+    EmptyVideo,
+    UnreadableVideo,
+    VideoError,
+    VideoTooLarge,
+)
+from media.read_child import HEAD
+
+__all__ = [
+    "Clip",
+    "DecodeTimeout",
+    "DecoderDied",
+    "EmptyVideo",
+    "UnreadableVideo",
+    "VideoError",
+    "VideoInfo",
+    "VideoReader",
+    "VideoTooLarge",
+    "probe_video",
+    "read_video",
+]
+
+Frames = npt.NDArray[np.uint8]
+Choose = Callable[["VideoInfo"], Sequence[int]]
+Transform = Callable[[Frames], Frames]
+
+_ERRORS: dict[str, type[VideoError]] = {
+    kind.reason: kind for kind in (EmptyVideo, UnreadableVideo, VideoTooLarge)
+}
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known of a video before its frames are decoded (sizes after rotation)."""
+
+    width: int
+    height: int
+    fps: float
+    """Average source rate, frames per second; 0 where the container does not say."""
+    pts_s: npt.NDArray[np.float64]
+    """[N] presentation times in seconds, from 0, never falling."""
+    reader: str
+    """"decord" or "pyav"."""
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.pts_s)
+
+    @property
+    def duration_s(self) -> float:
+        """Until the last frame ends, its length taken from the median step."""
+        if self.num_frames < 2:
+            return 1.0 / self.fps if self.fps > 0 else 0.0
+        return float(self.pts_s[-1] + np.median(np.diff(self.pts_s)))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Decoded frames of one video."""
+
+    frames: Frames
+    """uint8 [T, H, W, 3] (after the caller's transform, if one was given)."""
+    pts_s: npt.NDArray[np.float64]
+    """[T] presentation time of each frame, seconds from the start of the video."""
+    fps: float
+    """Average rate of the source, frames per second."""
+    duration_s: float
+    """Length of the source in seconds."""
+    reader: str
+    """"decord" or "pyav": which reader made these pixels."""
+
+
+class VideoReader:
+    """A decoding child and its clock. Use one for many videos; close it (or use `with`).
+
+    Example:
+        >>> with VideoReader() as reader:
+        ...     reader.read(b"")
+        Traceback (most recent call last):
+        ...
+        media.errors.EmptyVideo: the video has 0 bytes
+    """
+
+    def __init__(self, *, memory_bytes: int = 8 * 2**30) -> None:
+        """`memory_bytes` caps the child's address space (8 GiB holds any sane 4K video)."""
+        self._memory_bytes = memory_bytes
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self.starts = 0
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child. The reader may be used again: it starts another."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+
+    def probe(
+        self,
+        data: bytes | Path | str,
+        *,
+        deadline_s: float = 30.0,
+        max_pixels: int = 33_177_600,
+        max_bytes: int = 2**30,
+    ) -> VideoInfo:
+        """Sizes and timestamps, by the first reader that opens it. Errors as in `read`."""
+        with self._lock:
+            clock = _Clock(deadline_s)
+            self._load(data, max_bytes, clock)
+            error: VideoError | None = None
+            for name in installed_readers():
+                try:
+                    return self._open(name, max_pixels, clock)
+                except (EmptyVideo, UnreadableVideo) as failed:
+                    error = error or failed
+            raise error or UnreadableVideo("no video reader is installed; install PyAV")
+
+    def read(
+        self,
+        data: bytes | Path | str,
+        *,
+        choose: Choose | None = None,
+        transform: Transform | None = None,
+        deadline_s: float = 30.0,
+        max_frames: int = 512,
+        max_pixels: int = 33_177_600,
+        max_bytes: int = 2**30,
+    ) -> Clip:
+        """Decode the frames that `choose` names (all of them by default), in its order.
+
+        Args:
+            data: the file's bytes, or its path.
+            choose: VideoInfo -> frame indices, not falling (repeats allowed). It may raise.
+            transform: applied to each frame [H, W, 3] as it arrives, so that a long window
+                of large frames is never held whole.
+            deadline_s: seconds for everything; the child is killed then.
+            max_frames: most frames returned.
+            max_pixels: most pixels in a frame (default 8K).
+            max_bytes: most bytes in the file.
+
+        Raises:
+            VideoError: one of `media.errors`; the next call works again.
+        """
+        with self._lock:
+            clock = _Clock(deadline_s)
+            self._load(data, max_bytes, clock)
+            error: VideoError | None = None
+            for name in installed_readers():
+                try:
+                    info = self._open(name, max_pixels, clock)
+                    indices = range(info.num_frames) if choose is None else choose(info)
+                    if len(indices) > max_frames:
+                        raise VideoTooLarge(
+                            f"{len(indices)} frames wanted; the cap is {max_frames}. "
+                            "Choose fewer frames or raise max_frames"
+                        )
+                    frames = self._frames([int(i) for i in indices], transform, clock)
+                except (EmptyVideo, UnreadableVideo) as failed:
+                    # The message of the first reader is the more telling one.
+                    error = error or failed
+                    continue
+                times_s = info.pts_s[np.asarray(indices, dtype=np.int64)]
+                return Clip(frames, times_s, info.fps, info.duration_s, name)
+            raise error or UnreadableVideo("no video reader is installed; install PyAV")
+
+    def _load(self, data: bytes | Path | str, max_bytes: int, clock: _Clock) -> None:
+        in_memory = isinstance(data, bytes | bytearray | memoryview)
+        try:
+            size_bytes = len(data) if in_memory else os.stat(data).st_size  # type: ignore[arg-type]
+        except OSError as error:
+            raise UnreadableVideo(f"{data!r}: {error.strerror}") from error
+        if size_bytes == 0:
+            raise EmptyVideo("the video has 0 bytes")
+        if size_bytes > max_bytes:
+            raise VideoTooLarge(f"the video has {size_bytes} bytes; the cap is {max_bytes}")
+        head = {"op": "load"} if in_memory else {"op": "load", "path": str(data)}
+        self._request(head, clock, bytes(data) if in_memory else b"")  # type: ignore[arg-type]
+        self._reply(clock)
+
+    def _open(self, name: str, max_pixels: int, clock: _Clock) -> VideoInfo:
+        if self._child is None:
+            raise DecoderDied("the decoding process ended while it read this video")
+        self._request({"op": "open", "reader": name, "max_pixels": max_pixels}, clock)
+        head, payload = self._reply(clock)
+        pts_s = np.frombuffer(payload, dtype=np.float64)
+        pts_s = np.maximum.accumulate(pts_s - pts_s[0])
+        return VideoInfo(head["width"], head["height"], head["fps"], pts_s, name)
+
+    def _frames(self, indices: list[int], transform: Transform | None, clock: _Clock) -> Frames:
+        if not indices:
+            raise EmptyVideo("no frame was chosen")
+        if any(b < a for a, b in itertools.pairwise(indices)) or indices[0] < 0:
+            raise ValueError(f"frame indices must not fall and start at 0 or later; got {indices}")
+        self._request({"op": "frames", "indices": indices}, clock)
+        frames: list[Frames] = []
+        for _ in indices:
+            head, payload = self._reply(clock)
+            frame_HW3 = np.frombuffer(payload, dtype=np.uint8).reshape(head["shape"])
+            frames.append(frame_HW3 if transform is None else transform(frame_HW3))
+        return np.stack(frames)
+
+    def _request(self, head: dict[str, Any], clock: _Clock, payload: bytes = b"") -> None:
+        if self._child is None or self._child.poll() is not None:
+            self.close()
+            self._child = _start_child(self._memory_bytes)
+            self.starts += 1
+        pipe = self._child.stdin
+        assert pipe is not None
+        encoded = json.dumps({**head, "bytes": len(payload)}).encode()
+        view = memoryview(HEAD.pack(len(encoded)) + encoded + payload)
+        while view:
+            _, ready, _ = select.select([], [pipe], [], clock.left_s())
+            if not ready:
+                self._timed_out(clock)
+            try:
+                view = view[os.write(pipe.fileno(), view[:_CHUNK_BYTES]) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError:
+                self._died()
+
+    def _reply(self, clock: _Clock) -> tuple[dict[str, Any], bytearray]:
+        head = json.loads(self._exactly(HEAD.unpack(self._exactly(HEAD.size, clock))[0], clock))
+        payload = self._exactly(head["bytes"], clock)
+        if "error" in head:
+            raise _ERRORS.get(head["error"], UnreadableVideo)(head["message"])
+        return head, payload
+
+    def _exactly(self, num_bytes: int, clock: _Clock) -> bytearray:
+        assert self._child is not None
+        assert self._child.stdout is not None
+        descriptor = self._child.stdout.fileno()
+        buffer = bytearray(num_bytes)
+        view, filled = memoryview(buffer), 0
+        while filled < num_bytes:
+            ready, _, _ = select.select([descriptor], [], [], clock.left_s())
+            if not ready:
+                self._timed_out(clock)
+            count = os.readv(descriptor, [view[filled : filled + _CHUNK_BYTES]])
+            if not count:
+                self._died()
+            filled += count
+        return buffer
+
+    def _timed_out(self, clock: _Clock) -> None:
+        self.close()
+        raise DecodeTimeout(
+            f"not decoded within {clock.deadline_s:g} s; the decoder was stopped. "
+            "Raise deadline_s if the machine is slow"
+        )
+
+    def _died(self) -> None:
+        child = self._child
+        assert child is not None
+        code = child.wait(timeout=5)
+        self.close()
+        raise DecoderDied(f"the decoding process ended with code {code} on this video")
+
+
+class _Clock:
+    """Seconds left until a deadline."""
+
+    def __init__(self, deadline_s: float) -> None:
+        if not deadline_s > 0:
+            raise ValueError(f"deadline_s is {deadline_s}; it must be more than 0 seconds")
+        self.deadline_s = deadline_s
+        self._end = time.monotonic() + deadline_s
+
+    def left_s(self) -> float:
+        return max(0.0, self._end - time.monotonic())
+
+
+def installed_readers() -> list[str]:
+    """The readers installed here, in the order in which they are tried."""
+    modules = {"decord": "decord", "pyav": "av"}
+    return [name for name, module in modules.items() if importlib.util.find_spec(module)]
+
+
+def _start_child(memory_bytes: int) -> subprocess.Popen[bytes]:
+    script = Path(__file__).with_name("read_child.py")
+    # decord's own bound on its end-of-file loop; its default of 10240 is minutes.
+    environment = {**os.environ, "DECORD_EOF_RETRY_MAX": "512", "OMP_NUM_THREADS": "1"}
+    environment.pop("LD_PRELOAD", None)
+    child = subprocess.Popen(
+        [sys.executable, "-P", str(script), str(memory_bytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        bufsize=0,
+        start_new_session=True,
+    )
+    assert child.stdin is not None
+    os.set_blocking(child.stdin.fileno(), False)
+    return child
+
+
+_shared: dict[int, VideoReader] = {}
+
+
+def _shared_reader() -> VideoReader:
+    """One reader per process, for callers that do not keep their own."""
+    if os.getpid() not in _shared:
+        _shared[os.getpid()] = reader = VideoReader()
+        atexit.register(reader.close)
+    return _shared[os.getpid()]
+
+
+def read_video(data: bytes | Path | str, **options: Any) -> Clip:
+    """`VideoReader.read` with the reader that this process shares. Same arguments and errors."""
+    return _shared_reader().read(data, **options)
+
+
+def probe_video(data: bytes | Path | str, **options: Any) -> VideoInfo:
+    """`VideoReader.probe` with the reader that this process shares. Same arguments and errors."""
+    return _shared_reader().probe(data, **options)

@@ -1,0 +1,224 @@
+"""The process that decodes video, so that it can be killed. Run by path from `media.read`.
+
+Imports only numpy, decord and PyAV, each when first needed. Reads requests on stdin, writes
+replies on a private copy of stdout: a 4-byte length, a JSON head, then `head["bytes"]` raw bytes.
+
+    {"op": "load", "bytes": n} + data | {"op": "load", "path": p}      -> {"ok": true}
+    {"op": "open", "reader": "decord" | "pyav", "max_pixels": n}         -> VideoInfo + pts float64
+    {"op": "frames", "indices": [...]}                                   -> one reply per frame
+    any failure                                                          -> {"error": code, ...}
+
+Knows nothing about deadlines: the parent keeps the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+HEAD = struct.Struct("<I")
+# Native messages carry the time of day and source lines; the same file must fail the same way.
+_NOISE = re.compile(r"\[\d\d:\d\d:\d\d\] |\S+\.cc:\d+: | ?\b0x[0-9a-f]+")
+
+
+def write_message(pipe: BinaryIO, head: dict[str, Any], payload: bytes | memoryview = b"") -> None:
+    """One message: length, JSON head (given its `bytes`), payload."""
+    encoded = json.dumps({**head, "bytes": len(payload)}).encode()
+    pipe.write(HEAD.pack(len(encoded)) + encoded)
+    pipe.write(payload)
+    pipe.flush()
+
+
+def read_message(pipe: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
+    """The next message, or None at the end of the pipe."""
+    prefix = pipe.read(HEAD.size)
+    if len(prefix) < HEAD.size:
+        return None
+    head = json.loads(pipe.read(HEAD.unpack(prefix)[0]))
+    return head, pipe.read(head["bytes"])
+
+
+class Refusal(Exception):
+    """A failure that has a code of its own in `media.errors`."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class DecordSource:
+    """decord: fast and exact in seeking; applies rotation itself."""
+
+    def __init__(self, source: bytes | str) -> None:
+        import decord
+
+        decord.logging.set_level(decord.logging.QUIET)
+        opened = io.BytesIO(source) if isinstance(source, bytes) else source
+        self.reader = decord.VideoReader(opened, num_threads=1)
+        count = len(self.reader)
+        if not count:
+            raise Refusal("empty_video", "decord found no frame")
+        self.pts_s = np.asarray(
+            self.reader.get_frame_timestamp(np.arange(count))[:, 0], dtype=np.float64
+        )
+        self.fps = float(self.reader.get_avg_fps())
+        first = self.reader[0]
+        if first.shape[2] != 3:
+            # decord takes the channels from the padded row length: 4 or 6 at widths 16, 24, 48, 72.
+            raise Refusal("unreadable_video", f"decord reads width {first.shape[1]} wrongly")
+        self.height, self.width = (int(n) for n in first.shape[:2])
+
+    def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
+        for index in indices:
+            yield self.reader[index].asnumpy()
+
+
+class PyAVSource:
+    """PyAV: opens what decord cannot (AV1 in Matroska); rotation applied here."""
+
+    def __init__(self, source: bytes | str) -> None:
+        import av
+
+        self.av = av
+        self.source = source
+        with self._open() as container:
+            stream = container.streams.video[0]
+            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+            base = float(stream.time_base or 0)
+            self.fps = float(stream.average_rate or stream.guessed_rate or 0)
+            timed = all(p.pts is not None for p in packets) and base > 0
+            # A raw stream carries no times: frames are then counted instead.
+            ticks = sorted({int(p.pts) for p in packets}) if timed else list(range(len(packets)))
+            self.position = {tick: n for n, tick in enumerate(ticks)} if timed else None
+            self.ticks = ticks
+        if not ticks:
+            raise Refusal("empty_video", "PyAV found no frame")
+        step = base if timed else 1.0 / (self.fps or 25.0)
+        self.pts_s = np.asarray(ticks, dtype=np.float64) * step
+        first = next(self.frames([0]))
+        self.height, self.width = (int(n) for n in first.shape[:2])
+
+    def _open(self) -> Any:
+        opened = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+        container = self.av.open(opened)
+        if not container.streams.video:
+            container.close()
+            raise Refusal("empty_video", "PyAV found no video stream")
+        container.streams.video[0].thread_type = "NONE"
+        container.streams.video[0].thread_count = 1
+        return container
+
+    def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
+        wanted = sorted(set(indices))
+        got: dict[int, np.ndarray] = {}
+        turn = 0
+        with self._open() as container:
+            stream = container.streams.video[0]
+            if self.position is not None and wanted[0] > 0:
+                container.seek(self.ticks[wanted[0]], stream=stream, backward=True)
+            for count, frame in enumerate(container.decode(stream)):
+                place = count if self.position is None else self.position.get(frame.pts)
+                if place in wanted:
+                    if frame.is_corrupt:
+                        raise Refusal("unreadable_video", f"frame {place} is marked corrupt")
+                    quarter_turns = round(frame.rotation / 90) % 4
+                    got[place] = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
+                while turn < len(indices) and indices[turn] in got:
+                    yield got[indices[turn]]
+                    turn += 1
+                    if turn == len(indices) or indices[turn] != indices[turn - 1]:
+                        got.pop(indices[turn - 1], None)
+                if turn == len(indices):
+                    return
+        raise Refusal("unreadable_video", f"frame {indices[turn]} could not be decoded")
+
+
+SOURCES: dict[str, type[DecordSource] | type[PyAVSource]] = {
+    "decord": DecordSource,
+    "pyav": PyAVSource,
+}
+
+
+class Child:
+    """Holds one loaded video and answers one request at a time."""
+
+    def __init__(self, replies: BinaryIO) -> None:
+        self.replies = replies
+        self.data: bytes | str = b""
+        self.source: DecordSource | PyAVSource | None = None
+
+    def answer(self, head: dict[str, Any], payload: bytes) -> None:
+        if head["op"] == "load":
+            self.source = None
+            self.data = head.get("path") or payload
+            write_message(self.replies, {"ok": True})
+        elif head["op"] == "open":
+            self.source = None
+            self.source = source = SOURCES[head["reader"]](self.data)
+            if source.width * source.height > head["max_pixels"]:
+                raise Refusal(
+                    "video_too_large",
+                    f"frames are {source.width}×{source.height}; the cap is "
+                    f"{head['max_pixels']} pixels",
+                )
+            info = {"width": source.width, "height": source.height, "fps": source.fps}
+            write_message(self.replies, info, source.pts_s.tobytes())
+        elif head["op"] == "frames" and self.source is not None:
+            for frame_HW3 in self.source.frames(head["indices"]):
+                frame_HW3 = np.ascontiguousarray(frame_HW3)
+                shape = {"shape": list(frame_HW3.shape)}
+                write_message(self.replies, shape, frame_HW3.data.cast("B"))
+        else:
+            raise Refusal("unreadable_video", f"request {head} does not fit this state")
+
+
+def _leave_with_parent(parent: int) -> None:
+    """A killed parent must not leave a decoder that loops forever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+
+
+def main(memory_bytes: int) -> None:
+    """Serve requests until stdin ends."""
+    # Native libraries print to fd 1; replies go to a copy that they do not know.
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    _limit_memory(memory_bytes)
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    child = Child(replies)
+    requests = sys.stdin.buffer
+    while (message := read_message(requests)) is not None:
+        try:
+            child.answer(*message)
+        except Refusal as refusal:
+            write_message(replies, {"error": refusal.code, "message": str(refusal)})
+        except MemoryError:
+            text = f"decoding needs more than {memory_bytes} bytes of memory"
+            write_message(replies, {"error": "video_too_large", "message": text})
+        except Exception as error:  # native readers raise types of their own, bare Exception too
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            text = _NOISE.sub("", lines[-1])[-300:]
+            write_message(replies, {"error": "unreadable_video", "message": text})
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

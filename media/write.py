@@ -1,0 +1,125 @@
+"""Frames out: mp4 and PNG bytes, and the still-image decoder that mirrors the PNG writer.
+
+Works on uint8 RGB arrays in memory. Knows nothing of models, Ray, or where the bytes go.
+Same frames, same library versions: same bytes (one thread, bit-exact container).
+The errors are those of `media.errors`.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from media.errors import EncodeError, ImageTooLarge, UnreadableImage
+
+Frames = npt.NDArray[np.uint8]
+
+_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def encode_mp4(frames: Frames, fps: float, *, crf: int = 18, preset: str = "veryfast") -> bytes:
+    """Encode RGB frames as an H.264 yuv420p mp4 with the index in front (plays while loading).
+
+    Args:
+        frames: uint8 [T, H, W, 3], T ≥ 1, H and W even (yuv420p halves the colour planes).
+        fps: frames per second, > 0.
+        crf: x264 quality, 0 (lossless) … 51 (worst).
+        preset: x264 speed preset.
+
+    Returns:
+        The bytes of the mp4 file.
+
+    Raises:
+        EncodeError: wrong dtype or shape, odd size, or an fps that is not positive.
+    """
+    _check_frames(frames)
+    if not (np.isfinite(fps) and 0 < fps <= 1000):
+        raise EncodeError(f"fps is {fps!r}; it must be between 0 and 1000 frames per second")
+    rate = Fraction(fps).limit_denominator(1001)
+    # The index can only be moved to the front of a real file, never of a stream in memory.
+    with tempfile.TemporaryDirectory(prefix="flowreel-") as folder:
+        path = Path(folder) / "clip.mp4"
+        _write_h264(path, frames, rate, {"crf": str(crf), "preset": preset})
+        return path.read_bytes()
+
+
+def _write_h264(path: Path, frames: Frames, rate: Fraction, x264: dict[str, str]) -> None:
+    options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=rate, options={**x264, "flags": "+bitexact"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for index, frame_HW3 in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HW3), format="rgb24")
+            picture.pts = index
+            picture.time_base = 1 / rate
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def encode_png(frame: Frames) -> bytes:
+    """Encode one RGB frame, uint8 [H, W, 3], as PNG bytes. Raises EncodeError on another shape."""
+    _check_frames(frame[None] if frame.ndim == 3 else frame, even=False)
+    if frame.ndim != 3:
+        raise EncodeError(f"a PNG holds one frame [H, W, 3]; got shape {tuple(frame.shape)}")
+    out = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(frame), "RGB").save(out, "PNG", optimize=False)
+    return out.getvalue()
+
+
+def decode_image(
+    data: bytes, *, max_bytes: int = 32 * 2**20, max_pixels: int = 64_000_000
+) -> Frames:
+    """Decode a PNG, JPEG or WebP (first frame) to uint8 [H, W, 3], upright by its EXIF tag.
+
+    The size in the header is held against the cap before any pixel is decoded.
+
+    Raises:
+        ImageTooLarge: more than `max_bytes` bytes or `max_pixels` pixels.
+        UnreadableImage: another format, or damaged data.
+    """
+    if len(data) > max_bytes:
+        raise ImageTooLarge(
+            f"the image has {len(data)} bytes; the cap is {max_bytes}. Send a smaller one"
+        )
+    try:
+        with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageTooLarge(
+                    f"the image is {width}×{height} = {width * height} pixels; "
+                    f"the cap is {max_pixels}. Send a smaller one"
+                )
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(upright.convert("RGB"), dtype=np.uint8).copy()
+    except ImageTooLarge:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
+        raise UnreadableImage(
+            f"{len(data)} bytes that are not a whole PNG, JPEG or WebP image ({error})"
+        ) from error
+
+
+def _check_frames(frames: Frames, *, even: bool = True) -> None:
+    """Refuse anything but uint8 [T, H, W, 3] with T ≥ 1 and, for video, even H and W."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise EncodeError(
+            f"frames are {frames.dtype} of shape {tuple(frames.shape)}; "
+            "they must be uint8 [T, H, W, 3]"
+        )
+    if 0 in frames.shape:
+        raise EncodeError(f"frames of shape {tuple(frames.shape)} hold no pixel")
+    height, width = frames.shape[1:3]
+    if even and (height % 2 or width % 2):
+        raise EncodeError(
+            f"frames are {height} rows × {width} columns; H.264 yuv420p needs even sizes: "
+            f"crop to {height - height % 2} × {width - width % 2}"
+        )

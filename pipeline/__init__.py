@@ -1,0 +1,1 @@
+"""The order of things: the command line, recipes, the stages, cluster submission and evaluation."""

@@ -1,0 +1,139 @@
+"""Where a run's Ray comes from: one of its own on this machine, or a cluster it is submitted to.
+
+`local_or_given` is the only place that starts or stops Ray; `submit` sends a recipe to a cluster as a Ray job. The same recipe
+runs in both; nothing in it changes but resources and paths.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.recipes import ClusterConfig, Recipe, save_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("flow", "media", "data_prep", "training", "serving", "pipeline")
+SUBMITTED_STAGES = ("demo", "prepare", "train")
+
+
+class SubmitError(ValueError):
+    """A job that could not be handed to a cluster."""
+
+
+@contextmanager
+def local_or_given(
+    config: ClusterConfig, address: str | None = None, *, needed: bool = True
+) -> Iterator[None]:
+    """A connected Ray: the cluster at `address` (or in `RAY_ADDRESS`, as inside a job), else one of our own, ended on leaving.
+
+    Our own binds to loopback, sends no usage statistics, and keeps its files under the system's temporary folder.
+    Where it is not `needed` (all work was done before), none is started.
+    """
+    if not needed:
+        yield
+        return
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # By default Ray gives its workers the lowest priority, so that any other busy process starves them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    given = address or os.environ.get("RAY_ADDRESS")
+    if given:
+        ray.init(address=given, log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        ray.init(
+            num_cpus=config.num_cpus or os.cpu_count(),
+            object_store_memory=config.object_store_mb * 1024**2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=True,
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job on a cluster: its id, its last status and its log so far."""
+
+    job_id: str
+    status: str
+    logs: str
+
+
+def submit(
+    recipe: Recipe,
+    address: str,
+    *,
+    stage: str = "demo",
+    arguments: list[str] | None = None,
+    wait: bool = True,
+    timeout_s: float = 24 * 3600.0,
+) -> Submitted:
+    """Run `flowreel STAGE` with this recipe as a job of the cluster whose dashboard answers at `address`.
+
+    Args:
+        recipe: travels resolved, as YAML, with the packages of this checkout.
+        address: such as `http://127.0.0.1:8265`.
+        stage: one of `SUBMITTED_STAGES`.
+        arguments: further command-line arguments of the stage, such as `["--out", "/mnt/shared/run1"]`.
+        wait: until the job has ended, else return at once.
+        timeout_s: how long to wait; the job goes on after that.
+
+    Raises:
+        SubmitError: no cluster at the address, or an unknown stage.
+    """
+    if stage not in SUBMITTED_STAGES:
+        raise SubmitError(f"stage {stage!r}; allowed: {', '.join(SUBMITTED_STAGES)}")
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise SubmitError(
+            f"no Ray jobs server at {address} ({' '.join(str(error).split())[:200]}); "
+            "give the dashboard's address, such as http://127.0.0.1:8265"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="flowreel-submit-") as folder:
+        _stage_code(Path(folder), recipe)
+        job_id = client.submit_job(
+            entrypoint=" ".join(
+                [
+                    "python",
+                    "-m",
+                    "pipeline.cli",
+                    stage,
+                    "--recipe",
+                    "recipe.yaml",
+                    *(arguments or []),
+                ]
+            ),
+            runtime_env={"working_dir": folder},
+            metadata={"recipe": recipe.name, "stage": stage},
+        )
+    deadline = time.monotonic() + timeout_s
+    status = client.get_job_status(job_id)
+    while wait and not status.is_terminal() and time.monotonic() < deadline:
+        time.sleep(1.0)
+        status = client.get_job_status(job_id)
+    logs = client.get_job_logs(job_id) if status != JobStatus.PENDING else ""
+    return Submitted(job_id, status.value, logs)
+
+
+def _stage_code(folder: Path, recipe: Recipe) -> None:
+    for package in PACKAGES:
+        shutil.copytree(
+            ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    save_recipe(recipe, folder / "recipe.yaml")

@@ -1,0 +1,155 @@
+"""What a trained model has learnt, in numbers: likelihood against baselines, and whether what is asked for is what is seen.
+
+Runs in one process on the exported model and the prepared latents. Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.captions import measure
+from data_prep.latents import LatentDataset
+from data_prep.moving_shapes import COLOURS, MOTIONS, SHAPES, TONES, random_spec, render_clip
+from flow.codec import VideoCodec
+from flow.text import build_text_encoder
+from flow.weights import load_model
+from training.codec import measure as measure_codec
+from training.evaluation import evaluate_nats, gaussian_nats_per_dim
+
+CODEC_CLIPS = 32
+
+
+@dataclass(frozen=True)
+class ColourPrompt:
+    """A prompt in the captioner's own wording, and the colour it asks for."""
+
+    text: str
+    colour: str
+
+
+def colour_prompts(count: int) -> list[ColourPrompt]:
+    """Prompts that go round the colours evenly while shapes, motions and tones vary.
+
+    >>> colour_prompts(2)[0].text
+    'A red circle moves left over a dark background.'
+    """
+    colours, shapes, motions, tones = (tuple(names) for names in (COLOURS, SHAPES, MOTIONS, TONES))
+    prompts = []
+    for i in range(count):
+        colour = colours[i % len(colours)]
+        shape = shapes[(i + i // len(colours)) % len(shapes)]
+        motion, tone = motions[i % len(motions)], tones[(i // 2) % len(tones)]
+        text = f"A {colour} {shape} moves {motion} over a {tone} background."
+        prompts.append(ColourPrompt(text, colour))
+    return prompts
+
+
+def colour_accuracy(videos: list[tuple[str, np.ndarray]]) -> float:
+    """Share of (requested colour, frames [T, H, W, 3]) in which the measured captioner sees that colour."""
+    return sum(measure(frames).colour == colour for colour, frames in videos) / len(videos)
+
+
+def likelihoods(model_dir: Path, latents: Path, *, draws: int) -> dict[str, float]:
+    """Held-out nats per dimension (no ½ ln 2π): with true captions, shuffled ones, and of the best per-channel Gaussian.
+
+    Every estimate is a mean over the same clips and seeded noise draws; `*_stderr` is over the draws.
+    """
+    model, spec = load_model(model_dir)
+    encoder = build_text_encoder(spec.text)
+    train, held_out = LatentDataset(latents, "train"), LatentDataset(latents, "held_out")
+
+    def nats(captions: str) -> Any:
+        return evaluate_nats(
+            model.flow,
+            held_out,
+            encoder,
+            spec.flow,
+            captions=captions,
+            draws=draws,  # type: ignore[arg-type]
+        )
+
+    true, shuffled = nats("true"), nats("shuffled")
+    gaussian = gaussian_nats_per_dim(train, held_out, spec.flow.noise_std, draws=draws)
+    return {
+        "held_out_nats_per_dim": true.mean,
+        "held_out_stderr": true.standard_error,
+        "shuffled_caption_nats_per_dim": shuffled.mean,
+        "gaussian_nats_per_dim": gaussian.mean,
+        "noise_floor_nats_per_dim": 0.5 + math.log(spec.flow.noise_std),
+        "held_out_clips": len(true.ids),
+        "noise_draws": draws,
+    }
+
+
+def codec_quality(codec_source: str | Path, num_frames: int, fps: float) -> float:
+    """PSNR in dB of the codec on moving shapes that nothing was trained on."""
+    codec = VideoCodec.load(codec_source)
+    return measure_codec(
+        codec,
+        lambda seed, count: render_clip(random_spec(seed), count, fps),
+        CODEC_CLIPS,
+        num_frames,
+    )["psnr_db"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact log-density of one video's σ-smoothed latents, in nats per dimension.
+
+    mean, stderr: negative log-likelihood without ½ ln 2π, over seeded noise draws; `mean_with_constant` has it.
+    """
+
+    mean: float
+    stderr: float
+    draws: tuple[float, ...]
+    floor: float
+    dims: int
+
+    @property
+    def mean_with_constant(self) -> float:
+        return self.mean + 0.5 * math.log(2 * math.pi)
+
+
+def score_video(
+    model_dir: Path,
+    frames: np.ndarray,
+    prompt: str,
+    *,
+    draws: int = 8,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """How likely a model finds a video given a prompt.
+
+    Args:
+        frames: uint8 [T, H, W, 3] at the model's size and frame rate, T = 4k+1.
+        draws: seeded draws of the σ-noise that the flow's latents carry.
+    """
+    from serving.session import load, prompt_text
+
+    loaded = load(model_dir)
+    assert loaded.codec is not None
+    assert loaded.text_encoder is not None
+    mean, logvar = loaded.codec.encode(torch.from_numpy(frames)[None])
+    text = loaded.text_encoder.encode([prompt_text(prompt, loaded)])
+    sigma = loaded.model.config.noise_std
+    results = []
+    for draw in range(draws):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
+        posterior = torch.randn(mean.shape, generator=generator)
+        x_BTCHW = loaded.codec.convention.to_model(mean, logvar, posterior)
+        noisy = x_BTCHW + sigma * torch.randn(x_BTCHW.shape, generator=generator)
+        with torch.inference_mode():
+            results.append(float(loaded.model.flow(noisy, text).loss()))
+        if progress is not None:
+            progress(draw + 1, draws)
+    values = np.asarray(results)
+    stderr = float(values.std(ddof=1) / math.sqrt(draws)) if draws > 1 else math.nan
+    return Score(float(values.mean()), stderr, tuple(results), 0.5 + math.log(sigma), mean.numel())

@@ -1,0 +1,193 @@
+"""Recipes: everything a run needs to know, in one YAML file that reads alone.
+
+Each stage owns its part of the schema; this file puts them together, finds recipes by name, applies
+`key.path=value` overrides, and turns whatever is wrong into one line that names key, value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from data_prep.config import PrepareConfig
+from flow.config import FlowConfig
+from flow.text import TextSpec
+from flow.weights import VideoSpec
+from serving.config import Limits, Resources, Sampler
+from training.config import TrainConfig
+
+ASSETS = Path(__file__).parent / "assets"
+RECIPES = Path(__file__).parent / "recipes"
+TINY_CODEC = ASSETS / "tiny_codec"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read: the message is one line."""
+
+
+class WorldConfig(BaseModel):
+    """The moving shapes that the demo makes when no shards are given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_clips: int = Field(384, ge=1, description="video clips to write")
+    num_images: int = Field(96, ge=0, description="images to write")
+    clips_per_shard: int = Field(64, ge=1, description="samples per shard")
+
+
+class EvaluateConfig(BaseModel):
+    """What is measured after training."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    noise_draws: int = Field(4, ge=2, description="seeded noise draws behind every likelihood")
+    colour_clips: int = Field(16, ge=1, description="generated clips whose colour is read back")
+
+
+class ServeConfig(BaseModel):
+    """The endpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    host: str = Field(
+        "127.0.0.1", description="interface to bind; loopback unless you say otherwise"
+    )
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    limits: Limits = Field(default_factory=Limits, description="what the service admits")
+    resources: Resources = Field(
+        default_factory=Resources, description="what each deployment takes"
+    )
+
+
+class ClusterConfig(BaseModel):
+    """The Ray that a run starts for itself when it is given no address."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_cpus: int | None = Field(None, ge=1, description="CPUs to offer; by default all of them")
+    object_store_mb: int = Field(512, ge=80, description="shared memory for blocks in flight, MB")
+
+
+class Recipe(BaseModel):
+    """One run from shards to video."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="what the run is called in MLflow")
+    codec: str = Field("tiny", description="'tiny' (ships here), a folder, or a hub id")
+    world: WorldConfig = WorldConfig()
+    prepare: PrepareConfig
+    text: TextSpec
+    model: FlowConfig
+    train: TrainConfig
+    sampler: Sampler = Sampler()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _text_fits_model(self) -> Recipe:
+        if (self.text.length, self.text.dim) != (self.model.text_len, self.model.text_dim):
+            raise ValueError(
+                f"text makes {self.text.length}x{self.text.dim} tokens, model reads "
+                f"{self.model.text_len}x{self.model.text_dim}; make text.length = model.text_len and text.dim = model.text_dim"
+            )
+        return self
+
+    @property
+    def video(self) -> VideoSpec:
+        """The videos the model learns: the bucket that `prepare` cuts."""
+        bucket = self.prepare.bucket
+        return VideoSpec(bucket.num_frames, bucket.height, bucket.width, bucket.fps)
+
+    @property
+    def codec_source(self) -> str:
+        """The folder or hub id behind `codec`."""
+        return str(TINY_CODEC) if self.codec == "tiny" else self.codec
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with Flowreel."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a name (`tiny`) or path, with `key.path=value` overrides laid over it.
+
+    Raises:
+        RecipeError: no such file, no YAML, an unknown key or a bad value; always one line.
+    """
+    path = Path(source)
+    if not path.is_file() and source in recipe_names():
+        path = RECIPES / f"{source}.yaml"
+    if not path.is_file():
+        raise RecipeError(
+            f"recipe {source!r}: no such file, and no recipe of that name ({', '.join(recipe_names())})"
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a map of sections, got {type(values).__name__}")
+    for override in overrides or []:
+        _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_one_line(error)}") from error
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe, defaults and all, beside what it makes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"override {text!r}: write key.path=value, such as train.steps=100")
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"override {text!r}: {part!r} is a value, not a section")
+    section[parts[-1]] = yaml.safe_load(raw)
+
+
+def _one_line(error: ValidationError) -> str:
+    """Key, value and rule of the first mistake, and how many more there are."""
+    first, *rest = error.errors(include_url=False)
+    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        allowed = _fields_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        text = f"{key} = {first['input']!r}: unknown key; {hint}allowed here: {', '.join(allowed)}"
+    elif first["type"] in ("missing", "missing_argument"):
+        text = f"{key}: missing; this key must be given"
+    else:
+        value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+        text = f"{key}{value}: {first['msg']}"
+    more = f" (and {len(rest)} more)" if rest else ""
+    return " ".join(text.split()) + more
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    """The keys that the schema allows in a section."""
+    schema = TypeAdapter(Recipe).json_schema()
+    node = schema
+    for part in location:
+        node = node.get("properties", {}).get(str(part), {})
+        reference = node.get("$ref") or next(
+            (option["$ref"] for option in node.get("anyOf", []) if "$ref" in option), None
+        )
+        if reference:
+            node = schema["$defs"][reference.rsplit("/", 1)[-1]]
+    return list(node.get("properties", {}))

@@ -1,0 +1,176 @@
+"""The commands that need no cluster, or only their own: sample, score, serve, import-weights.
+
+Each is a few lines over a stage's public function, with what a person at a terminal expects to see.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from media.read import read_video
+from media.write import decode_image, encode_mp4
+from pipeline.console import Reporter
+from pipeline.evaluate import score_video
+from pipeline.recipes import Recipe
+from serving.requests import CreateVideo, Generation, from_validation
+from serving.session import generate, load
+
+
+class VideoFitError(ValueError):
+    """A video that cannot be cut to what a model takes."""
+
+
+def sample_video(
+    recipe: Recipe,
+    model: Path,
+    prompt: str,
+    out: Path,
+    *,
+    num_frames: int | None,
+    seed: int,
+    guidance: float | None,
+    schedule: str,
+    image: Path | None,
+) -> np.ndarray:
+    """Make one video here and write it; returns its frames, uint8 [T, H, W, 3]."""
+    reporter = Reporter()
+    torch.set_num_threads(recipe.serve.resources.threads)
+    loaded = load(model, sampler=recipe.sampler)
+    try:
+        asked = CreateVideo(
+            prompt=prompt,
+            num_frames=num_frames or loaded.facts.num_frames,
+            guidance=guidance,
+            seed=seed,
+            schedule=schedule,  # type: ignore[arg-type]
+        )
+    except ValidationError as error:
+        raise from_validation(error) from error
+    request = Generation.admit(
+        asked,
+        loaded.facts,
+        recipe.serve.limits,
+        request_id=secrets.token_hex(8),
+        seed=seed,
+        given_first_frame=image is not None,
+    )
+    picture = None
+    if image is not None:
+        picture = decode_image(image.read_bytes(), max_pixels=recipe.serve.limits.image_pixels)
+    with reporter.progress("sampling") as update:
+        done = 0
+
+        def count(chunk: object) -> None:
+            nonlocal done
+            done += len(chunk.frames)  # type: ignore[attr-defined]
+            update(done, request.num_frames, "frames")
+
+        video = generate(loaded, request, picture, on_chunk=count)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(encode_mp4(video.frames, fps=video.fps))
+    reporter.console.print(f"{out}: {len(video.frames)} frames at {video.fps:g} fps, seed {seed}")
+    return video.frames
+
+
+def score_file(model: Path, video: Path, prompt: str, *, draws: int, seed: int) -> None:
+    """Print how likely the model finds a video file."""
+    from flow.weights import read_spec
+
+    spec = read_spec(model)
+    if spec.video is None:
+        raise VideoFitError(f"{model} is no video model, so it cannot score a video")
+    frames = fit_video(
+        video, spec.video.num_frames, spec.video.height, spec.video.width, spec.video.fps
+    )
+    reporter = Reporter()
+    with reporter.progress("scoring") as update:
+        score = score_video(
+            model,
+            frames,
+            prompt,
+            draws=draws,
+            seed=seed,
+            progress=lambda done, total: update(done, total, "draws"),
+        )
+    print_ = reporter.console.print
+    print_(
+        f"nats per dimension  {score.mean:.4f} ± {score.stderr:.4f}  (mean ± standard error over {draws} noise draws)"
+    )
+    print_(f"with ½ ln 2π        {score.mean_with_constant:.4f}")
+    print_(f"floor ½ + ln σ      {score.floor:.4f}  (no model is below it on average)")
+    print_(f"{score.dims} dimensions, {len(frames)} frames, seed {seed}")
+
+
+def fit_video(path: Path, num_frames: int, height: int, width: int, fps: float) -> np.ndarray:
+    """The beginning of a video file at a model's frame rate and size, uint8 [T, height, width, 3].
+
+    Raises:
+        VideoError: it cannot be read.
+        VideoFitError: it is too short.
+    """
+    from data_prep.clips import fit_frame
+
+    clip = read_video(path)
+    times = clip.pts_s[0] + np.arange(num_frames) / fps
+    end_s = clip.pts_s[-1] + 1 / fps
+    if times[-1] > end_s:
+        raise VideoFitError(
+            f"{path} is {end_s - clip.pts_s[0]:.2f} s long; the model takes {num_frames} frames at {fps:g} fps, "
+            f"{num_frames / fps:.2f} s"
+        )
+    nearest = np.abs(np.asarray(clip.pts_s)[None] - times[:, None]).argmin(1)
+    return np.stack([fit_frame(clip.frames[i], height, width) for i in nearest])
+
+
+def serve_until_interrupted(
+    recipe: Recipe, model: Path, *, host: str, port: int, data_dir: Path, address: str | None
+) -> None:
+    """Serve until SIGINT or SIGTERM, then leave no process behind."""
+    from pipeline.cluster import local_or_given
+    from serving.on_ray import serve_model
+
+    reporter, stop = Reporter(), threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with (
+        local_or_given(recipe.cluster, address),
+        serve_model(
+            model,
+            host=host,
+            port=port,
+            data_dir=data_dir,
+            limits=recipe.serve.limits,
+            resources=recipe.serve.resources,
+            sampler=recipe.sampler,
+        ) as served,
+    ):
+        reporter.console.print(f"serving {model} at {served.url}  (Ctrl-C ends it)")
+        reporter.console.print(
+            f"  curl {served.url}/v1/videos -H 'content-type: application/json' -d '{{\"prompt\": \"A red circle moves left\"}}'",
+            soft_wrap=True,
+        )
+        stop.wait()
+        reporter.console.print("stopping")
+
+
+def import_released_weights(weights: Path, config: Path, out: Path, text_dim: int | None) -> None:
+    """A released `.pth` and its YAML → a model folder."""
+    from flow.text import TextSpec
+    from flow.weights import ModelSpec, import_released, save_model
+
+    model, flow = import_released(weights, config, text_dim)
+    text = TextSpec("t5", flow.text_len, flow.text_dim, path="google/flan-t5-xl")
+    save_model(
+        out,
+        model,
+        ModelSpec(flow=flow, text=text, codec=None, codec_digest=None, latents=None, video=None),
+    )
+    count = sum(p.numel() for p in model.parameters())
+    Reporter().console.print(f"{out}: {count / 1e6:.2f}M parameters, {flow.num_blocks} blocks")

@@ -1,0 +1,237 @@
+"""READ FIRST. The whole of Flowreel in the order it happens: video shards → latent shards → checkpoint → video.
+
+`demo` at the end calls the stages one after the other; every stage is also a command of its own. A stage that finds its work
+done does nothing, one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.moving_shapes import COLOURS, write_world
+from data_prep.on_ray import prepare
+from data_prep.run import PrepareReport, plan_run
+from pipeline.client import Request, VideoClient
+from pipeline.cluster import local_or_given
+from pipeline.console import Reporter
+from pipeline.evaluate import codec_quality, colour_accuracy, colour_prompts, likelihoods
+from pipeline.recipes import Recipe, save_recipe
+from pipeline.report import Sample, overlap_s, write_report
+from serving.on_ray import serve_model
+from training.history import read_history
+from training.on_ray import train_on_ray
+from training.run import TrainResult, check_run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the serving stage made: videos for the report, the colours read back, and every request's spans."""
+
+    samples: list[Sample]
+    colour_videos: list[tuple[str, np.ndarray]]
+    spans: list[list[dict[str, Any]]]
+
+
+def make_shards(recipe: Recipe, out: Path, reporter: Reporter) -> list[str]:
+    """Video shards: the moving-shapes world, written as Panda-70M's downloader writes clips."""
+    world = recipe.world
+    with reporter.progress("writing shards") as update:
+        paths = write_world(
+            out,
+            world.num_clips,
+            world.num_images,
+            clips_per_shard=world.clips_per_shard,
+            progress=lambda done, total: update(done, total, "samples"),
+        )
+    return [str(path) for path in paths]
+
+
+def prepare_latents(
+    recipe: Recipe, shards: list[str], out: Path, reporter: Reporter
+) -> PrepareReport:
+    """Video shards → latent shards, on Ray Data; prints what became of every sample."""
+    with reporter.progress("preparing") as update:
+        report = prepare(
+            recipe.prepare,
+            shards,
+            out,
+            recipe.codec_source,
+            progress=lambda stage, done, total: update(done, total, stage),
+        )
+    rows = [[status, reason, str(count)] for status, reason, count in report.rows()]
+    reporter.table(f"{report.total} samples", ["status", "reason", "samples"], rows)
+    if report.samples_now == 0:
+        reporter.console.print("  nothing to do: every shard was prepared before")
+    return report
+
+
+def shards_to_do(recipe: Recipe, shards: list[str], out: Path) -> int:
+    """How many shards `prepare_latents` would still have to prepare."""
+    return len(plan_run(recipe.prepare, shards, out, recipe.codec_source).jobs)
+
+
+def training_to_do(recipe: Recipe, latents: Path, out: Path) -> bool:
+    """Whether `train` would still have to take a step."""
+    codec = Path(recipe.codec_source)
+    run = check_run(recipe.train, recipe.model, recipe.text, recipe.video, latents, codec, out)
+    return run.finished() is None
+
+
+def train(recipe: Recipe, latents: Path, out: Path, reporter: Reporter) -> TrainResult:
+    """Latent shards → checkpoint and model folder, on Ray Train."""
+    floor = ""
+    with reporter.progress("training") as update:
+
+        def show(records: list[dict[str, Any]]) -> None:
+            nonlocal floor
+            last = records[-1]
+            if last["mode"] == "video":
+                floor = f"{last['loss_nats_per_dim']:.3f} nats/dim"
+            update(last["step"], recipe.train.steps, floor)
+
+        result = train_on_ray(
+            recipe.train,
+            recipe.model,
+            recipe.text,
+            recipe.video,
+            latents,
+            Path(recipe.codec_source),
+            out,
+            progress=show,
+        )
+    if result.resumed_from == result.steps:
+        reporter.console.print("  nothing to do: this run was finished before")
+    elif result.resumed_from:
+        reporter.console.print(f"  resumed from step {result.resumed_from}")
+    return result
+
+
+def evaluate(recipe: Recipe, model: Path, latents: Path) -> dict[str, float]:
+    """What was learnt, as likelihoods, and what the codec loses."""
+    bucket = recipe.prepare.bucket
+    figures = likelihoods(model, latents, draws=recipe.evaluate.noise_draws)
+    figures["codec_psnr_db"] = codec_quality(recipe.codec_source, bucket.num_frames, bucket.fps)
+    return figures
+
+
+def serve_and_sample(recipe: Recipe, model: Path, out: Path, reporter: Reporter) -> Served:
+    """Model folder → videos, on Ray Serve over HTTP: four prompts, one continued frame, one long video, and the colour prompts."""
+    frames = recipe.prepare.bucket.num_frames
+    prompts = [prompt.text for prompt in colour_prompts(max(4, recipe.evaluate.colour_clips))]
+    requests = [
+        Request("text to video", prompt, frames, seed) for seed, prompt in enumerate(prompts)
+    ]
+    long_frames = 3 * (frames - 1) + 1
+    with serve_model(
+        model,
+        host=recipe.serve.host,
+        port=recipe.serve.port,
+        data_dir=out / "served",
+        limits=recipe.serve.limits,
+        resources=recipe.serve.resources,
+        sampler=recipe.sampler,
+        name=recipe.name,
+    ) as app:
+        reporter.console.print(f"  serving at {app.url}")
+        client = VideoClient(app.url)
+        videos = []
+        with reporter.progress("generating") as update:
+            for request in requests:
+                videos.append(client.make(request, out))
+                update(len(videos), len(requests) + 2, request.prompt)
+            given = videos[1].frames[0]
+            extra = (
+                Request("image to video", prompts[1], frames, 101, image=given),
+                Request("long video", prompts[2], long_frames, 102),
+            )
+            for request in extra:
+                videos.append(client.make(request, out))
+                update(len(videos), len(requests) + 2, f"{request.kind}: {request.prompt}")
+    colours = [
+        (prompt.colour, video.frames)
+        for prompt, video in zip(colour_prompts(recipe.evaluate.colour_clips), videos, strict=False)
+    ]
+    return Served(
+        [v.sample for v in (*videos[:4], *videos[-2:])], colours, [v.spans for v in videos]
+    )
+
+
+def demo(
+    recipe: Recipe,
+    out: Path,
+    *,
+    shards: list[str] | None = None,
+    address: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Every stage in order; leaves videos, contact sheet, `report.html` and `summary.json` in `out`, and no process behind.
+
+    Args:
+        shards: WebDataset shards of your own; by default the moving-shapes world is made.
+        address: a Ray cluster; by default one is started here and ended.
+    """
+    reporter = reporter or Reporter()
+    started = time.monotonic()
+    save_recipe(recipe, out / "recipe.yaml")
+    if shards is None:
+        with reporter.stage("1 shards"):
+            shards = make_shards(recipe, out / "shards", reporter)
+    with local_or_given(recipe.cluster, address):
+        with reporter.stage("2 prepare (Ray Data)"):
+            prepared = prepare_latents(recipe, shards, out / "latents", reporter)
+        with reporter.stage("3 train (Ray Train)"):
+            trained = train(recipe, out / "latents", out / "train", reporter)
+        with reporter.stage("4 evaluate"):
+            summary: dict[str, Any] = dict(evaluate(recipe, trained.model_dir, out / "latents"))
+        with reporter.stage("5 serve and sample (Ray Serve)"):
+            served = serve_and_sample(recipe, trained.model_dir, out, reporter)
+    summary |= {
+        "colour_accuracy": colour_accuracy(served.colour_videos),
+        "colour_chance": 1 / len(COLOURS),
+        "colour_clips": len(served.colour_videos),
+        "overlap_s": round(sum(overlap_s(spans) for spans in served.spans), 4),
+        "statuses": {f"{s} {r}".strip(): n for s, r, n in prepared.rows()},
+        "steps": trained.steps,
+        "resumed_from": trained.resumed_from,
+        "mlflow_run_id": trained.mlflow_run_id,
+        "stage_s": reporter.stage_s,
+        "wall_s": round(time.monotonic() - started, 1),
+    }
+    page = write_report(
+        out,
+        title=f"Flowreel · {recipe.name}",
+        summary=summary,
+        samples=served.samples,
+        history=read_history(trained.history),
+        spans=served.spans[0],
+        statuses=summary["statuses"],
+    )
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    _say_where(out, page, summary, reporter)
+    return summary
+
+
+def _say_where(out: Path, page: Path, summary: dict[str, Any], reporter: Reporter) -> None:
+    names = (
+        "held_out_nats_per_dim", "gaussian_nats_per_dim", "shuffled_caption_nats_per_dim", "noise_floor_nats_per_dim",
+        "colour_accuracy", "colour_chance", "codec_psnr_db", "overlap_s", "wall_s",
+    )  # fmt: skip
+    reporter.table("what was measured", ["", ""], [[n, f"{summary[n]:.3f}"] for n in names])
+    size_mb = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
+    reporter.console.print(f"report         {page}")
+    reporter.console.print(f"contact sheet  {out / 'contact_sheet.png'}")
+    reporter.console.print(f"videos         {out}/*.mp4")
+    reporter.console.print(
+        f"tracking       mlflow ui --backend-store-uri sqlite:///{out / 'train' / 'mlflow.db'}"
+    )
+    reporter.console.print(
+        f"on disk        {size_mb:.0f} MB (free: {shutil.disk_usage(out).free / 1e9:.0f} GB)"
+    )

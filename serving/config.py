@@ -1,0 +1,88 @@
+"""Settings of the service, each part beside what it governs; a recipe holds them. Imports nothing
+heavy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Schedule = Literal["jacobi", "sequential"]
+
+
+class Limits(BaseModel):
+    """What the service admits; set by the recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt_chars: int = Field(default=4096, ge=1, description="longest prompt, in characters")
+    max_frames: int = Field(
+        default=481, ge=1, description="longest video, in frames (481 = 30 s at 16 fps)"
+    )
+    max_guidance: float = Field(default=20.0, ge=0, description="largest guidance weight w")
+    default_guidance: float = Field(
+        default=2.5, ge=0, description="guidance weight where none is asked for"
+    )
+    upload_bytes: int = Field(
+        default=16 << 20, ge=1024, description="largest request body, in bytes"
+    )
+    image_pixels: int = Field(
+        default=50_000_000, ge=1, description="largest uploaded image, in pixels"
+    )
+    queue_size: int = Field(default=16, ge=1, description="requests that may wait for their turn")
+    concurrent: int = Field(default=2, ge=1, description="requests being generated at one time")
+    deadline_s: float = Field(
+        default=900.0, gt=0, description="seconds from acceptance to a finished video"
+    )
+    keep_frames: bool = Field(
+        default=True, description="keep each video's lossless frames beside its mp4"
+    )
+
+
+class Sampler(BaseModel):
+    """How the flow is sampled where the request leaves it open."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    block_size: int = Field(default=16, ge=1, description="tokens per Jacobi block")
+    tolerance: float = Field(default=1e-3, ge=0, description="Jacobi stops at this ‖Δ‖²/‖x‖²")
+    context_frames: int | None = Field(
+        default=None,
+        ge=1,
+        description="latent frames read again when a long video slides on; by default half of it",
+    )
+    denoiser: Literal["learned", "none"] = Field(
+        default="learned", description="what takes the noise of σ away"
+    )
+
+
+class Resources(BaseModel):
+    """What each deployment takes of the cluster. The defaults fit all three on two CPUs, with room
+    for Ray Data.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    api_cpus: float = Field(default=0.2, ge=0, description="CPUs of the Api replica")
+    deep_cpus: float = Field(default=0.5, ge=0, description="CPUs of each DeepBlock replica")
+    decoder_cpus: float = Field(default=0.5, ge=0, description="CPUs of each FrameDecoder replica")
+    deep_gpus: float = Field(
+        default=0, ge=0, description="GPUs of each DeepBlock replica; 0 runs it on CPU"
+    )
+    decoder_gpus: float = Field(default=0, ge=0, description="GPUs of each FrameDecoder replica")
+    deep_replicas: int = Field(default=1, ge=1, description="replicas of DeepBlock")
+    decoder_replicas: int = Field(default=1, ge=1, description="replicas of FrameDecoder")
+    threads: int = Field(default=1, ge=1, description="torch threads in each stage replica")
+    credit_frames: int = Field(
+        default=3, ge=1, description="latent frames the deep block may be ahead"
+    )
+    restarts: int = Field(
+        default=2, ge=0, description="deep block replicas a video may lose and still be finished"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="compute and weights"
+    )
+    ready_timeout_s: float = Field(
+        default=5.0, gt=0, description="time for all stages to answer /health"
+    )

@@ -1,0 +1,333 @@
+"""One video being made: prompt → latents → frames, as two half-sessions that may live in two
+processes.
+
+`DeepSession` encodes the text and inverts the deep block, one frame of u at a time.
+`DecoderSession` takes those frames and gives RGB: shallow inverse, denoiser, codec. The Ray Serve
+replicas hold one each and pass bytes between them; `generate` holds both in one process. The code
+is the same, so the frames are the same. Knows nothing of HTTP or Ray.
+
+Shapes: x latents [B, T, C, h, w]; u tokens [B, T, H, W, C] (H, W the token grid); frames uint8 [T,
+height, width, 3].
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flow.codec import VideoCodec
+from flow.flow import SHALLOW_TOLERANCE, FlowModel
+from flow.sampling import DeepStream, FrameStream, SampleSpec, frame_noise
+from flow.text import TextEncoder, build_text_encoder, format_prompt
+from flow.weights import ModelSpec, load_model
+from serving.config import Sampler
+from serving.messages import (
+    Chunk,
+    DeepFrame,
+    Frames,
+    GeneratedVideo,
+    Opening,
+    PackedTensor,
+    Span,
+    Stage,
+    join,
+)
+from serving.requests import (
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    Generation,
+    InvalidRequest,
+    ModelFacts,
+)
+
+Device = Literal["cpu", "cuda"]
+
+# Noise is drawn from (seed, n): n counts latent frames, so what is drawn beside them takes n far
+# away.
+_POSTERIOR_NOISE_INDEX = 1 << 30
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model folder in memory; a stage that needs no codec or no text encoder holds none."""
+
+    model: FlowModel
+    spec: ModelSpec
+    facts: ModelFacts
+    device: Device
+    codec: VideoCodec | None
+    text_encoder: TextEncoder | None
+    sampler: Sampler = field(default_factory=Sampler)
+
+    @property
+    def latent_grid(self) -> tuple[int, int]:
+        """(h, w) of the latents."""
+        return self.facts.height // SPATIAL_FACTOR, self.facts.width // SPATIAL_FACTOR
+
+
+def model_facts(spec: ModelSpec, name: str) -> ModelFacts:
+    """What the Api needs to know of a model.
+
+    Raises:
+        InvalidRequest: the model folder does not say what videos it makes.
+    """
+    if spec.video is None or spec.codec is None:
+        missing = "video" if spec.video is None else "codec"
+        raise InvalidRequest(
+            f"The model {name!r} names no {missing} in its config.json, so it cannot make videos; "
+            f"export it with ModelSpec({missing}=...)."
+        )
+    video = spec.video
+    return ModelFacts(name, video.num_frames, video.height, video.width, float(video.fps))
+
+
+def load(
+    model_dir: str | Path,
+    *,
+    device: Device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    sampler: Sampler | None = None,
+    stage: Stage | None = None,
+) -> LoadedModel:
+    """Read a model folder as `flow.weights.save_model` writes it.
+
+    Args:
+        stage: keep in memory only what this stage needs; None keeps all.
+
+    Raises:
+        CheckpointError, CodecError, TextError: a part is missing or does not fit.
+        InvalidRequest: see `model_facts`.
+    """
+    folder = Path(model_dir)
+    model, spec = load_model(folder, device=device, dtype=dtype)
+    model.eval().requires_grad_(False)
+    facts = model_facts(spec, folder.name)
+    if stage == "deep":
+        model.flow.shallow, model.denoiser = torch.nn.ModuleList(), None
+    elif stage == "decode":
+        model.flow.deep.layers = torch.nn.ModuleList()
+    codec = None if stage == "deep" else load_codec(folder, spec, device)
+    text_encoder = None if stage == "decode" else build_text_encoder(spec.text, device)
+    return LoadedModel(model, spec, facts, device, codec, text_encoder, sampler or Sampler())
+
+
+def load_codec(folder: Path, spec: ModelSpec, device: Device) -> VideoCodec:
+    """The codec that a model names: a folder inside the model's, any folder, or a hub id."""
+    assert spec.codec is not None
+    inside = folder / spec.codec
+    codec = VideoCodec.load(inside if inside.is_dir() else spec.codec, device)
+    if spec.codec_digest is not None and codec.digest != spec.codec_digest:
+        raise InvalidRequest(
+            f"The codec at {spec.codec!r} has digest {codec.digest}, but the model was trained on "
+            f"latents of {spec.codec_digest}: put that codec back, or train for this one."
+        )
+    factors = (codec.spatial_factor, codec.temporal_factor)
+    if factors != (SPATIAL_FACTOR, TEMPORAL_FACTOR):
+        raise InvalidRequest(
+            f"The codec at {spec.codec!r} shrinks space and time by {factors}; this service is "
+            f"written for {(SPATIAL_FACTOR, TEMPORAL_FACTOR)}, as Wan2.2's codec does."
+        )
+    if spec.latents is not None:
+        codec.convention = spec.latents
+    return codec
+
+
+def prompt_text(caption: str, loaded: LoadedModel) -> str:
+    """The caption as the model was trained to read it."""
+    config, facts = loaded.model.config, loaded.facts
+    return format_prompt(
+        caption,
+        fps=facts.fps if config.prompt_fps else None,
+        noise_std=config.noise_std if config.prompt_noise else None,
+        aspect_ratio=facts.aspect_ratio if config.prompt_aspect else None,
+    )
+
+
+def sample_spec(request: Generation, loaded: LoadedModel) -> SampleSpec:
+    """How the flow samples this request; beyond the trained length the context slides by half a
+    window.
+    """
+    window = 1 + (loaded.facts.num_frames - 1) // TEMPORAL_FACTOR
+    sampler = loaded.sampler
+    return SampleSpec(
+        seed=request.seed,
+        num_frames=request.latent_frames,
+        grid=loaded.latent_grid,
+        guidance=request.guidance,
+        schedule=request.schedule,
+        block_size=sampler.block_size,
+        tolerance=sampler.tolerance,
+        window_frames=window,
+        context_frames=sampler.context_frames or max(1, window // 2),
+    )
+
+
+def fit_image(image_HWC: Frames, height: int, width: int) -> Frames:
+    """Scale an image to cover (height, width) and crop its centre: uint8 [height, width, 3]."""
+    rows, columns = image_HWC.shape[:2]
+    scale = max(height / rows, width / columns)
+    size = (max(width, round(columns * scale)), max(height, round(rows * scale)))
+    scaled = np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.LANCZOS))
+    top, left = (size[1] - height) // 2, (size[0] - width) // 2
+    return np.ascontiguousarray(scaled[top : top + height, left : left + width])
+
+
+@torch.inference_mode()
+def encode_first_frame(loaded: LoadedModel, request: Generation, image_HWC: Frames) -> PackedTensor:
+    """u of a given first frame, [1, 1, H, W, C]: codec, latent convention, + σ·ε, forward through
+    the shallow stack (arXiv 2511.20462, image-to-video). The noise comes from the request's
+    seed."""
+    codec, model = loaded.codec, loaded.model
+    assert codec is not None, "only the decoding stage, which has the codec, takes images"
+    fitted = fit_image(image_HWC, loaded.facts.height, loaded.facts.width)
+    mean_BTCHW, logvar_BTCHW = codec.encode(torch.from_numpy(fitted)[None, None])
+
+    def noise(index: int) -> Tensor:
+        drawn = frame_noise(request.seed, index, tuple(mean_BTCHW.shape[2:]))
+        return drawn[None, None].to(mean_BTCHW.device)
+
+    posterior = noise(_POSTERIOR_NOISE_INDEX) if codec.convention.posterior_noise else None
+    x_BTCHW = codec.convention.to_model(mean_BTCHW, logvar_BTCHW, posterior)
+    x_BTCHW = x_BTCHW + model.config.noise_std * noise(0)
+    dtype = next(model.parameters()).dtype
+    return PackedTensor.pack(model.flow.shallow_forward(x_BTCHW.to(dtype)))
+
+
+class DeepSession:
+    """Text and deep block of one request. `opening` first, then `next()` for each latent frame, or
+    iterate. With `emitted`, the frames of u made before, it goes on after them as if uninterrupted.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        request: Generation,
+        first_u: PackedTensor | None = None,
+        emitted: Sequence[PackedTensor] = (),
+    ) -> None:
+        assert loaded.text_encoder is not None
+        self.request = request
+        dtype = next(loaded.model.parameters()).dtype
+        texts = [prompt_text(request.prompt, loaded), prompt_text("", loaded)]
+        both_BLD = loaded.text_encoder.encode(texts)
+        self.opening = Opening(PackedTensor.pack(both_BLD[:1]))
+        both_BLD = both_BLD.to(loaded.device, dtype)
+
+        def on_device(packed: PackedTensor) -> Tensor:
+            return packed.unpack(loaded.device).to(dtype)
+
+        self._stream = DeepStream(
+            loaded.model.flow,
+            both_BLD[:1],
+            both_BLD[1:],
+            sample_spec(request, loaded),
+            first_frame_u=None if first_u is None else on_device(first_u),
+            emitted=[on_device(u) for u in emitted],
+        )
+        self.index = len(emitted)
+
+    @torch.inference_mode()
+    def next(self) -> DeepFrame:
+        """The next frame of u."""
+        start_s = time.time()
+        u = PackedTensor.pack(self._stream.next_frame())
+        span = Span("deep", self.index, os.getpid(), start_s, time.time(), self.request.request_id)
+        self.index += 1
+        return DeepFrame(span.frame, u, span)
+
+    def __iter__(self) -> Iterator[DeepFrame]:
+        while self.index < self.request.latent_frames:
+            yield self.next()
+
+
+class DecoderSession:
+    """Shallow inverse, denoiser and codec of one request: `push` each frame of u in order, then
+    `finish`.
+    """
+
+    def __init__(self, loaded: LoadedModel, request: Generation, opening: Opening) -> None:
+        assert loaded.codec is not None
+        self.request = request
+        self._loaded = loaded
+        self._dtype = next(loaded.model.parameters()).dtype
+        denoiser = "none" if loaded.model.denoiser is None else loaded.sampler.denoiser
+        text_1LD = opening.text.unpack(loaded.device).to(self._dtype)
+        # Who asks for the exact deep inverse means the whole video, as in `flow.sampling.sample`.
+        exact = request.schedule == "sequential" or loaded.sampler.tolerance == 0
+        tolerance = 0.0 if exact else SHALLOW_TOLERANCE
+        self._latents = FrameStream(loaded.model, text_1LD, denoiser, shallow_tolerance=tolerance)
+        self._codec = loaded.codec.stream()
+        self._next_index = 0
+
+    def push(self, frame: DeepFrame) -> Chunk:
+        """RGB frames that this frame of u makes ready; none while the denoiser still waits to look
+        ahead.
+        """
+        assert frame.index == self._next_index, f"frame {frame.index} came for {self._next_index}"
+        self._next_index += 1
+        u_BTHWC = frame.u.unpack(self._loaded.device).to(self._dtype)
+        chunk = self._decode(lambda: self._latents.push(u_BTHWC), frame.index)
+        return Chunk(chunk.frames, (frame.span, *chunk.spans))
+
+    def finish(self) -> Chunk:
+        """The frames still held back."""
+        return self._decode(self._latents.finish, self._next_index - 1)
+
+    @torch.inference_mode()
+    def _decode(self, clean_latents: Callable[[], list[Tensor]], index: int) -> Chunk:
+        start_s = time.time()
+        height, width = self._loaded.facts.height, self._loaded.facts.width
+        ready = [np.empty((0, height, width, 3), dtype=np.uint8)]
+        for x_BCHW in clean_latents():
+            ready.append(self._codec.push(x_BCHW)[0].cpu().numpy())
+        span = Span("decode", index, os.getpid(), start_s, time.time(), self.request.request_id)
+        return Chunk(np.concatenate(ready), (span,))
+
+
+def generate(
+    model: LoadedModel | str | Path,
+    request: Generation,
+    image_HWC: Frames | None = None,
+    on_chunk: Callable[[Chunk], None] | None = None,
+) -> GeneratedVideo:
+    """The whole video in this process.
+
+    Args:
+        model: a loaded model, or a model folder.
+        image_HWC: the given first frame, uint8 [H, W, 3] of any size; for a request with
+            `given_first_frame`.
+        on_chunk: called with each chunk as it becomes ready.
+
+    Example: `generate("runs/demo/model", Generation(request_id="a", prompt="a red square",
+    num_frames=17))`
+    """
+    loaded = model if isinstance(model, LoadedModel) else load(model)
+    if request.given_first_frame != (image_HWC is not None):
+        raise InvalidRequest(
+            f"given_first_frame is {request.given_first_frame}, but "
+            f"{'no image was' if image_HWC is None else 'an image was'} given."
+        )
+    first_u = None if image_HWC is None else encode_first_frame(loaded, request, image_HWC)
+    deep = DeepSession(loaded, request, first_u)
+    decoder = DecoderSession(loaded, request, deep.opening)
+    chunks: list[Chunk] = []
+
+    def keep(chunk: Chunk) -> None:
+        chunks.append(chunk)
+        if on_chunk is not None:
+            on_chunk(chunk)
+
+    for frame in deep:
+        keep(decoder.push(frame))
+    keep(decoder.finish())
+    return join(chunks, loaded.facts.fps)

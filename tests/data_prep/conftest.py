@@ -1,0 +1,73 @@
+"""A tiny codec, a tiny world in two shards, and paths to the real samples where they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_prep.config import BucketConfig, PrepareConfig
+from data_prep.moving_shapes import write_world
+
+ROOT = Path(__file__).parents[2]
+
+CODEC = {
+    "base_dim": 8,
+    "decoder_base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.1, -0.1, 0.0, 0.2],
+    "latents_std": [0.8, 1.0, 1.2, 0.9],
+}
+
+
+@pytest.fixture(scope="session")
+def codec_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    from flow.codec import build_vae, save_codec
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("codec")
+    save_codec(build_vae(CODEC), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two shards of four clips and one of three images."""
+    paths = write_world(tmp_path_factory.mktemp("world"), 8, 3, clips_per_shard=4, seed=5)
+    return [str(path) for path in paths]
+
+
+@pytest.fixture(scope="session")
+def config() -> PrepareConfig:
+    return PrepareConfig(bucket=BucketConfig(num_frames=5, height=32, width=32, fps=8.0))
+
+
+def real_folder(variable: str, name: str) -> Path:
+    folder = Path(os.environ.get(variable, ROOT.parent / "shared" / name))
+    if not folder.is_dir():
+        pytest.skip(f"{variable} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def panda_samples() -> Path:
+    return real_folder("FLOWREEL_PANDA_SAMPLES", "panda_samples")
+
+
+@pytest.fixture(scope="session")
+def odd_videos() -> Path:
+    return real_folder("FLOWREEL_ODD_VIDEOS", "odd_videos")

@@ -1,0 +1,72 @@
+"""The stages of `prepare` in one process, in any order and up to any point: Ray, only slower."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.config import PrepareConfig
+from data_prep.ledger import Ledger
+from data_prep.run import PrepareReport, RunPlan, plan_run, report_of
+from data_prep.stages import (
+    CaptionStage,
+    DecodeStage,
+    EncodeStage,
+    FilterStage,
+    Row,
+    SinkStage,
+    read_rows,
+    run_stage,
+)
+
+
+def finished_rows(plan: RunPlan, config: PrepareConfig) -> Iterator[Row]:
+    """Every row of the plan after all stages but the sink."""
+    skip = frozenset(job.name for job in plan.jobs if not job.encode)
+    stages = [
+        DecodeStage(config),
+        FilterStage(config),
+        CaptionStage(config),
+        EncodeStage(config, plan.codec, skip),
+    ]
+    ledger = Ledger(plan.out)
+    try:
+        for job in plan.jobs:
+            for row in read_rows(job, config, ledger.staged_numbers(job)):
+                for stage in stages:
+                    row = run_stage(stage, row)
+                yield row
+    finally:
+        for stage in stages:
+            stage.close()
+
+
+def prepare_locally(
+    config: PrepareConfig,
+    shards: list[str],
+    out: Path,
+    codec: Path,
+    *,
+    shuffle: int | None = None,
+    stop_after: int | None = None,
+) -> PrepareReport:
+    """Like `prepare`, in this process: rows shuffled by a seed, or stopped after so many."""
+    plan = plan_run(config, shards, out, str(codec))
+    sink = SinkStage(config, str(plan.out), plan.jobs)
+    rows = list(finished_rows(plan, config))
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(rows)
+    for row in rows[:stop_after]:
+        sink.accept(row)
+    return report_of(plan, samples_now=len(rows), seconds=1.0, startup_s=0.0)
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Hash of every file of an output but the lock."""
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }

@@ -1,0 +1,173 @@
+"""The same on a real Ray cluster: an operator a stage, equal to one process, killed, resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from data_prep.config import ConcurrencyConfig, PrepareConfig
+from data_prep.moving_shapes import write_world
+from data_prep.on_ray import ShardSource, build_pipeline, prepare
+from data_prep.resources import plan_resources
+from data_prep.run import plan_run
+
+from .local import digests, prepare_locally
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray runs its workers at nice 15: beside anything else on two CPUs they would starve.
+        patch.setenv("RAY_worker_niceness", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def test_the_whole_run_on_ray_equals_one_process(
+    cluster: None, config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(Path(world[0]).read_bytes()[:15_000])
+    junk = tmp_path / "junk.tar"
+    junk.write_bytes(b"junk" * 500)
+    shards = [*world, str(cut), str(junk)]
+    calls: list[tuple[str, int, int | None]] = []
+    report = prepare(
+        config,
+        shards,
+        tmp_path / "ray",
+        codec_dir,
+        progress=lambda stage, done, total: calls.append((stage, done, total)),
+    )
+    local = prepare_locally(config, shards, tmp_path / "local", codec_dir)
+    assert digests(tmp_path / "ray") == digests(tmp_path / "local")
+    assert report.counts == local.counts
+    assert report.samples_now == report.total == sum(n for _, _, n in report.rows())
+    assert calls[0] == ("shards", 0, 5)
+    assert calls[-1][:2] in (("shards", 5), ("samples", report.total))
+    assert ("shards", 5, 5) in calls
+    seen = [
+        (row["shard"], row["key"])
+        for path in (tmp_path / "ray" / "status").iterdir()
+        for row in pq.read_table(path).to_pylist()
+    ]
+    assert len(seen) == len(set(seen)) == report.total
+
+
+def test_every_stage_is_an_operator_of_its_own(
+    cluster: None, config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
+) -> None:
+    from ray.data._internal.logical.optimizers import get_execution_plan
+
+    plan = plan_run(config, world, tmp_path, str(codec_dir))
+    resources = plan_resources(2.0, 0.0, config.concurrency)
+    pipeline = build_pipeline(plan, config, resources)
+    physical, _ = get_execution_plan(pipeline._logical_plan)
+    names = []
+    operator = physical.dag
+    while operator is not None:
+        names.append(operator.name)
+        operator = operator.input_dependencies[0] if operator.input_dependencies else None
+    stages = ["Read", "Decode", "Filter", "Caption", "Encode", "Sink"]
+    found = [name for name in reversed(names) if name != "Input"]
+    assert len(found) == len(stages)
+    assert all(stage in name for stage, name in zip(stages, found, strict=True))
+    assert not any("->" in name for name in found)
+
+
+def test_finished_shards_never_become_a_read_task(
+    config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
+) -> None:
+    prepare_locally(config, world[:1], tmp_path, codec_dir)
+    plan = plan_run(config, world, tmp_path, str(codec_dir))
+    tasks = ShardSource(plan.jobs, config, plan.out).get_read_tasks(200)
+    files = [file for task in tasks for file in task.metadata.input_files or ()]
+    assert files == world[1:]
+
+
+def test_running_again_is_quick_and_needs_no_ray(
+    config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, where Ray was never started."""
+    prepare_locally(config, world, tmp_path, codec_dir)
+    before = digests(tmp_path)
+    script = (
+        "import sys, ray\nfrom pathlib import Path\n"
+        "from data_prep.config import PrepareConfig\nfrom data_prep.on_ray import prepare\n"
+        "config = PrepareConfig.model_validate_json(sys.argv[1])\n"
+        "report = prepare(config, sys.argv[4:], Path(sys.argv[2]), Path(sys.argv[3]))\n"
+        "assert not ray.is_initialized() and 'torch' not in sys.modules\n"
+        "assert report.seconds < 2 and report.samples_now == 0, report\n"
+        "assert report.total == 11, report\n"
+    )
+    command = [sys.executable, "-c", script, config.model_dump_json(), str(tmp_path)]
+    subprocess.run([*command, str(codec_dir), *world], check=True, cwd=ROOT, timeout=120)
+    assert digests(tmp_path) == before
+
+
+DRIVER = """
+import sys, ray
+from pathlib import Path
+from data_prep.config import PrepareConfig
+from data_prep.on_ray import prepare
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+config = PrepareConfig.model_validate_json(sys.argv[1])
+prepare(config, sys.argv[4:], Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
+    config: PrepareConfig, codec_dir: Path, tmp_path: Path
+) -> None:
+    shards = [str(p) for p in write_world(tmp_path / "in", 120, 20, clips_per_shard=40)]
+    config = config.model_copy(update={"concurrency": ConcurrencyConfig(shards_in_flight=2)})
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    prepare_locally(config, shards, whole, codec_dir)
+    command = [sys.executable, "-c", DRIVER, config.model_dump_json(), str(broken), str(codec_dir)]
+    environment = {**os.environ, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+    kills = 0
+    for wanted in (5, 60):
+        with subprocess.Popen([*command, *shards], cwd=ROOT, env=environment) as driver:
+            deadline = time.monotonic() + 200
+            while driver.poll() is None and time.monotonic() < deadline:
+                if _finished(broken) >= wanted:
+                    os.kill(driver.pid, signal.SIGKILL)
+                    kills += 1
+                    break
+                time.sleep(0.02)
+    assert kills >= 1
+    assert _finished(broken) < 140
+    kept = {p: p.stat().st_mtime_ns for p in (broken / "manifests").glob("*.json")}
+    subprocess.run([*command, *shards], check=True, cwd=ROOT, env=environment, timeout=300)
+    assert digests(broken) == digests(whole)
+    # What was finished before the kill was not written again.
+    assert all(path.stat().st_mtime_ns == mtime_ns for path, mtime_ns in kept.items())
+
+
+def _finished(out: Path) -> int:
+    staged = sum(1 for _ in out.glob("staging/*/*/*.arrow"))
+    return staged + 40 * sum(1 for _ in out.glob("manifests/*.json"))
+
+
+@pytest.mark.slow
+def test_real_panda_clips_go_through(
+    cluster: None, config: PrepareConfig, panda_samples: Path, codec_dir: Path, tmp_path: Path
+) -> None:
+    shards = [str(path) for path in sorted(panda_samples.glob("*.tar"))]
+    report = prepare(config, shards, tmp_path, codec_dir)
+    assert report.counts == {"failed": 6, "kept": 48}
+    assert report.reasons == {"failed_to_download": 6}

@@ -1,0 +1,218 @@
+"""Reading: real times, upright frames, and an error with a reason for every bad file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import media.read
+from media.errors import (
+    DecoderDied,
+    DecodeTimeout,
+    EmptyVideo,
+    MediaError,
+    UnreadableVideo,
+    VideoTooLarge,
+)
+from media.read import VideoInfo, VideoReader
+from media.write import encode_mp4
+
+ROOT = Path(__file__).parents[2]
+ODD = Path(os.environ.get("FLOWREEL_ODD_VIDEOS", ROOT.parent / "shared" / "odd_videos"))
+needs_odd = pytest.mark.skipif(not ODD.is_dir(), reason="FLOWREEL_ODD_VIDEOS is not there")
+
+
+@pytest.fixture(scope="module")
+def reader() -> VideoReader:
+    with VideoReader() as reader:
+        yield reader
+
+
+@pytest.fixture(scope="module")
+def video() -> bytes:
+    shades = np.arange(24, dtype=np.uint8)[:, None, None, None] * 10
+    return encode_mp4(np.broadcast_to(shades, (24, 32, 64, 3)).copy(), 24.0)
+
+
+def test_chosen_frames_come_in_order_with_their_times(reader: VideoReader, video: bytes) -> None:
+    clip = reader.read(video, choose=lambda info: [3, 3, 7, 20])
+    assert clip.reader == "decord"
+    np.testing.assert_allclose(clip.pts_s, np.array([3, 3, 7, 20]) / 24, atol=1e-4)
+    np.testing.assert_allclose(clip.frames.mean((1, 2, 3)), [30, 30, 70, 200], atol=3)
+
+
+def test_both_readers_agree(
+    reader: VideoReader, video: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(info: VideoInfo) -> list[int]:
+        return [0, 5, 5, 23]
+
+    first = reader.read(video, choose=choose)
+    monkeypatch.setattr(media.read, "_readers", lambda: ["pyav"])
+    second = reader.read(video, choose=choose)
+    assert second.reader == "pyav"
+    np.testing.assert_allclose(first.pts_s, second.pts_s, atol=1e-4)
+    assert np.abs(first.frames.astype(int) - second.frames).max() <= 3
+
+
+@pytest.mark.parametrize("width", [16, 24, 48, 72])
+def test_widths_that_decord_reads_wrongly_go_to_the_second_reader(
+    reader: VideoReader, width: int
+) -> None:
+    grey = np.full((3, 32, width, 3), 90, dtype=np.uint8)
+    clip = reader.read(encode_mp4(grey, 8))
+    assert clip.reader == "pyav"
+    assert clip.frames.shape == grey.shape
+    assert abs(clip.frames.mean() - 90) < 3
+
+
+def test_one_child_serves_many_videos(reader: VideoReader, video: bytes) -> None:
+    before = reader.starts
+    for _ in range(3):
+        reader.read(video)
+    assert reader.starts <= max(1, before)
+
+
+def test_a_path_is_read_like_bytes(reader: VideoReader, video: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(video)
+    np.testing.assert_array_equal(reader.read(path).frames, reader.read(video).frames)
+
+
+def test_caps_refuse_before_decoding(reader: VideoReader, video: bytes) -> None:
+    with pytest.raises(VideoTooLarge, match="64×32"):
+        reader.read(video, max_pixels=1000)
+    with pytest.raises(VideoTooLarge, match="24 frames wanted"):
+        reader.read(video, max_frames=23)
+    with pytest.raises(VideoTooLarge, match="bytes"):
+        reader.read(video, max_bytes=100)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+def test_a_container_that_promises_more_than_it_holds_is_unreadable(
+    reader: VideoReader, share: float
+) -> None:
+    rng = np.random.default_rng(0)
+    data = encode_mp4(rng.integers(0, 255, (16, 32, 32, 3), dtype=np.uint8), 8)
+    with pytest.raises(UnreadableVideo):
+        reader.read(data[: int(len(data) * share)], deadline_s=20)
+
+
+@pytest.mark.parametrize("data", [b"\0" * 4096, b"not a video at all", os.urandom(5000)])
+def test_other_bytes_are_unreadable(reader: VideoReader, data: bytes) -> None:
+    with pytest.raises(UnreadableVideo):
+        reader.read(data, deadline_s=20)
+
+
+def test_no_bytes_are_an_empty_video(reader: VideoReader) -> None:
+    with pytest.raises(EmptyVideo, match="0 bytes"):
+        reader.read(b"")
+
+
+def test_the_same_damage_gives_the_same_message(reader: VideoReader, video: bytes) -> None:
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(UnreadableVideo) as caught:
+            reader.read(video[: len(video) // 2])
+        messages.add(str(caught.value))
+        time.sleep(1.1)
+    assert len(messages) == 1
+
+
+def test_a_decoder_that_hangs_is_killed_and_the_next_video_is_read(video: bytes) -> None:
+    with VideoReader() as reader:
+        reader.read(video)
+        assert reader._child is not None
+        stuck = reader._child.pid
+        os.kill(stuck, signal.SIGSTOP)
+        begun = time.monotonic()
+        with pytest.raises(DecodeTimeout, match=r"0\.5 s"):
+            reader.read(video, deadline_s=0.5)
+        assert time.monotonic() - begun < 5
+        with pytest.raises(ProcessLookupError):
+            os.kill(stuck, 0)
+        assert len(reader.read(video).frames) == 24
+        assert reader.starts == 2
+
+
+def test_a_decoder_that_crashes_costs_one_video(video: bytes) -> None:
+    with VideoReader() as reader:
+        reader.read(video)
+        assert reader._child is not None
+        stopped = reader._child.pid
+        os.kill(stopped, signal.SIGSTOP)
+        threading.Timer(0.3, os.kill, (stopped, signal.SIGKILL)).start()
+        with pytest.raises(DecoderDied, match="code -9"):
+            reader.read(video, deadline_s=20)
+        assert len(reader.read(video).frames) == 24
+
+
+def test_what_choose_raises_comes_through_and_the_reader_lives(
+    reader: VideoReader, video: bytes
+) -> None:
+    def choose(info: VideoInfo) -> list[int]:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        reader.read(video, choose=choose)
+    assert len(reader.read(video).frames) == 24
+
+
+def test_errors_survive_pickling() -> None:
+    def leaves(kind: type[MediaError]) -> list[type[MediaError]]:
+        return [kind, *(leaf for child in kind.__subclasses__() for leaf in leaves(child))]
+
+    kinds = leaves(MediaError)
+    assert len({kind.reason for kind in kinds}) == len(kinds)
+    for kind in kinds:
+        back = pickle.loads(pickle.dumps(kind("what and why")))
+        assert type(back) is kind
+        assert str(back) == "what and why"
+
+
+@needs_odd
+def test_av1_in_matroska_is_read_by_the_second_reader(reader: VideoReader) -> None:
+    clip = reader.read(ODD / "av1.mkv", choose=lambda info: range(100, 110))
+    assert clip.reader == "pyav"
+    assert clip.frames.shape == (10, 360, 640, 3)
+    assert clip.duration_s == pytest.approx(5.0)
+
+
+@needs_odd
+def test_a_phone_video_stands_upright_in_both_readers(
+    reader: VideoReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = reader.read(ODD / "rotated_90.mov")
+    monkeypatch.setattr(media.read, "_readers", lambda: ["pyav"])
+    second = reader.read(ODD / "rotated_90.mov")
+    assert first.frames.shape == second.frames.shape == (3, 568, 320, 3)
+    assert np.abs(first.frames.astype(int) - second.frames).mean() < 2
+
+
+@needs_odd
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("corrupted.mp4", "unreadable_video"),
+        ("truncated.mp4", "unreadable_video"),
+        ("empty.mp4", "empty_video"),
+    ],
+)
+def test_files_of_real_crawls_fail_with_a_reason(
+    reader: VideoReader, name: str, reason: str
+) -> None:
+    with pytest.raises(MediaError) as caught:
+        reader.read(ODD / name)
+    assert caught.value.reason == reason
+
+
+@needs_odd
+def test_h265_is_read(reader: VideoReader) -> None:
+    assert reader.read(ODD / "h265.mp4").frames.shape == (10, 128, 128, 3)

@@ -1,0 +1,179 @@
+"""The two half-sessions in one process: lengths, determinism, first frames, long videos, spans."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flow.sampling import frame_noise, sample
+from serving.requests import FrameCountError, Generation, InvalidRequest
+from serving.session import (
+    Chunk,
+    DecoderSession,
+    DeepSession,
+    LoadedModel,
+    PackedTensor,
+    encode_first_frame,
+    fit_image,
+    generate,
+    load,
+    sample_spec,
+)
+from tests.serving.conftest import FPS, SIZE, TRAINED_FRAMES
+
+
+def ask(**fields: object) -> Generation:
+    values = {"request_id": "r", "prompt": "a red square", "num_frames": TRAINED_FRAMES, "seed": 3}
+    return Generation.model_validate({**values, **fields})
+
+
+def test_a_prompt_becomes_so_many_frames_of_the_models_size(loaded: LoadedModel) -> None:
+    video = generate(loaded, ask())
+    assert video.frames.shape == (TRAINED_FRAMES, SIZE, SIZE, 3)
+    assert (video.frames.dtype, video.fps) == (np.uint8, FPS)
+    assert video.frames.std() > 5
+
+
+def test_the_same_request_gives_the_same_frames_and_another_does_not(loaded: LoadedModel) -> None:
+    once = generate(loaded, ask()).frames
+    np.testing.assert_array_equal(generate(loaded, ask()).frames, once)
+    for other in (ask(seed=4), ask(prompt="a blue circle"), ask(guidance=0.0)):
+        assert (generate(loaded, other).frames != once).any()
+
+
+def test_a_folder_and_a_loaded_model_give_the_same_video(
+    loaded: LoadedModel, model_dir: Path
+) -> None:
+    frames = generate(model_dir, ask(num_frames=1)).frames
+    np.testing.assert_array_equal(frames, generate(loaded, ask(num_frames=1)).frames)
+
+
+def test_both_schedules_make_the_video(loaded: LoadedModel) -> None:
+    jacobi, sequential = (
+        generate(loaded, ask(schedule=name)).frames.astype(float)
+        for name in ("jacobi", "sequential")
+    )
+    assert np.abs(jacobi - sequential).mean() < 2
+
+
+@pytest.mark.parametrize("num_frames", [0, 8, 10])
+def test_a_frame_count_that_is_not_4k_plus_1_is_refused(num_frames: int) -> None:
+    with pytest.raises(FrameCountError, match="nearest allowed"):
+        ask(num_frames=num_frames)
+
+
+def test_what_travels_between_the_stages_survives_the_journey(loaded: LoadedModel) -> None:
+    request = ask()
+    whole = generate(loaded, request).frames
+    deep = DeepSession(loaded, pickle.loads(pickle.dumps(request)))
+    decoder = DecoderSession(loaded, request, pickle.loads(pickle.dumps(deep.opening)))
+    chunks = [decoder.push(pickle.loads(pickle.dumps(frame))) for frame in deep]
+    chunks.append(decoder.finish())
+    sent = pickle.loads(pickle.dumps(chunks))
+    np.testing.assert_array_equal(np.concatenate([chunk.frames for chunk in sent]), whole)
+
+
+def test_frames_come_while_later_ones_are_still_being_made(loaded: LoadedModel) -> None:
+    chunks: list[Chunk] = []
+    generate(loaded, ask(num_frames=17), on_chunk=chunks.append)
+    # The denoiser looks one frame ahead: nothing after the first push, then one latent frame each.
+    assert [len(chunk.frames) for chunk in chunks] == [0, 1, 4, 4, 4, 4]
+
+
+def test_every_latent_frame_has_its_two_spans_in_order(loaded: LoadedModel) -> None:
+    spans = generate(loaded, ask()).spans
+    assert [span.frame for span in spans if span.name == "deep"] == [0, 1, 2]
+    assert [span.frame for span in spans if span.name == "decode"] == [0, 1, 2, 2]
+    assert {(span.pid, span.request_id) for span in spans} == {(os.getpid(), "r")}
+    times = [time for span in spans for time in (span.start_s, span.end_s)]
+    assert times == sorted(times)
+
+
+def test_a_given_image_is_the_first_frame_of_u(loaded: LoadedModel, picture: np.ndarray) -> None:
+    request = ask(given_first_frame=True)
+    first_u = encode_first_frame(loaded, request, picture)
+    deep = DeepSession(loaded, request, first_u)
+    assert deep.next().u == first_u
+    # Undone through the shallow stack and without its noise, it is the image's own latent.
+    x_noisy = loaded.model.flow.shallow_inverse(first_u.unpack())
+    noise = frame_noise(request.seed, 0, tuple(x_noisy.shape[2:]))
+    assert loaded.codec is not None
+    frame = torch.from_numpy(fit_image(picture, SIZE, SIZE))[None, None]
+    mean, _ = loaded.codec.encode(frame)
+    expected = loaded.codec.convention.to_model(mean)
+    torch.testing.assert_close(
+        x_noisy - loaded.model.config.noise_std * noise, expected, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_given_image_changes_the_whole_video(loaded: LoadedModel, picture: np.ndarray) -> None:
+    request = ask(given_first_frame=True)
+    video = generate(loaded, request, picture).frames
+    assert video.shape == (TRAINED_FRAMES, SIZE, SIZE, 3)
+    other = generate(loaded, request, picture[::-1].copy()).frames
+    assert (video[0] != other[0]).any()
+    assert (video[-1] != other[-1]).any()
+
+
+def test_an_image_that_was_promised_must_come(loaded: LoadedModel) -> None:
+    with pytest.raises(InvalidRequest, match="no image was given"):
+        generate(loaded, ask(given_first_frame=True))
+
+
+def test_a_long_video_goes_on_from_the_short_one(loaded: LoadedModel) -> None:
+    short = generate(loaded, ask()).frames
+    long = generate(loaded, ask(num_frames=33)).frames
+    assert len(long) == 33
+    # All but the last latent frame of the short one, which had no frame after it to look at.
+    np.testing.assert_array_equal(long[: TRAINED_FRAMES - 4], short[: TRAINED_FRAMES - 4])
+    assert long[TRAINED_FRAMES:].std() > 5
+
+
+def test_an_image_is_scaled_to_cover_and_cropped_at_its_centre() -> None:
+    image = np.zeros((40, 120, 3), dtype=np.uint8)
+    image[:, 40:80] = 255
+    fitted = fit_image(image, 32, 32)
+    assert fitted.shape == (32, 32, 3)
+    assert fitted[:, 2:-2].min() > 250
+
+
+def test_the_sessions_make_what_the_flows_own_sampler_makes(loaded: LoadedModel) -> None:
+    request = ask(num_frames=17, schedule="sequential")
+    assert loaded.codec is not None
+    assert loaded.text_encoder is not None
+    text, null = loaded.text_encoder.encode([request.prompt, ""]).split(1)
+    latents = sample(loaded.model, text, null, sample_spec(request, loaded))
+    expected = loaded.codec.decode(latents)[0].numpy()
+    np.testing.assert_array_equal(generate(loaded, request).frames, expected)
+
+
+def test_a_deep_session_taken_up_by_another_process_goes_on_alike(
+    loaded: LoadedModel, model_dir: Path
+) -> None:
+    request = ask(num_frames=33)
+    whole = list(DeepSession(loaded, request))
+    other = load(model_dir, stage="deep")
+    emitted = [frame.u for frame in whole[:4]]
+    rest = list(DeepSession(other, request, emitted=emitted))
+    assert [frame.index for frame in rest] == [4, 5, 6, 7, 8]
+    for again, frame in zip(rest, whole[4:], strict=True):
+        torch.testing.assert_close(again.u.unpack(), frame.u.unpack(), atol=1e-5, rtol=1e-5)
+
+
+def test_each_stage_holds_only_what_it_needs(loaded: LoadedModel, model_dir: Path) -> None:
+    def size(part: LoadedModel) -> int:
+        return sum(weight.numel() for weight in part.model.parameters())
+
+    deep, decode = load(model_dir, stage="deep"), load(model_dir, stage="decode")
+    assert (deep.codec, decode.text_encoder) == (None, None)
+    assert size(deep) + size(decode) < 1.1 * size(loaded)
+
+
+def test_a_packed_tensor_is_unchanged() -> None:
+    tensor = torch.randn(1, 2, 3)
+    torch.testing.assert_close(PackedTensor.pack(tensor).unpack(), tensor, atol=0, rtol=0)

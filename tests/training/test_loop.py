@@ -1,0 +1,215 @@
+"""Whole runs of real processes: many workers equal one, resumed equals uninterrupted, and what
+stops a run.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flow.flow import FlowModel
+from tests.training import workers
+from tests.training.world import TEXT, small_config, small_flow, write_dataset
+from training.checkpoint import (
+    MARKER_NAME,
+    CheckpointMismatch,
+    complete_checkpoints,
+    latest_complete,
+    load_averaged,
+)
+from training.config import TrainConfig
+from training.history import read_history
+from training.loop import TrainJob, train
+from training.step import SkippedTooOften
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("latents") / "data")
+
+
+def job(dataset: Path, out: Path, **changes: Any) -> TrainJob:
+    return TrainJob(small_flow(**changes), TEXT, dataset, out)
+
+
+def averaged(work: TrainJob) -> dict[str, Tensor]:
+    """Averaged weights of the newest checkpoint."""
+    checkpoint = latest_complete(work.checkpoints)
+    assert checkpoint is not None
+    model = FlowModel(work.flow)
+    load_averaged(checkpoint, model)
+    return model.state_dict()
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def many(**changes: Any) -> TrainConfig:
+    return small_config(strategy="fsdp", workers=2, **changes)
+
+
+@pytest.fixture(scope="module")
+def single(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
+    """An uninterrupted run of one process."""
+    work = job(dataset, tmp_path_factory.mktemp("single"))
+    train(small_config(), work)
+    return work
+
+
+@pytest.mark.parametrize(
+    "granularity", ["layer", "model", pytest.param("block", marks=pytest.mark.slow)]
+)
+def test_two_workers_end_where_one_does(
+    granularity: str, single: TrainJob, dataset: Path, tmp_path: Path
+) -> None:
+    work = job(dataset, tmp_path)
+    workers.run(many(shard_granularity=granularity), work)
+    assert largest_difference(averaged(work), averaged(single)) < 1e-5
+    one, two = read_history(single.history), read_history(work.history)
+    assert [r["step"] for r in two] == list(range(6))
+    for a, b in zip(one, two, strict=True):
+        assert b["loss_nats_per_dim"] == pytest.approx(a["loss_nats_per_dim"], abs=1e-5)
+        assert b["flow_grad_norm"] == pytest.approx(a["flow_grad_norm"], rel=1e-4)
+        assert b["denoiser_loss"] == pytest.approx(a["denoiser_loss"], rel=1e-4)
+
+
+def test_a_resumed_run_ends_exactly_where_an_uninterrupted_one_does(
+    single: TrainJob, dataset: Path, tmp_path: Path
+) -> None:
+    work = job(dataset, tmp_path)
+    first = train(small_config(steps=3, schedule_steps=6), work)
+    assert first.resumed_from is None
+    whole = job(dataset, tmp_path / "whole")
+    train(small_config(schedule_steps=6), whole)
+    second = train(small_config(schedule_steps=6), work)
+    assert second.resumed_from == 3
+    assert largest_difference(averaged(work), averaged(whole)) == 0.0
+    assert [r["step"] for r in read_history(work.history)] == list(range(6))
+
+
+def test_one_worker_goes_on_from_the_checkpoint_of_two(
+    single: TrainJob, dataset: Path, tmp_path: Path
+) -> None:
+    work = job(dataset, tmp_path)
+    workers.run(many(steps=3, schedule_steps=6), work)
+    train(small_config(schedule_steps=6), work)
+    assert largest_difference(averaged(work), averaged(single)) < 1e-5
+
+
+@pytest.mark.slow
+def test_killed_workers_resume_from_the_last_complete_checkpoint(
+    dataset: Path, tmp_path: Path
+) -> None:
+    config = many(steps=24, checkpoint_every=4, log_every=1, keep=3)
+    work = job(dataset, tmp_path / "killed")
+    processes = workers.start(config, work)
+    while len(complete_checkpoints(work.checkpoints)) < 2:
+        assert all(p.poll() is None for p in processes), processes[0].communicate()[1]
+        time.sleep(0.01)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    interrupted = latest_complete(work.checkpoints)
+    assert interrupted is not None
+    assert interrupted.step < 24
+    workers.run(config, work)
+    whole = job(dataset, tmp_path / "whole")
+    workers.run(config, whole)
+    assert largest_difference(averaged(work), averaged(whole)) <= 1e-6
+    losses = [[r["loss_nats_per_dim"] for r in read_history(w.history)] for w in (work, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert len(losses[0]) == 24
+
+
+def test_a_checkpoint_without_its_marker_is_not_one(dataset: Path, tmp_path: Path) -> None:
+    work = job(dataset, tmp_path)
+    train(small_config(), work)
+    newest = latest_complete(work.checkpoints)
+    assert newest is not None
+    assert newest.step == 6
+    (newest.path / MARKER_NAME).unlink()
+    older = latest_complete(work.checkpoints)
+    assert older is not None
+    assert older.step == 3
+    assert train(small_config(), work).resumed_from == 3
+    assert [r["step"] for r in read_history(work.history)] == list(range(6))
+
+
+def test_only_the_newest_checkpoints_are_kept(dataset: Path, tmp_path: Path) -> None:
+    work = job(dataset, tmp_path)
+    train(small_config(steps=6, checkpoint_every=1, keep=2), work)
+    assert [c.step for c in complete_checkpoints(work.checkpoints)] == [5, 6]
+    assert len(list(work.checkpoints.iterdir())) == 2
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_what_differs(
+    single: TrainJob, dataset: Path
+) -> None:
+    other = job(dataset, single.out, deep_width=64)
+    with pytest.raises(
+        CheckpointMismatch, match=r"flow.deep_width is 64 but the checkpoint has 32"
+    ):
+        train(small_config(), other)
+    with pytest.raises(CheckpointMismatch, match=r"train.seed is 5 but the checkpoint has 0"):
+        train(small_config(seed=5), single)
+
+
+def test_broken_latents_are_skipped_and_then_stop_the_run_with_the_reason(tmp_path: Path) -> None:
+    broken = write_dataset(tmp_path / "data", broken=float("inf"))
+    work = job(broken, tmp_path / "out")
+    before = FlowModel(work.flow)
+    with pytest.raises(SkippedTooOften, match="4 steps in a row were skipped up to step 3"):
+        train(small_config(max_consecutive_skips=4, steps=20), work)
+    checkpoint = latest_complete(work.checkpoints)
+    assert checkpoint is not None
+    load_averaged(checkpoint, before)
+    assert all(torch.isfinite(p).all() for p in before.parameters())
+    assert all(r["skipped"] == 1 for r in read_history(work.history))
+
+
+def test_all_workers_skip_when_one_of_them_sees_a_broken_sample(tmp_path: Path) -> None:
+    broken = write_dataset(tmp_path / "data", broken=float("nan"))
+    work = job(broken, tmp_path / "out")
+    workers.run(many(steps=2, max_consecutive_skips=5), work)
+    state = averaged(work)
+    assert all(torch.isfinite(t).all() for t in state.values())
+
+
+def test_held_out_loss_is_the_same_on_two_workers(dataset: Path, tmp_path: Path) -> None:
+    found = []
+    for name, config in (
+        ("one", small_config(eval_every=3, eval_clips=3)),
+        ("two", many(eval_every=3, eval_clips=3)),
+    ):
+        work = job(dataset, tmp_path / name)
+        if config.workers == 1:
+            train(config, work)
+        else:
+            workers.run(config, work)
+        history = read_history(work.history)
+        found.append([r.get("held_out_nats_per_dim") for r in history])
+    assert found[0][0] is None
+    assert found[0][2] == pytest.approx(found[1][2], abs=1e-5)
+    assert found[0][5] == pytest.approx(found[1][5], abs=1e-5)
+
+
+def test_evaluating_does_not_change_what_is_learnt(
+    single: TrainJob, dataset: Path, tmp_path: Path
+) -> None:
+    work = job(dataset, tmp_path)
+    train(small_config(eval_every=1, eval_clips=2), work)
+    assert largest_difference(averaged(work), averaged(single)) == 0.0
+
+
+def test_prefetched_batches_are_the_same(single: TrainJob, dataset: Path, tmp_path: Path) -> None:
+    work = job(dataset, tmp_path)
+    train(small_config(prefetch=True), work)
+    assert largest_difference(averaged(work), averaged(single)) == 0.0

@@ -1,0 +1,112 @@
+"""Training on a real Ray cluster: equal to one process, live, recorded, killable, and clear when
+it fails.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+
+from flow.weights import load_model
+from tests.training.world import TEXT, small_config, small_flow, write_dataset
+from training.checkpoint import latest_complete
+from training.history import read_history
+from training.on_ray import TrainingFailed, train_on_ray
+from training.run import train_in_process
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray starts workers at low priority; beside other programs that is no progress at all.
+        patch.setenv("RAY_worker_niceness", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def test_two_ray_workers_train_what_one_process_does(cluster: None, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data")
+    seen: list[int] = []
+    config = small_config(
+        strategy="fsdp", workers=2, shard_granularity="model", steps=6, tracking=True
+    )
+
+    def go() -> tuple[int, int | None, str | None, Path]:
+        result = train_on_ray(
+            config,
+            small_flow(),
+            TEXT,
+            None,
+            dataset,
+            None,
+            tmp_path / "ray",
+            progress=lambda records: seen.extend(r["step"] for r in records),
+        )
+        return result.steps, result.resumed_from, result.mlflow_run_id, result.model_dir
+
+    steps, resumed, run_id, model_dir = go()
+    assert (steps, resumed) == (6, None)
+    assert run_id
+    assert seen == list(range(6))
+    started = time.monotonic()
+    assert go() == (6, 6, run_id, model_dir)
+    assert time.monotonic() - started < 5, "a finished run starts no workers"
+    single = train_in_process(
+        small_config(), small_flow(), TEXT, None, dataset, None, tmp_path / "single"
+    )
+    one, two = (load_model(d)[0].state_dict() for d in (single.model_dir, model_dir))
+    assert max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-5
+
+
+def test_a_failing_worker_is_one_clear_error(cluster: None, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data", broken=float("nan"))
+    config = small_config(
+        strategy="fsdp", workers=2, shard_granularity="model", max_consecutive_skips=2
+    )
+    with pytest.raises(TrainingFailed, match="SkippedTooOften: 2 steps in a row") as caught:
+        train_on_ray(config, small_flow(), TEXT, None, dataset, None, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_killed_driver_takes_its_workers_with_it_and_the_next_resumes(tmp_path: Path) -> None:
+    dataset, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    environment = {**os.environ, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.training.ray_driver", str(dataset), str(out)]
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    driver = start()
+    while latest_complete(out / "checkpoints") is None:
+        assert driver.poll() is None, "the driver ended by itself"
+        time.sleep(0.05)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    _gone, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive, [p.name() for p in alive]
+    interrupted = latest_complete(out / "checkpoints")
+    assert interrupted is not None
+    assert interrupted.step < 300
+    second = start()
+    assert second.wait(timeout=600) == 0
+    history = read_history(out / "history.jsonl")
+    assert [r["step"] for r in history] == list(range(300))
+    model, _spec = load_model(out / "model")
+    assert all(torch.isfinite(p).all() for p in model.parameters())

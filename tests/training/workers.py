@@ -1,0 +1,83 @@
+"""Starts real training processes (gloo between them) for the tests; also what those processes run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from flow.config import FlowConfig
+from flow.text import TextSpec
+from training.config import TrainConfig
+from training.loop import TrainJob, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def start(config: TrainConfig, job: TrainJob) -> list[subprocess.Popen[str]]:
+    """`config.workers` processes that run the training loop."""
+    settings: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "flow": job.flow.to_dict(),
+        "text": job.text.to_dict(),
+        "dataset": str(job.dataset),
+        "out": str(job.out),
+    }
+    port = _free_port()
+    processes = []
+    for rank in range(config.workers):
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(config.workers),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "tests.training.workers", json.dumps(settings)]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=env,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def run(config: TrainConfig, job: TrainJob) -> None:
+    """Start, wait, and fail with the workers' own words if they fail."""
+    processes = start(config, job)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    for process, error in zip(processes, errors, strict=True):
+        assert process.returncode == 0, error
+
+
+def main(settings: dict[str, Any]) -> None:
+    train(
+        TrainConfig(**settings["config"]),
+        TrainJob(
+            FlowConfig.from_dict(settings["flow"]),
+            TextSpec(**settings["text"]),
+            Path(settings["dataset"]),
+            Path(settings["out"]),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,197 @@
+"""AdamW over a worker's own shards, the schedule, the averaged weights, and the decision to skip a
+step.
+
+Works on the local tensors behind FSDP's sharded parameters (or on plain parameters: the same
+code), so that a step is a few fused kernels whatever the number of parameters. Whether a step is
+skipped, and how far its gradient is clipped, are tensors on the device, alike on all workers; the
+host is never asked. Knows nothing of losses or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from training.config import TrainConfig
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies on this worker, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
+    """A local tensor dressed as `parameter` is sharded: what a checkpoint needs to reshape it."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def learning_rate(config: TrainConfig, peak: float, step: int) -> float:
+    """Linear warm-up, then a cosine to `final_learning_rate_ratio` of the peak.
+
+    >>> learning_rate(TrainConfig(steps=100, warmup_steps=10), 1.0, 4)
+    0.5
+    """
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    length = max(1, (config.schedule_steps or config.steps) - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / length)
+    low = config.final_learning_rate_ratio
+    return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def ema_decay(config: TrainConfig, step: int) -> float:
+    """Decay of the averaged weights: short at first, so that early weights are soon forgotten."""
+    return min(config.ema_decay, (1 + step) / (10 + step))
+
+
+class ShardedAdamW:
+    """AdamW (β, ε, decay of `config`) and averaged weights for one network.
+
+    Args:
+        parameters: name and parameter; sharded ones are updated where they lie.
+    """
+
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig, peak: float
+    ) -> None:
+        self.config = config
+        self.peak = peak
+        self.parameters = dict(parameters)
+        self.locals = {
+            name: nn.Parameter(local_tensor(p.detach())) for name, p in self.parameters.items()
+        }
+        self.ema = {name: p.detach().clone() for name, p in self.locals.items()}
+        decayed = [self.locals[n] for n, p in self.parameters.items() if p.ndim >= 2]
+        plain = [self.locals[n] for n, p in self.parameters.items() if p.ndim < 2]
+        self.adam = torch.optim.AdamW(
+            [
+                {"params": group, "weight_decay": decay}
+                for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
+                if group
+            ],
+            lr=peak,
+            betas=config.adam_betas,
+            eps=config.adam_eps,
+            fused=True,
+        )
+        for parameter in self.locals.values():
+            # Made now rather than at the first step, so that a checkpoint can be read into them.
+            self.adam.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def take_gradients(self) -> Tensor:
+        """Hand the parameters' gradients over; the sum of squares of this worker's part, on the
+        device.
+        """
+        for name, parameter in self.parameters.items():
+            gradient = parameter.grad
+            self.locals[name].grad = None if gradient is None else local_tensor(gradient)
+            parameter.grad = None
+        gradients = [p.grad for p in self.locals.values() if p.grad is not None and p.numel()]
+        if not gradients:
+            return torch.zeros((), device=next(iter(self.locals.values())).device)
+        return torch.stack(torch._foreach_norm(gradients)).square().sum()
+
+    @torch.no_grad()
+    def step(self, step: int, norm: Tensor, skip: Tensor) -> float:
+        """One update, clipped to `clip_norm` and left out where `skip`; the learning rate it used.
+
+        Args:
+            norm: norm of the whole network's gradient, 0-dim on the device.
+            skip: 1.0 or 0.0, 0-dim on the device.
+        """
+        rate = learning_rate(self.config, self.peak, step)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        # The fused kernel divides gradients by grad_scale and does nothing where found_inf is 1.
+        self.adam.grad_scale = (norm / self.config.clip_norm).nan_to_num(1.0).clamp(min=1.0)  # type: ignore[attr-defined]
+        self.adam.found_inf = skip.float()  # type: ignore[attr-defined]
+        self.adam.step()
+        for parameter in self.locals.values():
+            parameter.grad = None
+        weight = 1 - ema_decay(self.config, step)
+        torch._foreach_lerp_(list(self.ema.values()), list(self.locals.values()), weight)
+        return rate
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds of it, each tensor sharded as its parameter is."""
+        out: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            moments = self.adam.state[self.locals[name]]
+            out[f"ema.{name}"] = like_parameter(self.ema[name], parameter)
+            out[f"exp_avg.{name}"] = like_parameter(moments["exp_avg"], parameter)
+            out[f"exp_avg_sq.{name}"] = like_parameter(moments["exp_avg_sq"], parameter)
+        first = next(iter(self.locals.values()))
+        # All parameters are stepped together, so one count stands for all.
+        out["adam_step"] = self.adam.state[first]["step"]
+        return out
+
+    def after_load(self) -> None:
+        """Spread the one loaded step count over all parameters."""
+        first = next(iter(self.locals.values()))
+        count = self.adam.state[first]["step"]
+        for parameter in self.locals.values():
+            self.adam.state[parameter]["step"] = count.clone()
+
+    @torch.no_grad()
+    def swap_ema(self) -> None:
+        """Exchange weights and averaged weights (twice is nothing)."""
+        for name, parameter in self.locals.items():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.ema[name])
+            self.ema[name].copy_(kept)
+
+
+class SkipRule:
+    """Decides on the device, alike on all workers, whether a step is taken.
+
+    A step is skipped when a loss or gradient norm is not finite, or (with `spike_factor`) when a
+    norm is more than so many medians of the last `spike_window` taken steps.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.config = config
+        self.norms = torch.full((2, config.spike_window), float("nan"), device=device)
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # taken, total, in a row
+
+    def decide(self, values: Tensor, norms: Tensor) -> Tensor:
+        """1.0 to skip, 0.0 to take the step.
+
+        Args:
+            values: everything that must be finite, 1-dim.
+            norms: gradient norms of flow and denoiser [2]; 0 for one that was not trained.
+        """
+        bad = ~torch.isfinite(values).all()
+        if self.config.spike_factor > 0:
+            medians = self.norms.nanmedian(dim=1).values
+            full = self.counts[0] >= self.config.spike_window
+            bad = bad | (full & (norms > self.config.spike_factor * medians).any())
+        taken = ~bad
+        place = self.counts[0] % self.config.spike_window
+        column = torch.where(norms > 0, norms, torch.nan)
+        index = place.expand(2, 1)
+        kept = self.norms.gather(1, index)
+        self.norms.scatter_(1, index, torch.where(taken, column[:, None], kept))
+        self.counts[0] += taken
+        self.counts[1] += bad
+        self.counts[2] = (self.counts[2] + 1) * bad
+        return bad.float()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"norms": self.norms, "counts": self.counts}

@@ -1,0 +1,181 @@
+"""Where this process stands among the workers, and how a model is spread over them (FSDP2).
+
+`.flow` and `.denoiser` are two roots, so that each has its own backward and optimizer. Masters are
+fp32 always; with bf16 the transformer layers are gathered in bf16 and gradients are reduced in
+fp32. Knows nothing of Ray (whoever starts the workers sets up the process group or the environment
+variables), of losses or of files.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from flow.denoiser import Denoiser
+from flow.flow import FlowModel
+from training.config import TrainConfig
+
+COLLECTIVE_TIMEOUT_S = 1800.0
+
+
+class ParallelError(ValueError):
+    """A number of processes or a kind of collectives that cannot be had here."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This worker's place.
+
+    Attributes:
+        rank, world: number of this worker, and of all.
+        device: where it computes.
+        mesh: the workers as FSDP2 sees them; None in a single process.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all workers, in place."""
+        if self.mesh is not None:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.mesh is not None:
+            dist.barrier()
+
+    def broadcast_int(self, value: int) -> int:
+        """Worker 0's value, for all."""
+        if self.mesh is None:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.broadcast(tensor, 0)
+        return int(tensor.item())
+
+    def autocast(self, config: TrainConfig) -> AbstractContextManager[object]:
+        """The compute dtype of matrix products; log-densities stay fp32 inside the flow."""
+        if config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def _backend(config: TrainConfig) -> str:
+    if config.backend != "auto":
+        return config.backend
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+@contextmanager
+def join_workers(config: TrainConfig) -> Iterator[Parallel]:
+    """Take this process's place among the workers; leave it at the end if it was taken here.
+
+    With strategy `fsdp` the process group is the one already set up (Ray Train does), or is set up
+    from the environment variables of `torchrun`.
+
+    Raises:
+        ParallelError: more or fewer processes than `workers`, or nccl without a GPU.
+    """
+    backend = _backend(config)
+    if backend == "nccl" and not torch.cuda.is_available():
+        raise ParallelError(
+            "backend is 'nccl' but there is no GPU here; set it to 'auto' or 'gloo'"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    torch.set_num_threads(config.threads_per_worker)
+    if config.strategy == "single":
+        yield Parallel(0, 1, device, None)
+        return
+    joined = not dist.is_initialized()
+    if joined:
+        dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    try:
+        world = dist.get_world_size()
+        if world != config.workers:
+            raise ParallelError(f"{world} processes were started, but workers is {config.workers}")
+        mesh = init_device_mesh(device.type, (world,))
+        yield Parallel(dist.get_rank(), world, device, mesh)
+    finally:
+        if joined:
+            dist.destroy_process_group()
+
+
+def _shard(
+    module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool
+) -> None:
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+
+
+def shard_model(model: FlowModel, parallel: Parallel, config: TrainConfig) -> None:
+    """Spread the parameters over the workers, in place; a single process only moves them to its
+    device.
+
+    `layer` gathers one transformer layer at a time (least memory), `block` one affine block,
+    `model` a whole network in one collective (least latency: right for models of a few million
+    parameters).
+    """
+    model.to(parallel.device)
+    if parallel.mesh is None:
+        return
+    # The flow never writes into a module's output, which is what this warning is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    keep = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    # Inputs are cast by autocast alone: casting x itself to bf16 would change the data whose
+    # density is learnt.
+    layer = (
+        MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        if config.precision == "bf16"
+        else keep
+    )
+    blocks = [*model.flow.shallow, model.flow.deep]
+    if config.shard_granularity == "layer":
+        for stack in [*blocks, model.denoiser]:
+            for one_layer in () if stack is None else stack.layers:
+                _shard(one_layer, parallel.mesh, layer, reshard=True)
+    elif config.shard_granularity == "block":
+        for block in blocks:
+            _shard(block, parallel.mesh, keep, reshard=True)
+    for root in networks(model).values():
+        _shard(root, parallel.mesh, keep, reshard=False)
+
+
+def networks(model: FlowModel) -> dict[str, nn.Module]:
+    """The separately trained parts: `flow`, and `denoiser` where there is one."""
+    parts: dict[str, nn.Module] = {"flow": model.flow}
+    if isinstance(model.denoiser, Denoiser):
+        parts["denoiser"] = model.denoiser
+    return parts
+
+
+def forget_gathered(model: FlowModel) -> None:
+    """Drop gathered weights, so that the next forward sees weights that were changed in place.
+
+    After a forward without a backward the roots stay gathered; FSDP2 would go on using the old
+    values.
+    """
+    for part in networks(model).values():
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -1,0 +1,184 @@
+"""One training step: two backwards (flow, then denoiser), one decision, two updates.
+
+The same function for one process and for many: the only thing workers exchange here, beside FSDP's
+own traffic, is one small vector of losses and squared gradient norms. Everything it returns is
+still on the device. Knows nothing of data, schedules of checkpoints, logs or Ray.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flow.config import FlowConfig
+from flow.flow import FlowModel
+from training.config import TrainConfig
+from training.data import TrainBatch
+from training.objective import denoiser_backward, flow_backward
+from training.optim import ShardedAdamW, SkipRule, local_tensor
+from training.parallel import Parallel, forget_gathered, networks
+
+
+class SkippedTooOften(RuntimeError):
+    """Steps were skipped so many times in a row that the run makes no sense any more."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step measured; tensors on the device, so that nobody waits for it.
+
+    Attributes:
+        step, mode, tokens: which step, of which kind, and how many latent tokens it had over all
+            workers.
+        values: [flow loss, denoiser loss, flow norm, denoiser norm, skipped, skipped in a row,
+            log-det of every block].
+        has_denoiser: whether the denoiser was trained in this step.
+        learning_rate: the flow's.
+    """
+
+    step: int
+    mode: str
+    tokens: int
+    values: Tensor
+    has_denoiser: bool
+    learning_rate: float
+
+    def record(self) -> dict[str, float | int | str | None]:
+        """Plain numbers, one line of the history. Waits for the device. Not-finite numbers become
+        None.
+        """
+        loss, denoiser, norm, denoiser_norm, skipped, in_a_row, *log_dets = (
+            value if math.isfinite(value) else None for value in self.values.tolist()
+        )
+        record: dict[str, float | int | str | None] = {
+            "step": self.step,
+            "mode": self.mode,
+            "loss_nats_per_dim": loss,
+            "denoiser_loss": denoiser if self.has_denoiser else None,
+            "flow_grad_norm": norm,
+            "denoiser_grad_norm": denoiser_norm if self.has_denoiser else None,
+            "skipped": int(skipped or 0),
+            "skipped_in_a_row": int(in_a_row or 0),
+            "learning_rate": self.learning_rate,
+        }
+        record.update({f"log_det_block_{i}": value for i, value in enumerate(log_dets)})
+        return record
+
+
+class TrainStep:
+    """A model with its optimizers, ready to take steps.
+
+    Args:
+        model: already sharded (`parallel.shard_model`) where there are several workers.
+    """
+
+    def __init__(
+        self, model: FlowModel, flow: FlowConfig, config: TrainConfig, parallel: Parallel
+    ) -> None:
+        self.model = model
+        self.flow_config = flow
+        self.config = config
+        self.parallel = parallel
+        peaks = {"flow": config.flow_learning_rate, "denoiser": config.denoiser_learning_rate}
+        self.optimizers = {
+            name: ShardedAdamW(module.named_parameters(), config, peaks[name])
+            for name, module in networks(model).items()
+        }
+        self.skip_rule = SkipRule(config, parallel.device)
+
+    def trains_denoiser(self, step: int) -> bool:
+        """Whether a step has a denoiser loss."""
+        return (
+            "denoiser" in self.optimizers
+            and self.config.denoiser_loss
+            and step >= self.config.denoiser_from_step
+        )
+
+    def run(self, step: int, batch: TrainBatch) -> StepMetrics:
+        """Take one step on this worker's share of the batch."""
+        with_denoiser = self.trains_denoiser(step)
+        sigma = self.flow_config.noise_std
+        zero = torch.zeros((), device=self.parallel.device)
+        denoiser_loss = zero
+        with self.parallel.autocast(self.config):
+            flow_loss = flow_backward(
+                self.model.flow, batch.x_noisy, batch.text_BLD, sigma, with_target=with_denoiser
+            )
+            if with_denoiser:
+                assert self.model.denoiser is not None
+                assert flow_loss.score_target is not None
+                denoiser_loss = denoiser_backward(
+                    self.model.denoiser, batch.x_noisy, batch.text_BLD, flow_loss.score_target
+                )
+        squares = [
+            self.optimizers[n].take_gradients() if n in self.optimizers else zero
+            for n in ("flow", "denoiser")
+        ]
+        world = self.parallel.world
+        means = torch.cat(
+            [torch.stack([flow_loss.nats_per_dim, denoiser_loss]), flow_loss.block_log_det]
+        )
+        # One exchange: means need dividing by the workers, squares of shards just add up.
+        shared = self.parallel.sum(torch.cat([means.float() / world, torch.stack(squares).float()]))
+        means, norms = shared[:-2], shared[-2:].sqrt()
+        skip = self.skip_rule.decide(shared, norms)
+        rate = self.optimizers["flow"].step(step, norms[0], skip)
+        if with_denoiser:
+            self.optimizers["denoiser"].step(step, norms[1], skip)
+        in_a_row = self.skip_rule.counts[2].float()
+        values = torch.cat([means[:2], norms, torch.stack([skip, in_a_row]), means[2:]])
+        tokens = batch.x_noisy.numel() // batch.x_noisy.shape[-3] * world
+        tokens //= self.flow_config.patch_size**2
+        return StepMetrics(step, batch.mode, tokens, values, with_denoiser, rate)
+
+    def check_skips(self, record: dict[str, float | int | str | None]) -> None:
+        """Stop a run that only skips.
+
+        Raises:
+            SkippedTooOften: `max_consecutive_skips` steps in a row were skipped.
+        """
+        in_a_row = int(record["skipped_in_a_row"] or 0)
+        if in_a_row >= self.config.max_consecutive_skips:
+            raise SkippedTooOften(
+                f"{in_a_row} steps in a row were skipped up to step {record['step']}: loss "
+                f"{record['loss_nats_per_dim']}, gradient norms {record['flow_grad_norm']} and "
+                f"{record['denoiser_grad_norm']} (None: not finite). Lower the learning rates, lengthen "
+                "warmup_steps, or look for broken latents; training resumes from the last checkpoint"
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds, by name; tensors are shards of what they are on this
+        worker.
+        """
+        state: dict[str, Tensor] = {}
+        for name, optimizer in self.optimizers.items():
+            for key, parameter in optimizer.parameters.items():
+                state[f"model.{name}.{key}"] = parameter.detach()
+            for key, tensor in optimizer.state().items():
+                state[f"optimizer.{name}.{key}"] = tensor
+        for key, tensor in self.skip_rule.state().items():
+            state[f"skip_rule.{key}"] = tensor
+        return state
+
+    def after_load(self) -> None:
+        """To be called once `state()`'s tensors were overwritten by a checkpoint."""
+        for optimizer in self.optimizers.values():
+            optimizer.after_load()
+        forget_gathered(self.model)
+
+    def swap_ema(self) -> None:
+        """Exchange weights and averaged weights, for an evaluation; call twice."""
+        for optimizer in self.optimizers.values():
+            optimizer.swap_ema()
+        forget_gathered(self.model)
+
+    def parameter_digest(self) -> Tensor:
+        """Sum of squares of all weights, over all workers: equal runs have equal digests."""
+        total = torch.zeros((), dtype=torch.float64, device=self.parallel.device)
+        for optimizer in self.optimizers.values():
+            for parameter in optimizer.locals.values():
+                total += local_tensor(parameter.detach()).double().square().sum()
+        return self.parallel.sum(total)

@@ -1,0 +1,179 @@
+"""The run's record in MLflow: opened by the driver, fed by worker 0, continued when a run is
+resumed.
+
+The run's id is kept beside the checkpoints in `tracking.json`, so a resumed run goes on in the
+same MLflow run. Only the client API is used, never MLflow's global state, so that two runs in one
+process do not meet. Knows nothing of models, steps' insides or Ray. mlflow (slow to import) is
+imported only where a run is opened or fed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.checkpoint import write_json
+from training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+TRACKING_NAME = "tracking.json"
+PARAMS_PER_CALL = 90
+VALUE_LENGTH = 480
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrackingRun:
+    """Where a run is recorded: the store's address and the run's id; all that a worker needs."""
+
+    uri: str
+    run_id: str
+
+
+def tracking_uri(config: TrainConfig, out: Path) -> str:
+    """The configured store, or a SQLite file in the run's folder."""
+    return config.tracking_uri or f"sqlite:///{(out / 'mlflow.db').resolve()}"
+
+
+def _client(uri: str) -> MlflowClient:
+    # Its database migrations are announced line by line, which is nobody's concern here.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    out: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            out.update(_flat(value, name))
+        else:
+            out[name] = str(value)[:VALUE_LENGTH]
+    return out
+
+
+def _experiment(client: MlflowClient, config: TrainConfig, out: Path) -> str:
+    found = client.get_experiment_by_name(config.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    own_store = config.tracking_uri is None
+    location = (out / "mlartifacts").resolve().as_uri() if own_store else None
+    return str(client.create_experiment(config.experiment, artifact_location=location))
+
+
+def open_run(
+    config: TrainConfig,
+    out: Path,
+    *,
+    params: Mapping[str, Any],
+    dataset: Path,
+    dataset_digest: str,
+) -> TrackingRun | None:
+    """Open the run's record, or the one that `out/tracking.json` names; None where tracking is off.
+
+    A recorded run that the store no longer has is replaced by a new one.
+    """
+    if not config.tracking:
+        return None
+    from mlflow.entities import Dataset, DatasetInput, Param
+    from mlflow.exceptions import MlflowException
+
+    uri = tracking_uri(config, out)
+    client = _client(uri)
+    note = out / TRACKING_NAME
+    if note.is_file():
+        saved = json.loads(note.read_text())
+        if saved["uri"] == uri:
+            try:
+                client.update_run(saved["run_id"], status="RUNNING")
+                return TrackingRun(uri, saved["run_id"])
+            except MlflowException as error:
+                _log.warning(
+                    "MLflow run %s is gone (%s); opening a new one", saved["run_id"], error
+                )
+    run = client.create_run(_experiment(client, config, out), run_name=out.resolve().name)
+    run_id = str(run.info.run_id)
+    flat = [Param(key, value) for key, value in _flat(params).items()]
+    for start in range(0, len(flat), PARAMS_PER_CALL):
+        client.log_batch(run_id, params=flat[start : start + PARAMS_PER_CALL])
+    source = Dataset("latents", dataset_digest, "local", json.dumps({"uri": str(dataset)}))
+    client.log_inputs(run_id, datasets=[DatasetInput(source)])
+    write_json(note, {"uri": uri, "run_id": run_id})
+    return TrackingRun(uri, run_id)
+
+
+def close_run(
+    run: TrackingRun | None,
+    *,
+    ok: bool,
+    tags: Mapping[str, str] | None = None,
+    artifacts: Sequence[Path] = (),
+) -> None:
+    """End the record as finished or failed, with files and tags of the result."""
+    if run is None:
+        return
+    client = _client(run.uri)
+    for key, value in (tags or {}).items():
+        client.set_tag(run.run_id, key, value)
+    for path in artifacts:
+        client.log_artifact(run.run_id, str(path))
+    client.set_terminated(run.run_id, "FINISHED" if ok else "FAILED")
+
+
+class MetricsLogger:
+    """Sends records to MLflow from a thread of its own; training never waits for the store.
+
+    Args:
+        run: None makes an object that drops everything.
+    """
+
+    def __init__(self, run: TrackingRun | None) -> None:
+        self._queue: queue.Queue[list[dict[str, Any]] | None] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        if run is not None:
+            self._thread = threading.Thread(target=self._send, args=(run,), name="mlflow")
+            self._thread.start()
+
+    def log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Hand over records that have a `step`; numbers in them become metrics."""
+        if self._thread is not None and records:
+            self._queue.put([dict(r) for r in records])
+
+    def close(self) -> None:
+        """Send what is left and stop."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _send(self, run: TrackingRun) -> None:
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        client = _client(run.uri)
+        while (records := self._queue.get()) is not None:
+            now = int(time.time() * 1000)
+            metrics = [
+                Metric(key, float(value), now, int(record["step"]))
+                for record in records
+                for key, value in record.items()
+                if key != "step" and isinstance(value, int | float)
+            ]
+            try:
+                for start in range(0, len(metrics), 1000):
+                    client.log_batch(run.run_id, metrics=metrics[start : start + 1000])
+            except MlflowException as error:
+                # Training goes on without its record; the history file has everything.
+                _log.warning("MLflow at %s took no metrics: %s", run.uri, error)

@@ -100,15 +100,15 @@ def _background(spec: ShapeSpec, height: int, width: int) -> np.ndarray:
     if spec.texture == "striped":
         angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
         wave = np.cos(angle) * rows + np.sin(angle) * columns
-        field += 0.07 * np.sin(2 * np.pi * rng.uniform(2.0, 3.5) * wave + phase)
+        field += 0.05 * np.sin(2 * np.pi * rng.uniform(2.0, 3.5) * wave + phase)
     elif spec.texture == "shaded":
         angle = rng.uniform(0, 2 * np.pi)
-        field += 0.28 * (np.cos(angle) * (rows - 0.5) + np.sin(angle) * (columns - 0.5))
+        field += 0.22 * (np.cos(angle) * (rows - 0.5) + np.sin(angle) * (columns - 0.5))
     # A few long waves make every background its own.
     for _ in range(3):
         frequency = rng.uniform(-1.6, 1.6, size=2)
         wave = frequency[0] * rows + frequency[1] * columns
-        field += 0.03 * np.sin(2 * np.pi * (wave + rng.uniform()))
+        field += 0.022 * np.sin(2 * np.pi * (wave + rng.uniform()))
     tint = rng.uniform(-0.02, 0.02, size=3)
     return np.clip(TONES[spec.tone] + field[..., None] + tint, 0, 1).astype(np.float32)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import PrepareConfig
+from data_prep.inputs import name_shards
 from data_prep.latents import Bucket, DatasetInfo, read_info_values
-from data_prep.ledger import Ledger, ShardJob, name_shards, sha256_of, write_atomically
+from data_prep.ledger import Ledger, ShardJob, sha256_of, write_atomically
 
 
 @dataclass(frozen=True)

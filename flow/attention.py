@@ -79,30 +79,25 @@ def attend_frames(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, reach: FrameRe
 
 
 def attend_last(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
-    """Causal attention where the L queries are the last L of the S places -> [B, H, L, D]."""
+    """Causal attention where the L queries are the last L of the S places -> [B, H, L, D].
+
+    Accelerators take the causal rule as such; the CPU kernel knows only the square one, so there the
+    L rows of the mask are made, once for all layers of a pass.
+    """
     length, places = q_BHLD.shape[2], k_BHSD.shape[2]
     if length in (1, places):
         return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, is_causal=length > 1)
-    if q_BHLD.device.type != "cpu":
-        return F.scaled_dot_product_attention(
-            q_BHLD, k_BHSD, v_BHSD, attn_mask=causal_lower_right(length, places)
-        )
-    return _attend_last_on_cpu(q_BHLD, k_BHSD, v_BHSD)
+    if q_BHLD.device.type == "cpu":
+        mask = _last_rows(length, places, q_BHLD.dtype)
+    else:
+        mask = causal_lower_right(length, places)
+    return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask=mask)
 
 
-def _attend_last_on_cpu(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
-    """Two plain products: for few queries faster than the fused kernel, and only an L×L triangle is masked."""
-    length, places = q_BHLD.shape[2], k_BHSD.shape[2]
-    scores_BHLS = (q_BHLD * q_BHLD.shape[-1] ** -0.5) @ k_BHSD.transpose(-1, -2)
-    later = _later_places(length, scores_BHLS.device)
-    scores_BHLS[..., places - length :].masked_fill_(later, float("-inf"))
-    return scores_BHLS.softmax(dim=-1) @ v_BHSD
-
-
-@lru_cache(maxsize=64)
-def _later_places(length: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=4)
+def _last_rows(length: int, places: int, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+        return torch.full((length, places), float("-inf"), dtype=dtype).triu(places - length + 1)
 
 
 class LayerCache:

@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CONFIG_NAME = "config.json"
+
+# diffusers has no types of its own, and its attributes are not torch's.
+Vae = Any
 
 
 class CodecError(ValueError):
@@ -128,9 +131,7 @@ class VideoCodec:
     Example: `codec = VideoCodec.load("pipeline/assets/tiny_codec")`, then `mean, logvar = codec.encode(frames)`.
     """
 
-    def __init__(
-        self, vae: nn.Module, digest: str, convention: LatentConvention | None = None
-    ) -> None:
+    def __init__(self, vae: Vae, digest: str, convention: LatentConvention | None = None) -> None:
         config = vae.config
         self.vae = vae.eval().requires_grad_(False)
         self.digest = digest
@@ -266,7 +267,7 @@ class CodecStream:
         return _to_frames(out.float())
 
 
-def build_vae(config: dict[str, Any]) -> nn.Module:
+def build_vae(config: dict[str, Any]) -> Vae:
     """An `AutoencoderKLWan` with random weights from its config.
 
     Raises:
@@ -284,7 +285,7 @@ def build_vae(config: dict[str, Any]) -> nn.Module:
         raise CodecError(f"the codec's config does not fit AutoencoderKLWan: {error}") from error
 
 
-def save_codec(vae: nn.Module, out: Path, *, half: bool = True) -> None:
+def save_codec(vae: Vae, out: Path, *, half: bool = True) -> None:
     """Write `config.json` and safetensors (fp16 where `half`) to the folder `out`."""
     from safetensors.torch import save_file
 

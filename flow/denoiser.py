@@ -225,7 +225,8 @@ class DenoiserStream:
             if index > 0:
                 q_BHND, k, v = layer.attention.project(h_BNW, rope)
                 cache.write(frame, k, v)
-            attended = scaled_dot_product_attention(q_BHND, *cache.read(oldest))
+            k, v = cache.read(oldest)
+            attended = scaled_dot_product_attention(q_BHND, k, v)
             h_BNW = h_BNW + layer.attention.merge(attended)
             h_BNW = h_BNW + layer.mlp(h_BNW)
         s_BNC = self.denoiser.read_out(h_BNW)

@@ -10,6 +10,7 @@ N tokens per frame, J text tokens, E text width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -72,23 +73,22 @@ class DeepShallowFlow(nn.Module):
         Differentiable in parameters and in x: x.grad of the mean loss times x.numel() is -∇ log p.
         Without text the deep block reads tokens only; text is ignored where the model reads none.
         """
-        u_BTHWC, log_dets = self._through_shallow(x)
-        grid, num_frames = _grid(u_BTHWC), u_BTHWC.shape[1]
-        text_BJE = text_BJE if self.config.deep_text else None
-        s_BLC = rearrange(_oriented(u_BTHWC, self.deep_reversed), "b t n c -> b (t n) c")
-        z_BLC, log_det = self.deep(s_BLC, self.deep_rope(grid, num_frames, text_BJE), text_BJE)
-        z_BTHWC, log_det = (
-            _restored(rearrange(y, "b (t n) c -> b t n c", t=num_frames), grid, self.deep_reversed)
-            for y in (z_BLC, log_det)
-        )
-        log_dets.append(log_det)
+        stages = [*self._stages(self._tokens(x), text_BJE)]
         # Sharding hooks refuse views among a root's outputs.
-        log_dets = [y.clone() for y in log_dets]
-        return FlowOutput(z_BTHWC.clone(), torch.stack(log_dets).sum(0), log_dets)
+        log_dets = [log_det.clone() for _, log_det in stages]
+        return FlowOutput(stages[-1][0].clone(), torch.stack(log_dets).sum(0), log_dets)
+
+    def block_outputs(self, x: Tensor, text_BJE: Tensor | None = None) -> list[Tensor]:
+        """Tokens [B,T,H,W,C] before the first block and after each one, in raster order."""
+        u_BTHWC = self._tokens(x)
+        return [u_BTHWC, *(u for u, _ in self._stages(u_BTHWC, text_BJE))]
 
     def shallow_forward(self, x: Tensor) -> Tensor:
         """Latents -> u, the tokens between shallow stack and deep block [B,T,H,W,C]."""
-        return self._through_shallow(x)[0]
+        u_BTHWC = self._tokens(x)
+        for index in range(len(self.shallow)):
+            u_BTHWC, _ = self._shallow_stage(index, u_BTHWC)
+        return u_BTHWC
 
     @torch.no_grad()
     def shallow_inverse(
@@ -114,20 +114,28 @@ class DeepShallowFlow(nn.Module):
     def _frame_rope(self, grid: tuple[int, int]) -> Rope:
         return self.ropes.get(grid, 1, 0, like=self.deep.sos)
 
-    def _through_shallow(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        u = self._tokens(x)
-        grid, batch = _grid(u), u.shape[0]
-        log_dets = []
-        for index, block in enumerate(self.shallow):
-            flipped = self.config.reversed_order(index)
-            s_BNC = rearrange(_oriented(u, flipped), "b t n c -> (b t) n c")
-            pair = block(s_BNC, self._frame_rope(grid))
-            u, log_det = (
-                _restored(rearrange(y, "(b t) n c -> b t n c", b=batch), grid, flipped)
-                for y in pair
-            )
-            log_dets.append(log_det)
-        return u, log_dets
+    def _stages(self, u: Tensor, text_BJE: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and log-determinants [B,T,H,W,C] after each block."""
+        for index in range(len(self.shallow)):
+            u, log_det = self._shallow_stage(index, u)
+            yield u, log_det
+        grid, num_frames = _grid(u), u.shape[1]
+        text_BJE = text_BJE if self.config.deep_text else None
+        s_BLC = rearrange(_oriented(u, self.deep_reversed), "b t n c -> b (t n) c")
+        pair = self.deep(s_BLC, self.deep_rope(grid, num_frames, text_BJE), text_BJE)
+        z, log_det = (rearrange(y, "b (t n) c -> b t n c", t=num_frames) for y in pair)
+        yield (
+            _restored(z, grid, self.deep_reversed),
+            _restored(log_det, grid, self.deep_reversed),
+        )
+
+    def _shallow_stage(self, index: int, u: Tensor) -> tuple[Tensor, Tensor]:
+        """One shallow block on all frames as one batch."""
+        grid, batch, flipped = _grid(u), u.shape[0], self.config.reversed_order(index)
+        s_BNC = rearrange(_oriented(u, flipped), "b t n c -> (b t) n c")
+        pair = self.shallow[index](s_BNC, self._frame_rope(grid))
+        z, log_det = (rearrange(y, "(b t) n c -> b t n c", b=batch) for y in pair)
+        return _restored(z, grid, flipped), _restored(log_det, grid, flipped)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Checked and patchified latents; an image becomes a clip of one frame."""

@@ -24,10 +24,11 @@ def guide(
     >>> float(mu), float(sigma)
     (5.0, 1.0)
     """
-    shrink = (sigma_text / sigma_null).clamp(max=1.0).square() * weight
-    precision = 1.0 + weight - shrink
-    mu = ((1.0 + weight) * mu_text - shrink * mu_null) / precision
-    return mu, sigma_text * precision.rsqrt()
+    # The order of operations is the reference's: small sigmas magnify any other rounding.
+    s = (sigma_text / sigma_null).clamp(max=1.0).square()
+    precision = 1.0 + weight - weight * s
+    mu = ((1.0 + weight) * mu_text - weight * s * mu_null) / precision
+    return mu, sigma_text / precision.sqrt()
 
 
 def guide_pair(mu_2B: Tensor, sigma_2B: Tensor, weight: float) -> tuple[Tensor, Tensor]:

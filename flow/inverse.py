@@ -105,8 +105,8 @@ class Inverter:
         return guide_pair(mu, sigma, self.guidance) if self.pair else (mu, sigma)
 
     def _embed(self, start: int, stop: int) -> Tensor:
-        h_BLW = self.block.embed(self._inputs[:, start:stop])
-        return torch.cat([h_BLW, h_BLW]) if self.pair else h_BLW
+        s_BLC = self._inputs[:, start:stop]
+        return self.block.embed(torch.cat([s_BLC, s_BLC]) if self.pair else s_BLC)
 
     @torch.no_grad()
     def restart(self, known_BLC: Tensor | None = None) -> None:
@@ -166,12 +166,15 @@ class Inverter:
         look_every = 1 if stretch.device.type == "cpu" else 4
         sweeps = 0
         while sweeps < count:
-            low = first + sweeps
+            done = first + sweeps
+            # At tolerance 0 the settled tokens stay in: sweeps of one shape repeat themselves bit for
+            # bit, which is what ends the loop early.
+            low = done if tolerance > 0 else first
             # The first sweep also repairs what the stretch before left unfresh: no pass of its own.
             self.evaluate(min(self._fresh, low), stop)
-            self._fresh = max(self._fresh, low + 1)
+            self._fresh = max(self._fresh, done + 1)
             active = self.tokens_BLC[:, low:stop]
-            new = self.mu_BLC[:, low:stop] + self.sigma_BLC[:, low:stop] * z_BLC[:, sweeps:]
+            new = self.mu_BLC[:, low:stop] + self.sigma_BLC[:, low:stop] * z_BLC[:, low - first :]
             change = (new - active).square().sum(dim=(1, 2))
             active.copy_(new)
             sweeps += 1

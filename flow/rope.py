@@ -74,22 +74,24 @@ def build_rope(
     would move z by more than all other rounding together.
     """
     rows, columns = grid
-    kind = {
-        "dtype": torch.promote_types(dtype, torch.float32),
-        "device": "cpu",
-    }  # alike for all devices
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def steps(count: int, first: int = 0) -> Tensor:
+        """Made on the CPU, so that all devices turn alike."""
+        return torch.arange(first, first + count, dtype=wide, device="cpu")
+
     root = math.sqrt(rows * columns)
     spatial = head_dim // 2 - TIME_FREQUENCIES
-    space_freq = 1.0 / BASE ** (2 * torch.arange(spatial // 2, **kind) / spatial)
-    time_freq = 1.0 / BASE ** (torch.arange(TIME_FREQUENCIES, **kind) / TIME_FREQUENCIES)
+    space_freq = 1.0 / BASE ** (2 * steps(spatial // 2) / spatial)
+    time_freq = 1.0 / BASE ** (steps(TIME_FREQUENCIES) / TIME_FREQUENCIES)
 
     frame, row, column = torch.meshgrid(
-        torch.arange(first_frame, first_frame + num_frames, **kind),
-        torch.arange(rows, **kind) / root * pos_len,
-        torch.arange(columns, **kind) / root * pos_len,
+        steps(num_frames, first_frame),
+        steps(rows) / root * pos_len,
+        steps(columns) / root * pos_len,
         indexing="ij",
     )
-    text_time = torch.arange(text_len, **kind) / max(text_len, 1) * pos_len
+    text_time = steps(text_len) / max(text_len, 1) * pos_len
     nowhere = torch.zeros_like(text_time)
     angle_LA = torch.cat(
         [

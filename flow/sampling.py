@@ -276,12 +276,13 @@ class FrameStream:
         denoiser: str = "learned",
         *,
         shallow_tolerance: float = SHALLOW_TOLERANCE,
+        sequential: bool = False,
     ) -> None:
         if denoiser not in ("learned", "none"):
             raise SampleError(f"denoiser = {denoiser!r}: must be 'learned' or 'none'")
         if denoiser == "learned" and model.denoiser is None:
             raise SampleError("denoiser = 'learned': this model has none; ask for 'none'")
-        self.model, self.shallow_tolerance = model, shallow_tolerance
+        self.model, self.shallow_tolerance, self.sequential = model, shallow_tolerance, sequential
         self._denoiser = None
         if denoiser == "learned" and model.denoiser is not None:
             self._denoiser = model.denoiser.stream(text_BJE)
@@ -289,7 +290,9 @@ class FrameStream:
 
     def push(self, u_BTHWC: Tensor) -> list[Tensor]:
         """Take the next frame or frames; give the clean latent frames [B, C, h, w] now final, in order."""
-        x_BTCHW = self.model.flow.shallow_inverse(u_BTHWC, tolerance=self.shallow_tolerance)
+        x_BTCHW = self.model.flow.shallow_inverse(
+            u_BTHWC, tolerance=self.shallow_tolerance, sequential=self.sequential
+        )
         out: list[Tensor] = []
         for x_BCHW in x_BTCHW.unbind(1):
             if self._denoiser is None:
@@ -326,15 +329,17 @@ def sample(
     """
     with torch.no_grad():
         first_u = None if first_frame is None else model.flow.shallow_forward(first_frame)
-    exact = spec.tolerance == 0 or spec.schedule == "sequential"
     deep = DeepStream(model.flow, text_BJE, null_BJE, spec, first_u, noise=noise)
     frames = FrameStream(
-        model, text_BJE, denoiser, shallow_tolerance=0.0 if exact else SHALLOW_TOLERANCE
+        model,
+        text_BJE,
+        denoiser,
+        shallow_tolerance=SHALLOW_TOLERANCE if spec.tolerance else 0.0,
+        sequential=spec.schedule == "sequential",
     )
-    out: list[Tensor] = []
-    while not deep.done:
-        out += frames.push(deep.next_frame())
-    out += frames.finish()
+    # Nobody waits for the first frame here, so the shallow blocks take all frames as one batch.
+    u_BTHWC = torch.cat([deep.next_frame() for _ in range(spec.num_frames)], dim=1)
+    out = frames.push(u_BTHWC) + frames.finish()
     if counters is not None:
         counters.per_frame[:] = deep.counters.per_frame
     return torch.stack(out, dim=1)

@@ -148,6 +148,7 @@ def train_codec_command(
     image_steps: Annotated[
         int | None, typer.Option(min=0, help="Steps on single frames before; default 900.")
     ] = None,
+    start: Annotated[Path | None, typer.Option(help="Codec folder whose training goes on.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
     fps: Annotated[
         float, typer.Option(min=1, help="Frames per second of the training clips.")
@@ -159,7 +160,7 @@ def train_codec_command(
     from training.codec import CodecConfig, train_codec
 
     chosen = {"steps": steps, "image_steps": image_steps, "seed": seed}
-    config = CodecConfig(**{k: v for k, v in chosen.items() if v is not None})
+    config = CodecConfig.model_validate({k: v for k, v in chosen.items() if v is not None})
     reporter = Reporter()
     with reporter.progress("training codec") as update:
         quality = train_codec(
@@ -167,6 +168,7 @@ def train_codec_command(
             lambda scene, count: render_clip(random_spec(scene), count, fps),
             out,
             progress=lambda m: update(int(m["step"]), int(m["steps"]), f"{m['psnr_db']:.1f} dB"),
+            start=start,
         )
     reporter.console.print(f"{out}: {quality['psnr_db']:.2f} dB on held-out clips")
 

@@ -57,6 +57,8 @@ def local_or_given(
             configure_logging=True,
             _node_ip_address="127.0.0.1",
         )
+    # Set after init, which sets it too: the service says itself where it listens.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         yield
     finally:

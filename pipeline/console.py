@@ -76,7 +76,7 @@ class Reporter:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A small table."""
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", show_header=any(columns))
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
         for row in rows:

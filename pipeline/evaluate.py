@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from flow.codec import VideoCodec
 from flow.text import build_text_encoder
 from flow.weights import load_model
 from training.codec import measure as measure_codec
-from training.evaluation import evaluate_nats, gaussian_nats_per_dim
+from training.evaluation import Captions, Estimate, evaluate_nats, gaussian_nats_per_dim
 
 CODEC_CLIPS = 32
 
@@ -65,14 +64,9 @@ def likelihoods(model_dir: Path, latents: Path, *, draws: int) -> dict[str, floa
     encoder = build_text_encoder(spec.text)
     train, held_out = LatentDataset(latents, "train"), LatentDataset(latents, "held_out")
 
-    def nats(captions: str) -> Any:
+    def nats(captions: Captions) -> Estimate:
         return evaluate_nats(
-            model.flow,
-            held_out,
-            encoder,
-            spec.flow,
-            captions=captions,
-            draws=draws,  # type: ignore[arg-type]
+            model.flow, held_out, encoder, spec.flow, captions=captions, draws=draws
         )
 
     true, shuffled = nats("true"), nats("shuffled")

@@ -34,9 +34,9 @@ class WorldConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    num_clips: int = Field(384, ge=1, description="video clips to write")
-    num_images: int = Field(96, ge=0, description="images to write")
-    clips_per_shard: int = Field(64, ge=1, description="samples per shard")
+    num_clips: int = Field(default=384, ge=1, description="video clips to write")
+    num_images: int = Field(default=96, ge=0, description="images to write")
+    clips_per_shard: int = Field(default=64, ge=1, description="samples per shard")
 
 
 class EvaluateConfig(BaseModel):
@@ -44,8 +44,12 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    noise_draws: int = Field(4, ge=2, description="seeded noise draws behind every likelihood")
-    colour_clips: int = Field(16, ge=1, description="generated clips whose colour is read back")
+    noise_draws: int = Field(
+        default=4, ge=2, description="seeded noise draws behind every likelihood"
+    )
+    colour_clips: int = Field(
+        default=16, ge=1, description="generated clips whose colour is read back"
+    )
 
 
 class ServeConfig(BaseModel):
@@ -54,9 +58,9 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     host: str = Field(
-        "127.0.0.1", description="interface to bind; loopback unless you say otherwise"
+        default="127.0.0.1", description="interface to bind; loopback unless you say otherwise"
     )
-    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
     limits: Limits = Field(default_factory=Limits, description="what the service admits")
     resources: Resources = Field(
         default_factory=Resources, description="what each deployment takes"
@@ -68,8 +72,12 @@ class ClusterConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    num_cpus: int | None = Field(None, ge=1, description="CPUs to offer; by default all of them")
-    object_store_mb: int = Field(512, ge=80, description="shared memory for blocks in flight, MB")
+    num_cpus: int | None = Field(
+        default=None, ge=1, description="CPUs to offer; by default all of them"
+    )
+    object_store_mb: int = Field(
+        default=512, ge=80, description="shared memory for blocks in flight, MB"
+    )
 
 
 class Recipe(BaseModel):
@@ -78,16 +86,16 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(description="what the run is called in MLflow")
-    codec: str = Field("tiny", description="'tiny' (ships here), a folder, or a hub id")
-    world: WorldConfig = WorldConfig()
+    codec: str = Field(default="tiny", description="'tiny' (ships here), a folder, or a hub id")
+    world: WorldConfig = Field(default_factory=WorldConfig)
     prepare: PrepareConfig
     text: TextSpec
     model: FlowConfig
     train: TrainConfig
-    sampler: Sampler = Sampler()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    serve: ServeConfig = ServeConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    sampler: Sampler = Field(default_factory=Sampler)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
 
     @model_validator(mode="after")
     def _text_fits_model(self) -> Recipe:

@@ -87,10 +87,10 @@ def loss_curve(history: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     for mode, colour in (("video", DEEP), ("image", DECODE)):
         points = [(h["step"], h["loss_nats_per_dim"]) for h in history if h["mode"] == mode]
         if points:
-            steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.7)
+            steps, values = [p[0] for p in points], [p[1] for p in points]
+            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)
             axes.plot(
-                steps, _smooth(list(losses), 15), color=colour, linewidth=1.6, label=f"{mode} steps"
+                steps, _smooth(values, 15), color=colour, linewidth=1.6, label=f"{mode} steps"
             )
     lines = (
         ("noise_floor_nats_per_dim", "floor ½ + ln σ", ":"),

@@ -7,7 +7,6 @@ done does nothing, one that was interrupted goes on.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,15 +86,15 @@ def training_to_do(recipe: Recipe, latents: Path, out: Path) -> bool:
 
 def train(recipe: Recipe, latents: Path, out: Path, reporter: Reporter) -> TrainResult:
     """Latent shards → checkpoint and model folder, on Ray Train."""
-    floor = ""
+    said = ""
     with reporter.progress("training") as update:
 
         def show(records: list[dict[str, Any]]) -> None:
-            nonlocal floor
-            last = records[-1]
-            if last["mode"] == "video":
-                floor = f"{last['loss_nats_per_dim']:.3f} nats/dim"
-            update(last["step"], recipe.train.steps, floor)
+            nonlocal said
+            for record in records:
+                if record["mode"] == "video":
+                    said = f"{record['loss_nats_per_dim']:.3f} nats/dim"
+            update(records[-1]["step"] + 1, recipe.train.steps, said)
 
         result = train_on_ray(
             recipe.train,
@@ -225,13 +224,11 @@ def _say_where(out: Path, page: Path, summary: dict[str, Any], reporter: Reporte
         "colour_accuracy", "colour_chance", "codec_psnr_db", "overlap_s", "wall_s",
     )  # fmt: skip
     reporter.table("what was measured", ["", ""], [[n, f"{summary[n]:.3f}"] for n in names])
-    size_mb = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) / 1e6
-    reporter.console.print(f"report         {page}")
-    reporter.console.print(f"contact sheet  {out / 'contact_sheet.png'}")
-    reporter.console.print(f"videos         {out}/*.mp4")
-    reporter.console.print(
-        f"tracking       mlflow ui --backend-store-uri sqlite:///{out / 'train' / 'mlflow.db'}"
+    lines = (
+        f"report         {page}",
+        f"contact sheet  {out / 'contact_sheet.png'}",
+        f"videos         {out}/*.mp4",
+        f"tracking       mlflow ui --backend-store-uri sqlite:///{out / 'train' / 'mlflow.db'}",
     )
-    reporter.console.print(
-        f"on disk        {size_mb:.0f} MB (free: {shutil.disk_usage(out).free / 1e9:.0f} GB)"
-    )
+    for line in lines:
+        reporter.console.print(line, soft_wrap=True)

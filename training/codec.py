@@ -18,7 +18,7 @@ from einops import rearrange
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from flow.codec import VideoCodec, build_vae, save_codec
+from flow.codec import Vae, VideoCodec, build_vae, save_codec
 
 # `render(seed, num_frames)` gives uint8 [T, H, W, 3]; held-out scenes are those of negative step numbers.
 Render = Callable[[int, int], Any]
@@ -128,7 +128,7 @@ class _Optimizers:
     torch's Muon takes matrices, so each kernel is handed to it as a [out, in·kernel] view of the same memory.
     """
 
-    def __init__(self, vae: nn.Module, config: CodecConfig) -> None:
+    def __init__(self, vae: Vae, config: CodecConfig) -> None:
         outer = ("conv_in", "conv_out", "quant_conv")
         kernels = [
             weight
@@ -154,14 +154,23 @@ class _Optimizers:
             optimizer.step()
 
 
-def _quiet_posterior(vae: nn.Module, logvar: float = -5.0) -> None:
+def _quiet_posterior(vae: Vae, logvar: float = -5.0) -> None:
     """Start with little posterior noise: at the usual e^0 it drowns what an untrained encoder says."""
     bias = vae.quant_conv.bias
     with torch.no_grad():
         bias[bias.shape[0] // 2 :] = logvar
 
 
-def _objective(vae: nn.Module, signal_BCTHW: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+def _initial(config: CodecConfig, start: Path | None) -> Vae:
+    """A fresh network, or a trained one whose training goes on."""
+    if start is not None:
+        return VideoCodec.load(start).vae.requires_grad_(True)
+    vae = build_vae(config.vae_config())
+    _quiet_posterior(vae)
+    return vae
+
+
+def _objective(vae: Vae, signal_BCTHW: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
     """Loss and mean squared error, both on the -1..1 scale."""
     posterior = vae.encode(signal_BCTHW).latent_dist
     reconstruction = vae.decode(posterior.sample()).sample
@@ -193,7 +202,7 @@ def measure(codec: VideoCodec, render: Render, num_clips: int, num_frames: int) 
     }
 
 
-def _set_statistics(vae: nn.Module, config: CodecConfig, render: Render) -> None:
+def _set_statistics(vae: Vae, config: CodecConfig, render: Render) -> None:
     """Write the latents' mean and standard deviation per channel into the codec's config."""
     codec = VideoCodec(vae, digest="")
     means = []
@@ -209,7 +218,12 @@ def _set_statistics(vae: nn.Module, config: CodecConfig, render: Render) -> None
 
 
 def train_codec(
-    config: CodecConfig, render: Render, out: Path, progress: Progress | None = None
+    config: CodecConfig,
+    render: Render,
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    start: Path | None = None,
 ) -> dict[str, float]:
     """Train, save to `out`, and measure what was saved.
 
@@ -218,13 +232,13 @@ def train_codec(
         render: `(seed, num_frames) -> uint8 [T, H, W, 3]`.
         out: folder for `config.json`, safetensors (fp16) and `quality.json`.
         progress: called after each step with step, steps, loss, psnr_db.
+        start: folder of a codec whose training goes on; its size is kept, `config`'s is not read.
 
     Returns:
         what `quality.json` holds: `psnr_db`, `first_frame_psnr_db`, `steps`, `seconds`.
     """
     torch.manual_seed(config.seed)
-    vae = build_vae(config.vae_config()).train()
-    _quiet_posterior(vae)
+    vae = _initial(config, start).train()
     optimizers = _Optimizers(vae, config)
     average = torch.optim.swa_utils.AveragedModel(
         vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
@@ -241,7 +255,7 @@ def train_codec(
         if progress is not None:
             psnr = 10 * math.log10(4 / max(mse.item(), 1e-12))
             progress({"step": step + 1, "steps": total, "loss": loss.item(), "psnr_db": psnr})
-    trained = average.module.eval()
+    trained: Vae = average.module.eval()
     _set_statistics(trained, config, render)
     save_codec(trained, out)
     quality = measure(VideoCodec.load(out), render, config.eval_clips, config.eval_frames)

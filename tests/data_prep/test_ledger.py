@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import PrepareConfig
+from data_prep.inputs import name_shards
 from data_prep.ledger import (
     Ledger,
     OutputBusy,
     SettingsChanged,
-    name_shards,
     write_atomically,
 )
 from data_prep.shards import ShardError

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from data_prep.moving_shapes import COLOURS, MOTIONS, random_spec, render_clip, render_image, write_world
+from data_prep.moving_shapes import (
+    COLOURS,
+    MOTIONS,
+    random_spec,
+    render_clip,
+    render_image,
+    write_world,
+)
 
 
 def test_a_scene_is_a_function_of_its_seed() -> None:
@@ -43,14 +50,16 @@ def test_shards_read_back_with_the_webdataset_library(tmp_path: Path) -> None:
     paths = write_world(tmp_path, 5, 3, clips_per_shard=4)
     assert [p.name for p in paths] == ["00000.tar", "00001.tar", "images-00000.tar"]
     samples = list(wds.WebDataset([str(p) for p in paths], shardshuffle=False))
-    assert [set(s) & {"mp4", "png", "txt", "json"} for s in samples] == [{"mp4", "txt", "json"}] * 5 + [
-        {"png", "txt", "json"}
-    ] * 3
+    assert [set(s) & {"mp4", "png", "txt", "json"} for s in samples] == [
+        {"mp4", "txt", "json"}
+    ] * 5 + [{"png", "txt", "json"}] * 3
 
 
 def test_writing_again_changes_nothing(tmp_path: Path) -> None:
     def digest() -> str:
-        return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(tmp_path.iterdir()))).hexdigest()
+        return hashlib.sha256(
+            b"".join(p.read_bytes() for p in sorted(tmp_path.iterdir()))
+        ).hexdigest()
 
     write_world(tmp_path, 3, 1)
     first = digest()

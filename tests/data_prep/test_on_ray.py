@@ -23,13 +23,15 @@ from data_prep.run import plan_run
 from .local import digests, prepare_locally
 
 ROOT = Path(__file__).parents[2]
+# Ray runs its workers at nice 15: beside anything else on two CPUs they would starve.
+RAY_ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "240"}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        # Ray runs its workers at nice 15: beside anything else on two CPUs they would starve.
-        patch.setenv("RAY_worker_niceness", "0")
+        for name, value in RAY_ENVIRONMENT.items():
+            patch.setenv(name, value)
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
@@ -129,30 +131,32 @@ prepare(config, sys.argv[4:], Path(sys.argv[2]), Path(sys.argv[3]))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
     config: PrepareConfig, codec_dir: Path, tmp_path: Path
 ) -> None:
-    shards = [str(p) for p in write_world(tmp_path / "in", 120, 20, clips_per_shard=40)]
+    shards = [str(p) for p in write_world(tmp_path / "in", 90, 30, clips_per_shard=30)]
     config = config.model_copy(update={"concurrency": ConcurrencyConfig(shards_in_flight=2)})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     prepare_locally(config, shards, whole, codec_dir)
     command = [sys.executable, "-c", DRIVER, config.model_dump_json(), str(broken), str(codec_dir)]
-    environment = {**os.environ, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **RAY_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
     kills = 0
-    for wanted in (5, 60):
+    for wanted in (3, 40):
         with subprocess.Popen([*command, *shards], cwd=ROOT, env=environment) as driver:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + 500
             while driver.poll() is None and time.monotonic() < deadline:
                 if _finished(broken) >= wanted:
-                    os.kill(driver.pid, signal.SIGKILL)
-                    kills += 1
                     break
-                time.sleep(0.02)
+                time.sleep(0.05)
+            if driver.poll() is None:
+                os.kill(driver.pid, signal.SIGKILL)
+                kills += 1
+        if wanted == 3:
+            assert 3 <= _finished(broken) < 120
     assert kills >= 1
-    assert _finished(broken) < 140
     kept = {p: p.stat().st_mtime_ns for p in (broken / "manifests").glob("*.json")}
-    subprocess.run([*command, *shards], check=True, cwd=ROOT, env=environment, timeout=300)
+    subprocess.run([*command, *shards], check=True, cwd=ROOT, env=environment, timeout=600)
     assert digests(broken) == digests(whole)
     # What was finished before the kill was not written again.
     assert all(path.stat().st_mtime_ns == mtime_ns for path, mtime_ns in kept.items())
@@ -160,7 +164,7 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
 
 def _finished(out: Path) -> int:
     staged = sum(1 for _ in out.glob("staging/*/*/*.arrow"))
-    return staged + 40 * sum(1 for _ in out.glob("manifests/*.json"))
+    return staged + 30 * sum(1 for _ in out.glob("manifests/*.json"))
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_both_readers_agree(
         return [0, 5, 5, 23]
 
     first = reader.read(video, choose=choose)
-    monkeypatch.setattr(media.read, "_readers", lambda: ["pyav"])
+    monkeypatch.setattr(media.read, "installed_readers", lambda: ["pyav"])
     second = reader.read(video, choose=choose)
     assert second.reader == "pyav"
     np.testing.assert_allclose(first.pts_s, second.pts_s, atol=1e-4)
@@ -190,7 +190,7 @@ def test_a_phone_video_stands_upright_in_both_readers(
     reader: VideoReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = reader.read(ODD / "rotated_90.mov")
-    monkeypatch.setattr(media.read, "_readers", lambda: ["pyav"])
+    monkeypatch.setattr(media.read, "installed_readers", lambda: ["pyav"])
     second = reader.read(ODD / "rotated_90.mov")
     assert first.frames.shape == second.frames.shape == (3, 568, 320, 3)
     assert np.abs(first.frames.astype(int) - second.frames).mean() < 2

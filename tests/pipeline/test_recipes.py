@@ -55,7 +55,9 @@ def test_an_unknown_key_of_the_model_is_named_too(tmp_path: Path) -> None:
         ("text.kind=bert", "text", "bert"),
     ],
 )
-def test_a_bad_value_is_named_with_its_rule(tmp_path: Path, override: str, key: str, value: str) -> None:
+def test_a_bad_value_is_named_with_its_rule(
+    tmp_path: Path, override: str, key: str, value: str
+) -> None:
     message = refusal(tmp_path, tiny_text(), [override])
     assert key in message
     assert value in message

@@ -105,6 +105,7 @@ def test_one_worker_goes_on_from_the_checkpoint_of_two(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_workers_resume_from_the_last_complete_checkpoint(
     dataset: Path, tmp_path: Path
 ) -> None:

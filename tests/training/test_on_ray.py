@@ -1,30 +1,21 @@
-"""Training on a real Ray cluster: equal to one process, live, recorded, killable, and clear when
+"""Training on a real Ray cluster: equal to one process, live, recorded, and clear when
 it fails.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
-import torch
 
 from flow.weights import load_model
 from tests.training.world import TEXT, small_config, small_flow, write_dataset
-from training.checkpoint import latest_complete
-from training.history import read_history
 from training.on_ray import TrainingFailed, train_on_ray
 from training.run import train_in_process
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -80,33 +71,3 @@ def test_a_failing_worker_is_one_clear_error(cluster: None, tmp_path: Path) -> N
     with pytest.raises(TrainingFailed, match="SkippedTooOften: 2 steps in a row") as caught:
         train_on_ray(config, small_flow(), TEXT, None, dataset, None, tmp_path / "out")
     assert "\n" not in str(caught.value)
-
-
-def test_a_killed_driver_takes_its_workers_with_it_and_the_next_resumes(tmp_path: Path) -> None:
-    dataset, out = write_dataset(tmp_path / "data"), tmp_path / "out"
-    environment = {**os.environ, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.training.ray_driver", str(dataset), str(out)]
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
-    driver = start()
-    while latest_complete(out / "checkpoints") is None:
-        assert driver.poll() is None, "the driver ended by itself"
-        time.sleep(0.05)
-    children = psutil.Process(driver.pid).children(recursive=True)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    _gone, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive, [p.name() for p in alive]
-    interrupted = latest_complete(out / "checkpoints")
-    assert interrupted is not None
-    assert interrupted.step < 300
-    second = start()
-    assert second.wait(timeout=600) == 0
-    history = read_history(out / "history.jsonl")
-    assert [r["step"] for r in history] == list(range(300))
-    model, _spec = load_model(out / "model")
-    assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -16,6 +16,7 @@ from training.config import TrainConfig
 from training.loop import TrainJob, train
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 280
 
 
 def _free_port() -> int:
@@ -62,7 +63,11 @@ def start(config: TrainConfig, job: TrainJob) -> list[subprocess.Popen[str]]:
 def run(config: TrainConfig, job: TrainJob) -> None:
     """Start, wait, and fail with the workers' own words if they fail."""
     processes = start(config, job)
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, error in zip(processes, errors, strict=True):
         assert process.returncode == 0, error
 

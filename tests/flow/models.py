@@ -1,0 +1,61 @@
+"""Small random models and inputs that the tests of the flow share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from flow.config import FlowConfig
+from flow.flow import FlowModel
+
+TINY = FlowConfig(
+    latent_channels=4,
+    text_len=6,
+    text_dim=16,
+    shallow_width=32,
+    deep_width=32,
+    head_dim=32,
+    layers_per_block=(1, 1, 1, 2),
+    noise_std=0.3,
+    pos_len=4.0,
+    denoiser=True,
+    denoiser_layers=2,
+)
+
+
+def tiny_config(**changes: object) -> FlowConfig:
+    """TINY with some fields changed."""
+    return dataclasses.replace(TINY, **changes)  # type: ignore[arg-type]
+
+
+def shaken(module: nn.Module, seed: int = 0, scale: float = 0.25) -> nn.Module:
+    """Random noise on every parameter, so that no zero start value hides anything."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += scale * noise / max(1, parameter.shape[-1]) ** 0.5
+            if parameter.dim() == 1:
+                parameter += 0.5 * scale * noise
+    return module
+
+
+def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **changes: object) -> FlowModel:
+    """A shaken tiny model in eval mode."""
+    torch.manual_seed(seed)
+    model = FlowModel(tiny_config(**changes)).to(dtype)
+    shaken(model, seed)
+    return model.eval()
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers that depend on the seed alone."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def texts(model: FlowModel, batch: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """A text and a null text of the model's shape."""
+    shape = (batch, model.config.text_len, model.config.text_dim)
+    return randn(*shape, seed=71, dtype=dtype), randn(*shape, seed=72, dtype=dtype)

@@ -1,0 +1,140 @@
+"""Agreement with the reference cases: every case found, every tensor in it that the README lists."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flow.flow import FlowModel
+from flow.sampling import SampleSpec, sample
+from flow.tokens import patchify
+from flow.weights import import_released
+
+FOLDER = Path(
+    os.environ.get("FLOWREEL_GOLDENS") or Path(__file__).resolve().parents[2] / "../shared/goldens"
+)
+CASES = sorted(path.parent.name for path in FOLDER.glob("*/case.safetensors"))
+pytestmark = pytest.mark.skipif(
+    not CASES, reason=f"no reference cases in {FOLDER}; set FLOWREEL_GOLDENS to their folder"
+)
+
+
+@dataclass
+class Case:
+    """One reference case: the imported model, its tensors and scalars."""
+
+    model: FlowModel
+    tensors: dict[str, Tensor]
+    scalars: dict[str, Any]
+
+    def clip(self, name: str) -> Tensor:
+        """A tensor as a clip [B,T,...], images as one frame."""
+        tensor = self.tensors[name]
+        return tensor if self.model.config.video else tensor.unsqueeze(1)
+
+
+@pytest.fixture(scope="module", params=CASES or ["none"])
+def case(request: pytest.FixtureRequest) -> Case:
+    folder = FOLDER / request.param
+    model, _ = import_released(folder / "weights.pth", folder / "config.yaml")
+    scalars = json.loads((folder / "case.json").read_text())
+    return Case(model, load_file(folder / "case.safetensors"), scalars)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """The reference ran on two threads; where sigma is small, another split of the sums shows at 1e-4."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def _close(got: Tensor, expected: Tensor, atol: float, rtol: float = 0.0) -> None:
+    assert got.isfinite().all()
+    torch.testing.assert_close(got, expected, atol=atol, rtol=rtol)
+
+
+def test_prior_and_every_block_agree(case: Case) -> None:
+    flow, config = case.model.flow, case.model.config
+    with torch.no_grad():
+        out = flow(case.tensors["data"], case.tensors["text"])
+    _close(out.z_BTHWC, patchify(case.clip("prior"), config.patch_size), atol=1e-4)
+    for index, log_det in enumerate(out.block_log_det):
+        own = rearrange(log_det, "b t h w c -> b t (h w) c")
+        own = own.flip(2) if config.reversed_order(index) else own
+        expected = case.tensors[f"log_det_{index}"]
+        _close(own.reshape(expected.shape), expected, atol=1e-5, rtol=1e-5)
+    _close(out.z_BTHWC, case.clip(f"block_output_{config.num_blocks}"), atol=1e-4)
+
+
+def test_block_outputs_agree_one_by_one(case: Case) -> None:
+    flow, config = case.model.flow, case.model.config
+    with torch.no_grad():
+        stages = flow.block_outputs(case.tensors["data"], case.tensors["text"])
+    assert len(stages) == config.num_blocks + 1
+    for index, stage in enumerate(stages):
+        _close(stage, case.clip(f"block_output_{index}"), atol=1e-4)
+
+
+def test_loss_and_its_gradient_in_the_data_agree(case: Case) -> None:
+    data = case.tensors["data"].clone().requires_grad_()
+    loss = case.model.flow(data, case.tensors["text"]).loss()
+    loss.backward()
+    _close(loss.detach(), torch.tensor(case.scalars["loss"]), atol=1e-5, rtol=1e-5)
+    assert data.grad is not None
+    _close(data.grad, case.tensors["loss_grad_data"], atol=1e-5, rtol=1e-5)
+
+
+def test_denoiser_agrees(case: Case) -> None:
+    if "denoiser_output" not in case.tensors:
+        pytest.skip("a model without a denoiser")
+    assert case.model.denoiser is not None
+    with torch.no_grad():
+        s = case.model.denoiser(case.tensors["data"], case.tensors["text"])
+    _close(s, case.tensors["denoiser_output"], atol=1e-5, rtol=1e-5)
+
+
+def _samples(jacobi: bool) -> list[str]:
+    return ["sample_jacobi", "sample_jacobi_guided"] if jacobi else [
+        "sample_sequential",
+        "sample_guided",
+        "sample_first_frame_guided",
+        "sample_long_guided",
+    ]
+
+
+@pytest.mark.parametrize("name", _samples(jacobi=False) + _samples(jacobi=True))
+def test_samples_agree(case: Case, name: str) -> None:
+    if name not in case.tensors:
+        pytest.skip(f"this case has no {name}")
+    noise = case.clip("noise_long" if "long" in name else "noise")
+    spec = SampleSpec(
+        num_frames=noise.shape[1],
+        grid=(noise.shape[-2], noise.shape[-1]),
+        guidance=case.scalars["guidance"] if "guided" in name else 0.0,
+        schedule="jacobi" if "jacobi" in name else "sequential",
+        tolerance=0.0,
+        window_frames=case.scalars["long_window"] if "long" in name else None,
+        context_frames=case.scalars["long_context"] if "long" in name else 1,
+    )
+    x = sample(
+        case.model,
+        case.tensors["text"],
+        case.tensors["text_null"],
+        spec,
+        first_frame=case.tensors["first_frame"] if "first_frame" in name else None,
+        denoiser="none",
+        noise=lambda n: noise[:, n],
+    )
+    _close(x, case.clip(name), atol=1e-4)

@@ -1,0 +1,253 @@
+"""The spine, felt from end to end: one real `flowreel demo` at its smallest, and what a user does with what it leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from media.read import read_video
+
+ROOT = Path(__file__).parents[2]
+MICRO = (
+    "world.num_clips=40", "world.num_images=8", "world.clips_per_shard=24", "train.steps=6", "train.checkpoint_every=3",
+    "train.batch_size=4", "train.image_batch_size=4", "model.deep_width=64", "model.shallow_width=32",
+    "model.layers_per_block=[1,1,1,2]", "model.denoiser_layers=2", "evaluate.colour_clips=4", "evaluate.noise_draws=2",
+)  # fmt: skip
+SETTINGS = [part for value in MICRO for part in ("--set", value)]
+SAMPLES = 48
+
+
+def flowreel(
+    *arguments: str, timeout_s: float = 280, mark: str = ""
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=ROOT,
+        env={**os.environ, "FLOWREEL_TEST_MARK": mark},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def processes_with(mark: str) -> list[psutil.Process]:
+    """Processes that inherited the environment of a run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FLOWREEL_TEST_MARK") == mark:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out, mark = tmp_path_factory.mktemp("demo") / "run", secrets.token_hex(8)
+    flowreel("demo", "--out", str(out), *SETTINGS, mark=mark)
+    give_up = time.monotonic() + 10
+    while processes_with(mark) and time.monotonic() < give_up:
+        time.sleep(0.2)
+    assert not processes_with(mark), "the demo left processes behind"
+    return out
+
+
+@pytest.fixture(scope="module")
+def summary(run: Path) -> dict[str, object]:
+    values = json.loads((run / "summary.json").read_text())
+    assert isinstance(values, dict)
+    return values
+
+
+def test_the_summary_holds_every_figure_it_promises(summary: dict[str, object]) -> None:
+    for name in (
+        "held_out_nats_per_dim", "gaussian_nats_per_dim", "shuffled_caption_nats_per_dim", "colour_accuracy",
+        "colour_chance", "codec_psnr_db", "overlap_s", "noise_floor_nats_per_dim",
+    ):  # fmt: skip
+        assert isinstance(summary[name], float), name
+        assert np.isfinite(summary[name]), name
+    assert summary["overlap_s"] > 0  # type: ignore[operator]
+    assert summary["codec_psnr_db"] >= 26  # type: ignore[operator]
+
+
+def test_every_sample_has_exactly_one_status(run: Path, summary: dict[str, object]) -> None:
+    rows = [
+        row
+        for path in run.glob("latents/status/**/*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    ]
+    assert len(rows) == SAMPLES
+    assert len({(row["shard"], row["key"]) for row in rows}) == SAMPLES
+    assert sum(summary["statuses"].values()) == SAMPLES  # type: ignore[attr-defined]
+
+
+def test_videos_play_and_have_the_length_that_was_asked_for(run: Path) -> None:
+    lengths = {
+        path.name.split("-0")[0].split("-1")[0]: len(read_video(path).frames)
+        for path in run.glob("*.mp4")
+    }
+    assert lengths == {"text-to-video": 17, "image-to-video": 17, "long-video": 49}
+    assert len(list(run.glob("*.mp4"))) == 6
+
+
+def test_the_report_opens_without_a_server(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 6
+    assert page.count("<svg") == 2
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page), "something is loaded from elsewhere"
+
+
+def served_frames(run: Path, mp4: Path) -> np.ndarray:
+    """The lossless frames that the service kept beside the mp4 it sent."""
+    (folder,) = [
+        path.parent
+        for path in (run / "served").rglob("video.mp4")
+        if path.read_bytes() == mp4.read_bytes()
+    ]
+    frames = np.load(folder / "frames.npy", allow_pickle=False)
+    assert isinstance(frames, np.ndarray)
+    return frames
+
+
+def test_sample_makes_the_served_video_frame_for_frame(run: Path, tmp_path: Path) -> None:
+    from pipeline.recipes import load_recipe
+    from pipeline.single import sample_video
+
+    prompt = "A red circle moves left over a dark background."
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    frames = sample_video(
+        recipe, run / "train" / "model", prompt, tmp_path / "a.mp4",
+        num_frames=None, seed=0, guidance=None, schedule="jacobi", image=None,
+    )  # fmt: skip
+    assert np.array_equal(frames, served_frames(run, next(run.glob("text-to-video-000*.mp4"))))
+
+
+def test_score_prints_a_mean_with_its_standard_error(run: Path) -> None:
+    video = next(run.glob("text-to-video-000*.mp4"))
+    said = flowreel(
+        "score",
+        str(run / "train" / "model"),
+        str(video),
+        "--prompt",
+        "a red circle",
+        "--draws",
+        "3",
+    ).stdout
+    match = re.search(r"nats per dimension\s+(-?\d+\.\d+) ± (\d+\.\d+)", said)
+    assert match is not None, said
+    assert float(match.group(1)) > 0.5 + np.log(0.3)
+    again = flowreel(
+        "score",
+        str(run / "train" / "model"),
+        str(video),
+        "--prompt",
+        "a red circle",
+        "--draws",
+        "3",
+    ).stdout
+    assert again.splitlines()[-4:] == said.splitlines()[-4:], "seeded draws give the same score"
+
+
+def test_prepare_and_train_run_again_do_nothing(run: Path) -> None:
+    def state() -> dict[str, float]:
+        files = [
+            p
+            for folder in ("latents", "train/checkpoints", "train/model")
+            for p in (run / folder).rglob("*")
+        ]
+        return {str(p): p.stat().st_mtime for p in files if p.is_file() and p.name != ".lock"}
+
+    before = state()
+    recipe = str(run / "recipe.yaml")
+    said = flowreel(
+        "prepare",
+        "--shards",
+        str(run / "shards"),
+        "--out",
+        str(run / "latents"),
+        "--recipe",
+        recipe,
+    )
+    assert "nothing to do" in said.stdout
+    said = flowreel(
+        "train", "--data", str(run / "latents"), "--out", str(run / "train"), "--recipe", recipe
+    )
+    assert "nothing to do" in said.stdout
+    after = state()
+    assert {k: v for k, v in after.items() if k in before} == before
+
+
+def test_a_recipe_runs_as_a_job_of_a_ray_cluster(run: Path, tmp_path: Path) -> None:
+    import ray
+
+    from pipeline.cluster import submit
+    from pipeline.recipes import load_recipe
+
+    shutil.copy(run / "shards" / "images-00000.tar", tmp_path / "0.tar")
+    out = tmp_path / "latents"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so spelled by Ray
+    context = ray.init(
+        num_cpus=2,
+        include_dashboard=True,
+        dashboard_port=0,
+        log_to_driver=False,
+        object_store_memory=200 * 2**20,
+    )
+    try:
+        job = submit(
+            load_recipe(str(run / "recipe.yaml")),
+            f"http://{context.address_info['webui_url']}",
+            stage="prepare",
+            arguments=["--shards", str(tmp_path), "--out", str(out)],
+            timeout_s=240,
+        )
+    finally:
+        ray.shutdown()
+    assert job.status == "SUCCEEDED", job.logs
+    rows = [
+        row for path in out.glob("status/**/*.parquet") for row in pq.read_table(path).to_pylist()
+    ]
+    assert len(rows) == 8
+
+
+def test_imported_reference_weights_make_a_model_folder(tmp_path: Path) -> None:
+    goldens = Path(os.environ.get("FLOWREEL_GOLDENS", ROOT.parent / "shared" / "goldens"))
+    case = goldens / "video"
+    if not case.is_dir():
+        pytest.skip(f"no {case}; set FLOWREEL_GOLDENS")
+    out = tmp_path / "model"
+    flowreel(
+        "import-weights",
+        str(case / "weights.pth"),
+        "--config",
+        str(case / "config.yaml"),
+        "--out",
+        str(out),
+    )
+    assert json.loads((out / "config.json").read_text())["flow"]["deep_width"] == 96
+    assert (out / "model.safetensors").stat().st_size > 1e6
+
+
+def test_the_contact_sheet_is_a_picture(run: Path) -> None:
+    from PIL import Image
+
+    with Image.open(io.BytesIO((run / "contact_sheet.png").read_bytes())) as sheet:
+        assert sheet.size[0] > 400
+        assert np.asarray(sheet).std() > 10

@@ -1,0 +1,71 @@
+"""Training a codec: it learns, it is reproducible, and what ships here is as good as it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.moving_shapes import random_spec, render_clip
+from flow.codec import VideoCodec
+from pipeline.recipes import TINY_CODEC
+from training.codec import CodecConfig, measure, psnr_db, train_codec
+
+TINY = CodecConfig(
+    z_dim=4, encoder_width=4, decoder_width=4, image_steps=3, steps=3, image_batch_size=2,
+    clip_frames=(5, 9), frames_per_step=10, eval_clips=2, eval_frames=9,
+)  # fmt: skip
+
+
+def render(seed: int, num_frames: int) -> np.ndarray:
+    return render_clip(random_spec(seed), num_frames, 8.0)
+
+
+def test_a_seed_gives_the_same_codec_twice(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train_codec(TINY, render, tmp_path / name)
+    assert VideoCodec.load(tmp_path / "a").digest == VideoCodec.load(tmp_path / "b").digest
+
+
+def test_training_lowers_the_error_and_reports_every_step(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+    config = TINY.model_copy(update={"image_steps": 40, "steps": 2})
+    train_codec(config, render, tmp_path / "codec", seen.append)
+    assert [m["step"] for m in seen] == list(range(1, 43))
+    losses = [m["loss"] for m in seen[:40]]
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+
+
+def test_training_can_go_on_from_a_codec(tmp_path: Path) -> None:
+    train_codec(TINY, render, tmp_path / "first")
+    train_codec(TINY, render, tmp_path / "second", start=tmp_path / "first")
+    first, second = (VideoCodec.load(tmp_path / name) for name in ("first", "second"))
+    assert first.digest != second.digest
+    assert first.latent_channels == second.latent_channels == TINY.z_dim
+
+
+def test_the_saved_statistics_standardise_the_latents(tmp_path: Path) -> None:
+    train_codec(TINY, render, tmp_path)
+    codec = VideoCodec.load(tmp_path)
+    frames = torch.stack([torch.as_tensor(render(i, 9)) for i in range(16)])
+    x = codec.convention.to_model(codec.encode(frames)[0])
+    assert abs(float(x.mean())) < 0.5
+    assert 0.5 < float(x.std()) < 2
+
+
+def test_psnr_is_what_its_definition_says() -> None:
+    black = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    assert psnr_db(black + 255, black) == 0
+    assert psnr_db(black + 1, black) == pytest.approx(48.13, abs=0.01)
+
+
+def test_the_codec_that_ships_is_small_and_as_good_as_it_says() -> None:
+    weights = TINY_CODEC / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size <= 4_000_000
+    stated = json.loads((TINY_CODEC / "quality.json").read_text())["psnr_db"]
+    measured = measure(VideoCodec.load(TINY_CODEC), render, 32, 17)["psnr_db"]
+    assert measured >= 26
+    assert measured == pytest.approx(stated, abs=0.05)

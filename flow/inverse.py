@@ -167,8 +167,7 @@ class Inverter:
         sweeps = 0
         while sweeps < count:
             done = first + sweeps
-            # At tolerance 0 the settled tokens stay in: sweeps of one shape repeat themselves bit for
-            # bit, which is what ends the loop early.
+            # Settled tokens leave the sweep; at tolerance 0 they stay, so that all sweeps round alike.
             low = done if tolerance > 0 else first
             # The first sweep also repairs what the stretch before left unfresh: no pass of its own.
             self.evaluate(min(self._fresh, low), stop)

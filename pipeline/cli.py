@@ -351,7 +351,7 @@ def doctor() -> None:
 
 
 def _find_shards(pattern: str) -> list[str]:
-    from data_prep.find import find_shards
+    from data_prep.inputs import find_shards
 
     return find_shards(pattern)
 

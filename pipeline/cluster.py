@@ -44,6 +44,10 @@ def local_or_given(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # By default Ray gives its workers the lowest priority, so that any other busy process starves them.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray Data's actors make its core print a harmless error line each; whoever wants Ray's own log sets this to info.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray guards its local cluster by a token; that it does needs no warning.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     given = address or os.environ.get("RAY_ADDRESS")
     if given:
         ray.init(address=given, log_to_driver=False, logging_level=logging.WARNING)

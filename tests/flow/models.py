@@ -55,7 +55,9 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def texts(model: FlowModel, batch: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def texts(
+    model: FlowModel, batch: int = 1, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """A text and a null text of the model's shape."""
     shape = (batch, model.config.text_len, model.config.text_dim)
     return randn(*shape, seed=71, dtype=dtype), randn(*shape, seed=72, dtype=dtype)

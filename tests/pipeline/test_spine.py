@@ -245,6 +245,52 @@ def test_imported_reference_weights_make_a_model_folder(tmp_path: Path) -> None:
     assert (out / "model.safetensors").stat().st_size > 1e6
 
 
+def refusal(*arguments: str) -> str:
+    """The one line with which a command refuses, exit code 2, no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("flowreel: ")]
+    return line
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(run: Path) -> None:
+    before = sorted(p.name for p in (run / "train" / "checkpoints").iterdir())
+    line = refusal(
+        "train", "--data", str(run / "latents"), "--out", str(run / "train"),
+        "--recipe", str(run / "recipe.yaml"), "--set", "model.deep_width=96", "--steps", "9",
+    )  # fmt: skip
+    assert "deep_width" in line
+    assert "64" in line
+    assert "96" in line
+    assert sorted(p.name for p in (run / "train" / "checkpoints").iterdir()) == before
+
+
+def test_a_prompt_over_the_limit_is_refused_with_both_numbers(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "video.mp4"
+    line = refusal(
+        "sample", str(run / "train" / "model"), "--prompt", "x" * 5000, "--out", str(out)
+    )
+    assert "5000" in line
+    assert "4096" in line
+    assert not out.exists()
+
+
+def test_a_video_that_is_none_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"no video at all")
+    line = refusal(
+        "score", str(run / "train" / "model"), str(tmp_path / "broken.mp4"), "--prompt", "x"
+    )
+    assert "broken.mp4" in line or "video" in line
+
+
 def test_the_contact_sheet_is_a_picture(run: Path) -> None:
     from PIL import Image
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.find import find_shards
+from data_prep.inputs import find_shards
 from data_prep.shards import ShardError
 
 

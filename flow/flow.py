@@ -22,7 +22,7 @@ from flow.config import FlowConfig
 from flow.denoiser import Denoiser
 from flow.inverse import invert_block
 from flow.rope import Rope, RopeCache
-from flow.tokens import patchify, unpatchify
+from flow.tokens import frame_sequence, patchify, unpatchify
 
 DENOISE_STEP = 0.3
 """x = x_noisy - DENOISE_STEP · s: the scale the denoiser's target is expressed in (DESIGN section 3)."""
@@ -121,7 +121,7 @@ class DeepShallowFlow(nn.Module):
             yield u, log_det
         grid, num_frames = _grid(u), u.shape[1]
         text_BJE = text_BJE if self.config.deep_text else None
-        s_BLC = rearrange(_oriented(u, self.deep_reversed), "b t n c -> b (t n) c")
+        s_BLC = frame_sequence(u, self.deep_reversed)
         pair = self.deep(s_BLC, self.deep_rope(grid, num_frames, text_BJE), text_BJE)
         z, log_det = (rearrange(y, "b (t n) c -> b t n c", t=num_frames) for y in pair)
         yield (

@@ -1,6 +1,6 @@
 """From noise to latents: the deep block frame by frame, then shallow inverse and denoiser, as two streams.
 
-Knows seeds, frames, windows, schedules and certificates. Does not know prompts, codecs, sessions or where
+Knows seeds, frames, windows and schedules. Does not know prompts, codecs, sessions or where
 the streams run: `sample` is the two of them in one loop.
 
 Shapes: B batch, T latent frames, C channels, h, w latent cells, H, W tokens, J text tokens, E text width.
@@ -19,9 +19,8 @@ from einops import rearrange
 from torch import Tensor
 
 from flow.flow import SHALLOW_TOLERANCE, DeepShallowFlow, FlowModel
-from flow.guidance import guide_pair
 from flow.inverse import Inverter, Work
-from flow.tokens import patchify
+from flow.tokens import frame_sequence, patchify
 
 Noise = Callable[[int], Tensor]
 """Frame index -> prior noise of that frame as a latent [B, C, h, w]."""
@@ -137,12 +136,6 @@ class Counters:
         return sum(work.prefilled for work in self.per_frame)
 
 
-def _sequence(u_BTHWC: Tensor, flipped: bool) -> Tensor:
-    """Frames of tokens -> the deep block's sequence [B, T·N, C]."""
-    u_BTNC = rearrange(u_BTHWC, "b t h w c -> b t (h w) c")
-    return rearrange(u_BTNC.flip(2) if flipped else u_BTNC, "b t n c -> b (t n) c")
-
-
 class DeepStream:
     """The deep block's inverse, one frame per call (arXiv 2511.20462; DESIGN section 4).
 
@@ -219,7 +212,7 @@ class DeepStream:
         inverter, tokens = self._inverter, self._tokens
         flipped = self.flow.deep_reversed
         noise = patchify(self._noise(n).unsqueeze(1), self.flow.config.patch_size)
-        z_BNC = _sequence(noise, flipped).to(inverter.tokens_BLC)
+        z_BNC = frame_sequence(noise, flipped).to(inverter.tokens_BLC)
         first = inverter.solved
         if self.spec.schedule == "sequential":
             inverter.sequential(z_BNC)
@@ -250,7 +243,7 @@ class DeepStream:
         self._window_start = start
         known = None
         if self._recent:
-            known = _sequence(torch.cat(self._recent, dim=1), self.flow.deep_reversed)
+            known = frame_sequence(torch.cat(self._recent, dim=1), self.flow.deep_reversed)
         self._inverter.restart(known)
         self._restarted = True
 
@@ -343,66 +336,3 @@ def sample(
     if counters is not None:
         counters.per_frame[:] = deep.counters.per_frame
     return torch.stack(out, dim=1)
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """How far a sample's noise is from the noise asked for: r = (u - mu)/sigma - z over all made elements.
-
-    u is the exact sample of noise z + r, a backward error in units of the prior's standard deviation.
-    """
-
-    max_abs: float
-    p999_abs: float
-    num_elements: int
-
-
-@torch.no_grad()
-def certificate(
-    flow: DeepShallowFlow,
-    u_BTHWC: Tensor,
-    text_BJE: Tensor | None,
-    null_BJE: Tensor | None,
-    spec: SampleSpec,
-    *,
-    given_frames: int = 0,
-    noise: Noise | None = None,
-) -> Certificate:
-    """One parallel guided forward of the deep block over a sampled video (one per window of a long one).
-
-    given_frames: leading frames that were given, not made.
-    """
-    shape = (flow.config.latent_channels, *spec.grid)
-    noise = noise or (lambda n: frame_noise(spec.seed, n, shape).unsqueeze(0))
-    residuals = []
-    for start, new, end in spec.windows():
-        new = max(new, given_frames)
-        if new >= end:
-            continue
-        mu, sigma = _guided_forward(flow, u_BTHWC[:, start:end], text_BJE, null_BJE, spec.guidance)
-        u_BLC = _sequence(u_BTHWC[:, start:end], flow.deep_reversed).to(mu)
-        z = torch.stack([noise(n) for n in range(new, end)], dim=1)
-        z_BLC = _sequence(patchify(z, flow.config.patch_size), flow.deep_reversed).to(mu)
-        made = z_BLC.shape[1]
-        residuals.append(((u_BLC - mu) / sigma)[:, -made:] - z_BLC)
-    r = torch.cat([residual.flatten() for residual in residuals]).abs().double()
-    rank = max(1, math.ceil(0.999 * r.numel()))
-    return Certificate(float(r.max()), float(r.kthvalue(rank).values), r.numel())
-
-
-def _guided_forward(
-    flow: DeepShallowFlow,
-    u_BTHWC: Tensor,
-    text_BJE: Tensor | None,
-    null_BJE: Tensor | None,
-    guidance: float,
-) -> tuple[Tensor, Tensor]:
-    """mu and sigma [B, L, C] of every token of a window, from its true predecessors."""
-    s_BLC = _sequence(u_BTHWC, flow.deep_reversed)
-    grid = (u_BTHWC.shape[2], u_BTHWC.shape[3])
-    text_BJE = text_BJE if flow.config.deep_text else None
-    rope = flow.deep_rope(grid, u_BTHWC.shape[1], text_BJE)
-    if guidance <= 0 or text_BJE is None or null_BJE is None:
-        return flow.deep.predict(s_BLC, rope, text_BJE)
-    pair = flow.deep.predict(torch.cat([s_BLC, s_BLC]), rope, torch.cat([text_BJE, null_BJE]))
-    return guide_pair(*pair, guidance)

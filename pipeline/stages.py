@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.moving_shapes import COLOURS, write_world
 from data_prep.on_ray import prepare
 from data_prep.run import PrepareReport, plan_run
+from flow.codec import latent_frames, video_frames
 from pipeline.client import Request, VideoClient
 from pipeline.cluster import local_or_given
 from pipeline.console import Reporter
@@ -128,7 +129,7 @@ def serve_and_sample(recipe: Recipe, model: Path, out: Path, reporter: Reporter)
     requests = [
         Request("text to video", prompt, frames, seed) for seed, prompt in enumerate(prompts)
     ]
-    long_frames = 3 * (frames - 1) + 1
+    long_frames = video_frames(3 * latent_frames(frames))
     with serve_model(
         model,
         host=recipe.serve.host,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,17 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(model, load_file(folder / "case.safetensors"), scalars)
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """As many as the reference ran on: where sigma is small, another split of sums shows at 1e-4."""
+REFERENCE_THREADS = 2
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _close(got: Tensor, expected: Tensor, atol: float, rtol: float = 0.0) -> None:
@@ -131,13 +136,17 @@ def test_samples_agree(case: Case, name: str) -> None:
         window_frames=case.scalars["long_window"] if "long" in name else None,
         context_frames=case.scalars["long_context"] if "long" in name else 1,
     )
-    x = sample(
-        case.model,
-        case.tensors["text"],
-        case.tensors["text_null"],
-        spec,
-        first_frame=case.tensors["first_frame"] if "first_frame" in name else None,
-        denoiser="none",
-        noise=lambda n: noise[:, n],
-    )
+    first = case.tensors["first_frame"] if "first_frame" in name else None
+    text, null = case.tensors["text"], case.tensors["text_null"]
+
+    def run() -> Tensor:
+        return sample(
+            case.model, text, null, spec, first, denoiser="none", noise=lambda n: noise[:, n]
+        )
+
+    x = run()
+    if (x - case.clip(name)).abs().max() > 1e-4:
+        # Where sigma is small, sums split over another number of threads already differ by as much.
+        with _threads(REFERENCE_THREADS):
+            x = run()
     _close(x, case.clip(name), atol=1e-4)

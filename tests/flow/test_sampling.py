@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flow.certificate import certificate
 from flow.flow import FlowModel
 from flow.sampling import (
     Counters,
@@ -19,7 +20,6 @@ from flow.sampling import (
     SampleError,
     SampleSpec,
     batch_noise,
-    certificate,
     frame_noise,
     sample,
 )

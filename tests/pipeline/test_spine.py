@@ -103,7 +103,7 @@ def test_videos_play_and_have_the_length_that_was_asked_for(run: Path) -> None:
         path.name.split("-0")[0].split("-1")[0]: len(read_video(path).frames)
         for path in run.glob("*.mp4")
     }
-    assert lengths == {"text-to-video": 17, "image-to-video": 17, "long-video": 49}
+    assert lengths == {"text-to-video": 17, "image-to-video": 17, "long-video": 57}
     assert len(list(run.glob("*.mp4"))) == 6
 
 

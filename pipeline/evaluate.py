@@ -50,6 +50,18 @@ def colour_prompts(count: int) -> list[ColourPrompt]:
     return prompts
 
 
+def captions_to_show(latents: Path, count: int) -> list[str]:
+    """Different captions of the data itself to prompt with, held-out clips first; fewer where there are fewer."""
+    found: dict[str, None] = {}
+    for split in ("held_out", "train"):
+        dataset = LatentDataset(latents, split)
+        names = [name for bucket in sorted(dataset.buckets) for name in dataset.buckets[bucket]]
+        pairs = [dataset.captions(name) for name in names]
+        found |= dict.fromkeys(synthetic for _original, synthetic in pairs if synthetic)
+        found |= dict.fromkeys(original for original, _synthetic in pairs if original)
+    return list(found)[:count]
+
+
 def colour_accuracy(videos: list[tuple[str, np.ndarray]]) -> float:
     """Share of (requested colour, frames [T, H, W, 3]) in which the measured captioner sees that colour."""
     return sum(measure(frames).colour == colour for colour, frames in videos) / len(videos)

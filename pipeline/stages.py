@@ -16,10 +16,16 @@ from data_prep.moving_shapes import COLOURS, write_world
 from data_prep.on_ray import prepare
 from data_prep.run import PrepareReport, plan_run
 from flow.codec import latent_frames, video_frames
-from pipeline.client import Request, VideoClient
+from pipeline.client import Request, Video, VideoClient
 from pipeline.cluster import local_or_given
 from pipeline.console import Reporter
-from pipeline.evaluate import codec_quality, colour_accuracy, colour_prompts, likelihoods
+from pipeline.evaluate import (
+    captions_to_show,
+    codec_quality,
+    colour_accuracy,
+    colour_prompts,
+    likelihoods,
+)
 from pipeline.recipes import Recipe, save_recipe
 from pipeline.report import Sample, overlap_s, write_report
 from serving.on_ray import serve_model
@@ -122,13 +128,17 @@ def evaluate(recipe: Recipe, model: Path, latents: Path) -> dict[str, float]:
     return figures
 
 
-def serve_and_sample(recipe: Recipe, model: Path, out: Path, reporter: Reporter) -> Served:
-    """Model folder → videos, on Ray Serve over HTTP: four prompts, one continued frame, one long video, and the colour prompts."""
+def serve_and_sample(
+    recipe: Recipe, model: Path, prompts: list[str], out: Path, reporter: Reporter
+) -> Served:
+    """Model folder → videos, on Ray Serve over HTTP.
+
+    The prompts to show, one frame continued, one video three times the trained length, and the colour prompts.
+    """
     frames = recipe.prepare.bucket.num_frames
-    prompts = [prompt.text for prompt in colour_prompts(max(4, recipe.evaluate.colour_clips))]
-    requests = [
-        Request("text to video", prompt, frames, seed) for seed, prompt in enumerate(prompts)
-    ]
+    colours = colour_prompts(recipe.evaluate.colour_clips)
+    texts = list(dict.fromkeys([*prompts, *(prompt.text for prompt in colours)]))
+    requests = [Request("text to video", text, frames, seed) for seed, text in enumerate(texts)]
     long_frames = video_frames(3 * latent_frames(frames))
     with serve_model(
         model,
@@ -142,25 +152,25 @@ def serve_and_sample(recipe: Recipe, model: Path, out: Path, reporter: Reporter)
     ) as app:
         reporter.console.print(f"  serving at {app.url}")
         client = VideoClient(app.url)
-        videos = []
+        videos: dict[str, Video] = {}
+        extra: list[Video] = []
+        total = len(requests) + 2
         with reporter.progress("generating") as update:
             for request in requests:
-                videos.append(client.make(request, out))
-                update(len(videos), len(requests) + 2, request.prompt)
-            given = videos[1].frames[0]
-            extra = (
+                videos[request.prompt] = client.make(request, out)
+                update(len(videos), total, request.prompt)
+            given = videos[prompts[1]].frames[0]
+            for request in (
                 Request("image to video", prompts[1], frames, 101, image=given),
                 Request("long video", prompts[2], long_frames, 102),
-            )
-            for request in extra:
-                videos.append(client.make(request, out))
-                update(len(videos), len(requests) + 2, f"{request.kind}: {request.prompt}")
-    colours = [
-        (prompt.colour, video.frames)
-        for prompt, video in zip(colour_prompts(recipe.evaluate.colour_clips), videos, strict=False)
-    ]
+            ):
+                extra.append(client.make(request, out))
+                update(len(videos) + len(extra), total, f"{request.kind}: {request.prompt}")
+    shown = [*(videos[text] for text in prompts), *extra]
     return Served(
-        [v.sample for v in (*videos[:4], *videos[-2:])], colours, [v.spans for v in videos]
+        [video.sample for video in shown],
+        [(prompt.colour, videos[prompt.text].frames) for prompt in colours],
+        [video.spans for video in (*videos.values(), *extra)],
     )
 
 
@@ -181,6 +191,7 @@ def demo(
     reporter = reporter or Reporter()
     started = time.monotonic()
     save_recipe(recipe, out / "recipe.yaml")
+    made = shards is None
     if shards is None:
         with reporter.stage("1 shards"):
             shards = make_shards(recipe, out / "shards", reporter)
@@ -192,7 +203,15 @@ def demo(
         with reporter.stage("4 evaluate"):
             summary: dict[str, Any] = dict(evaluate(recipe, trained.model_dir, out / "latents"))
         with reporter.stage("5 serve and sample (Ray Serve)"):
-            served = serve_and_sample(recipe, trained.model_dir, out, reporter)
+            shapes = [prompt.text for prompt in colour_prompts(4)]
+            prompts = shapes if made else [*captions_to_show(out / "latents", 4), *shapes][:4]
+            served = serve_and_sample(
+                recipe,
+                trained.model_dir,
+                prompts,
+                out,
+                reporter,
+            )
     summary |= {
         "colour_accuracy": colour_accuracy(served.colour_videos),
         "colour_chance": 1 / len(COLOURS),

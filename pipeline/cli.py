@@ -153,14 +153,21 @@ def train_codec_command(
     fps: Annotated[
         float, typer.Option(min=1, help="Frames per second of the training clips.")
     ] = 8.0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting: key=value, such as learning_rate=1e-3."),
+    ] = None,
 ) -> None:
     """Train a small codec (x16 in space, x4 in time) on procedural video; prints its held-out PSNR in dB."""
     from data_prep.moving_shapes import random_spec, render_clip
     from pipeline.console import Reporter
-    from training.codec import CodecConfig, train_codec
+    from pipeline.recipes import codec_config
+    from training.codec import train_codec
 
     chosen = {"steps": steps, "image_steps": image_steps, "seed": seed}
-    config = CodecConfig.model_validate({k: v for k, v in chosen.items() if v is not None})
+    config = codec_config(
+        [*(f"{k}={v}" for k, v in chosen.items() if v is not None), *(set_ or [])]
+    )
     reporter = Reporter()
     with reporter.progress("training codec") as update:
         quality = train_codec(

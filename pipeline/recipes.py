@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep.config import PrepareConfig
 from flow.config import FlowConfig
 from flow.text import TextSpec
 from flow.weights import VideoSpec
 from serving.config import Limits, Resources, Sampler
+from training.codec import CodecConfig
 from training.config import TrainConfig
 
 ASSETS = Path(__file__).parent / "assets"
 RECIPES = Path(__file__).parent / "recipes"
 TINY_CODEC = ASSETS / "tiny_codec"
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class RecipeError(ValueError):
@@ -144,16 +146,32 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a map of sections, got {type(values).__name__}")
     for override in overrides or []:
         _override(values, override)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(f"{path}: {_one_line(error)}") from error
+    return _validated(Recipe, values, str(path))
+
+
+def codec_config(overrides: list[str]) -> CodecConfig:
+    """How a codec is trained: the defaults, with `key=value` overrides laid over them.
+
+    Raises:
+        RecipeError: an unknown key or a bad value; always one line.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _override(values, override)
+    return _validated(CodecConfig, values, "train-codec")
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe, defaults and all, beside what it makes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+
+
+def _validated(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_one_line(error, schema)}") from error
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -169,12 +187,12 @@ def _override(values: dict[str, Any], text: str) -> None:
     section[parts[-1]] = yaml.safe_load(raw)
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
     """Key, value and rule of the first mistake, and how many more there are."""
     first, *rest = error.errors(include_url=False)
     key = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        allowed = _fields_at(first["loc"][:-1])
+        allowed = _fields_at(schema, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         text = f"{key} = {first['input']!r}: unknown key; {hint}allowed here: {', '.join(allowed)}"
@@ -187,9 +205,9 @@ def _one_line(error: ValidationError) -> str:
     return " ".join(text.split()) + more
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """The keys that the schema allows in a section."""
-    schema = TypeAdapter(Recipe).json_schema()
+    schema = model.model_json_schema()
     node = schema
     for part in location:
         node = node.get("properties", {}).get(str(part), {})

@@ -205,18 +205,9 @@ def demo(
         with reporter.stage("5 serve and sample (Ray Serve)"):
             shapes = [prompt.text for prompt in colour_prompts(4)]
             prompts = shapes if made else [*captions_to_show(out / "latents", 4), *shapes][:4]
-            served = serve_and_sample(
-                recipe,
-                trained.model_dir,
-                prompts,
-                out,
-                reporter,
-            )
+            served = serve_and_sample(recipe, trained.model_dir, prompts, out, reporter)
     summary |= {
-        "colour_accuracy": colour_accuracy(served.colour_videos),
-        "colour_chance": 1 / len(COLOURS),
-        "colour_clips": len(served.colour_videos),
-        "overlap_s": round(sum(overlap_s(spans) for spans in served.spans), 4),
+        **_seen(served),
         "statuses": {f"{s} {r}".strip(): n for s, r, n in prepared.rows()},
         "steps": trained.steps,
         "resumed_from": trained.resumed_from,
@@ -236,6 +227,16 @@ def demo(
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     _say_where(out, page, summary, reporter)
     return summary
+
+
+def _seen(served: Served) -> dict[str, Any]:
+    """What the served videos and their spans show."""
+    return {
+        "colour_accuracy": colour_accuracy(served.colour_videos),
+        "colour_chance": 1 / len(COLOURS),
+        "colour_clips": len(served.colour_videos),
+        "overlap_s": round(sum(overlap_s(spans) for spans in served.spans), 4),
+    }
 
 
 def _say_where(out: Path, page: Path, summary: dict[str, Any], reporter: Reporter) -> None:

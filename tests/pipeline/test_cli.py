@@ -64,6 +64,12 @@ def test_an_unknown_codec_is_refused_before_anything_is_written(tmp_path: Path) 
     assert not out.exists()
 
 
+def test_train_codec_names_an_unknown_setting(tmp_path: Path) -> None:
+    line = refused("train-codec", "--out", str(tmp_path / "codec"), "--set", "learning_rat=1")
+    assert "did you mean learning_rate?" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_cluster_that_is_not_there_is_said() -> None:
     assert "127.0.0.1:1" in refused("submit", "tiny", "--address", "http://127.0.0.1:1")
 

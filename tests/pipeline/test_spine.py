@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from media.read import read_video
+from pipeline.client import Request, VideoClient
 
 ROOT = Path(__file__).parents[2]
 MICRO = (
@@ -225,6 +227,35 @@ def test_a_recipe_runs_as_a_job_of_a_ray_cluster(run: Path, tmp_path: Path) -> N
         row for path in out.glob("status/**/*.parquet") for row in pq.read_table(path).to_pylist()
     ]
     assert len(rows) == 8
+
+
+def test_serve_answers_until_interrupted_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    mark = secrets.token_hex(8)
+    served = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pipeline.cli", "serve", str(run / "train" / "model"), "--port", "0",
+         "--data-dir", str(tmp_path)],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "FLOWREEL_TEST_MARK": mark},
+    )  # fmt: skip
+    try:
+        assert served.stdout is not None
+        url = next(
+            m.group()
+            for line in served.stdout
+            if (m := re.search(r"http://127\.0\.0\.1:\d+", line))
+        )
+        video = VideoClient(url).make(Request("text to video", "a red circle", 5, 1), tmp_path)
+        assert video.frames.shape == (5, 64, 64, 3)
+        served.send_signal(signal.SIGINT)
+        assert served.wait(60) == 0
+    finally:
+        served.kill()
+        served.wait()
+        if served.stdout is not None:
+            served.stdout.close()
+    give_up = time.monotonic() + 20
+    while (left := processes_with(mark)) and time.monotonic() < give_up:
+        time.sleep(0.2)
+    assert not left
 
 
 def test_imported_reference_weights_make_a_model_folder(tmp_path: Path) -> None:

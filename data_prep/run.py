@@ -110,7 +110,9 @@ def plan_run(config: PrepareConfig, shards: Sequence[str], out: Path, codec: str
     latent_digest = read_info_values(out)["prepare_digest"]
     # The captioner may change between runs; the recipe beside the data is the latest.
     recipe = json.dumps(config.model_dump(mode="json"), indent=1)
-    write_atomically(out / "prepare.json", recipe.encode())
+    kept = out / "prepare.json"
+    if not kept.is_file() or kept.read_text() != recipe:
+        write_atomically(kept, recipe.encode())
     jobs = []
     for name, source in named.items():
         job = ledger.job(name, source, latent_digest, config.caption_digest(), verify=config.verify)

@@ -10,7 +10,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import numpy as np
@@ -56,12 +56,20 @@ class Video:
 class VideoClient:
     """Talks to one server.
 
-    Example: `VideoClient("http://127.0.0.1:8000").make(Request("text to video", "a red circle", 17, 0), Path("."))`
+    Example:
+        with VideoClient("http://127.0.0.1:8000") as client:
+            client.make(Request("text to video", "a red circle", 17, 0), Path("."))
     """
 
     def __init__(self, url: str, *, deadline_s: float = 600.0) -> None:
         self._http = httpx.Client(base_url=url, timeout=30.0)
         self._deadline_s = deadline_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._http.close()
 
     def make(self, request: Request, out: Path) -> Video:
         """Ask, wait, and fetch: the mp4 is written to `out`.

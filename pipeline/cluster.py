@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -98,10 +100,15 @@ def submit(
         timeout_s: how long to wait; the job goes on after that.
 
     Raises:
-        SubmitError: no cluster at the address, or an unknown stage.
+        SubmitError: no cluster at the address, an unknown stage, or no `--out` in `arguments`.
     """
     if stage not in SUBMITTED_STAGES:
         raise SubmitError(f"stage {stage!r}; allowed: {', '.join(SUBMITTED_STAGES)}")
+    if "--out" not in (arguments or []):
+        raise SubmitError(
+            "a job's own folder is gone when it ends: give the stage an --out on storage that the cluster's machines share, "
+            f"as in flowreel submit {recipe.name} --address {address} -- --out /mnt/shared/run1"
+        )
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     try:
@@ -114,17 +121,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="flowreel-submit-") as folder:
         _stage_code(Path(folder), recipe)
         job_id = client.submit_job(
-            entrypoint=" ".join(
-                [
-                    "python",
-                    "-m",
-                    "pipeline.cli",
-                    stage,
-                    "--recipe",
-                    "recipe.yaml",
-                    *(arguments or []),
-                ]
-            ),
+            entrypoint=_entrypoint(stage, arguments or []),
             runtime_env={"working_dir": folder},
             metadata={"recipe": recipe.name, "stage": stage},
         )
@@ -135,6 +132,12 @@ def submit(
         status = client.get_job_status(job_id)
     logs = client.get_job_logs(job_id) if status != JobStatus.PENDING else ""
     return Submitted(job_id, status.value, logs)
+
+
+def _entrypoint(stage: str, arguments: list[str]) -> str:
+    """The job's shell line: this interpreter where the cluster's machine has it too, else its `python`."""
+    command = shlex.join(["-m", "pipeline.cli", stage, "--recipe", "recipe.yaml", *arguments])
+    return f'PY={shlex.quote(sys.executable)}; [ -x "$PY" ] || PY=python; exec "$PY" {command}'
 
 
 def _stage_code(folder: Path, recipe: Recipe) -> None:

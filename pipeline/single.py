@@ -134,22 +134,14 @@ def serve_until_interrupted(
 ) -> None:
     """Serve until SIGINT or SIGTERM, then leave no process behind."""
     from pipeline.cluster import local_or_given
-    from serving.on_ray import serve_model
+    from pipeline.stages import serve
 
     reporter, stop = Reporter(), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with (
         local_or_given(recipe.cluster, address),
-        serve_model(
-            model,
-            host=host,
-            port=port,
-            data_dir=data_dir,
-            limits=recipe.serve.limits,
-            resources=recipe.serve.resources,
-            sampler=recipe.sampler,
-        ) as served,
+        serve(recipe, model, data_dir, host=host, port=port) as served,
     ):
         reporter.console.print(f"serving {model} at {served.url}  (Ctrl-C ends it)")
         reporter.console.print(

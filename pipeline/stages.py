@@ -28,7 +28,7 @@ from pipeline.evaluate import (
 )
 from pipeline.recipes import Recipe, save_recipe
 from pipeline.report import Sample, overlap_s, write_report
-from serving.on_ray import serve_model
+from serving.on_ray import ServedApp, serve_model
 from training.history import read_history
 from training.on_ray import train_on_ray
 from training.run import TrainResult, check_run
@@ -128,47 +128,55 @@ def evaluate(recipe: Recipe, model: Path, latents: Path) -> dict[str, float]:
     return figures
 
 
-def serve_and_sample(
-    recipe: Recipe, model: Path, prompts: list[str], out: Path, reporter: Reporter
-) -> Served:
-    """Model folder → videos, on Ray Serve over HTTP.
+def serve(
+    recipe: Recipe,
+    model: Path,
+    data_dir: Path,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    name: str | None = None,
+) -> ServedApp:
+    """Model folder → HTTP endpoint, on Ray Serve; `stop()` it, or use it as a context manager."""
+    return serve_model(
+        model,
+        host=host or recipe.serve.host,
+        port=recipe.serve.port if port is None else port,
+        data_dir=data_dir,
+        limits=recipe.serve.limits,
+        resources=recipe.serve.resources,
+        sampler=recipe.sampler,
+        name=name,
+    )
 
-    The prompts to show, one frame continued, one video three times the trained length, and the colour prompts.
+
+def ask_for_samples(
+    recipe: Recipe, url: str, prompts: list[str], out: Path, reporter: Reporter
+) -> Served:
+    """Videos over HTTP: the prompts to show, one frame continued, one video of three times the trained length, and a video for
+    each colour prompt.
     """
     frames = recipe.prepare.bucket.num_frames
     colours = colour_prompts(recipe.evaluate.colour_clips)
     texts = list(dict.fromkeys([*prompts, *(prompt.text for prompt in colours)]))
     requests = [Request("text to video", text, frames, seed) for seed, text in enumerate(texts)]
     long_frames = video_frames(3 * latent_frames(frames))
-    with serve_model(
-        model,
-        host=recipe.serve.host,
-        port=recipe.serve.port,
-        data_dir=out / "served",
-        limits=recipe.serve.limits,
-        resources=recipe.serve.resources,
-        sampler=recipe.sampler,
-        name=recipe.name,
-    ) as app:
-        reporter.console.print(f"  serving at {app.url}")
-        client = VideoClient(app.url)
-        videos: dict[str, Video] = {}
-        extra: list[Video] = []
+    videos: dict[str, Video] = {}
+    extra: list[Video] = []
+    with VideoClient(url) as client, reporter.progress("generating") as update:
         total = len(requests) + 2
-        with reporter.progress("generating") as update:
-            for request in requests:
-                videos[request.prompt] = client.make(request, out)
-                update(len(videos), total, request.prompt)
-            given = videos[prompts[1]].frames[0]
-            for request in (
-                Request("image to video", prompts[1], frames, 101, image=given),
-                Request("long video", prompts[2], long_frames, 102),
-            ):
-                extra.append(client.make(request, out))
-                update(len(videos) + len(extra), total, f"{request.kind}: {request.prompt}")
-    shown = [*(videos[text] for text in prompts), *extra]
+        for request in requests:
+            videos[request.prompt] = client.make(request, out)
+            update(len(videos), total, request.prompt)
+        given = videos[prompts[1]].frames[0]
+        for request in (
+            Request("image to video", prompts[1], frames, 101, image=given),
+            Request("long video", prompts[2], long_frames, 102),
+        ):
+            extra.append(client.make(request, out))
+            update(len(videos) + len(extra), total, f"{request.kind}: {request.prompt}")
     return Served(
-        [video.sample for video in shown],
+        [video.sample for video in (*(videos[text] for text in prompts), *extra)],
         [(prompt.colour, videos[prompt.text].frames) for prompt in colours],
         [video.spans for video in (*videos.values(), *extra)],
     )
@@ -205,7 +213,9 @@ def demo(
         with reporter.stage("5 serve and sample (Ray Serve)"):
             shapes = [prompt.text for prompt in colour_prompts(4)]
             prompts = shapes if made else [*captions_to_show(out / "latents", 4), *shapes][:4]
-            served = serve_and_sample(recipe, trained.model_dir, prompts, out, reporter)
+            with serve(recipe, trained.model_dir, out / "served", name=recipe.name) as app:
+                reporter.console.print(f"  serving at {app.url}")
+                served = ask_for_samples(recipe, app.url, prompts, out, reporter)
     summary |= {
         **_seen(served),
         "statuses": {f"{s} {r}".strip(): n for s, r, n in prepared.rows()},

@@ -71,7 +71,12 @@ def test_train_codec_names_an_unknown_setting(tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_is_not_there_is_said() -> None:
-    assert "127.0.0.1:1" in refused("submit", "tiny", "--address", "http://127.0.0.1:1")
+    address = ("--address", "http://127.0.0.1:1")
+    assert "127.0.0.1:1" in refused("submit", "tiny", *address, "--", "--out", "/nowhere")
+
+
+def test_a_job_without_a_place_for_its_results_is_refused() -> None:
+    assert "--out" in refused("submit", "tiny", "--address", "http://127.0.0.1:1")
 
 
 @pytest.mark.parametrize("command", ["demo", "sample", "train"])

@@ -229,6 +229,29 @@ def test_a_recipe_runs_as_a_job_of_a_ray_cluster(run: Path, tmp_path: Path) -> N
     assert len(rows) == 8
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_whole_demo_runs_as_a_job_submitted_from_the_command_line(
+    run: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    out = tmp_path / "job"
+    context = ray.init(num_cpus=2, include_dashboard=True, dashboard_port=0, log_to_driver=False)
+    try:
+        address = f"http://{context.address_info['webui_url']}"
+        recipe = str(run / "recipe.yaml")
+        done = flowreel(
+            "submit", recipe, "--address", address, "--", "--out", str(out), timeout_s=500
+        )
+    finally:
+        ray.shutdown()
+    assert "SUCCEEDED" in done.stdout
+    assert (out / "report.html").is_file()
+    assert len(list(out.glob("*.mp4"))) == 6
+    assert json.loads((out / "summary.json").read_text())["steps"] == 6
+
+
 def test_serve_answers_until_interrupted_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
     mark = secrets.token_hex(8)
     served = subprocess.Popen(
@@ -243,7 +266,8 @@ def test_serve_answers_until_interrupted_and_leaves_nothing(run: Path, tmp_path:
             for line in served.stdout
             if (m := re.search(r"http://127\.0\.0\.1:\d+", line))
         )
-        video = VideoClient(url).make(Request("text to video", "a red circle", 5, 1), tmp_path)
+        with VideoClient(url) as client:
+            video = client.make(Request("text to video", "a red circle", 5, 1), tmp_path)
         assert video.frames.shape == (5, 64, 64, 3)
         served.send_signal(signal.SIGINT)
         assert served.wait(60) == 0

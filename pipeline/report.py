@@ -82,7 +82,11 @@ def _smooth(values: list[float], window: int) -> npt.NDArray[np.float64]:
 
 
 def loss_curve(history: list[dict[str, Any]], summary: dict[str, Any]) -> str:
-    """SVG of training loss per step, with the noise floor ½ + ln σ, the Gaussian baseline and the held-out mean."""
+    """SVG of training loss per step, with the noise floor ½ + ln σ, the Gaussian baseline and the held-out mean.
+
+    Steps whose loss was not finite are left out.
+    """
+    history = [h for h in history if h["loss_nats_per_dim"] is not None]
     figure, axes = _axes(8, 3.4)
     for mode, colour in (("video", DEEP), ("image", DECODE)):
         points = [(h["step"], h["loss_nats_per_dim"]) for h in history if h["mode"] == mode]

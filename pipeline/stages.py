@@ -99,7 +99,7 @@ def train(recipe: Recipe, latents: Path, out: Path, reporter: Reporter) -> Train
         def show(records: list[dict[str, Any]]) -> None:
             nonlocal said
             for record in records:
-                if record["mode"] == "video":
+                if record["mode"] == "video" and record["loss_nats_per_dim"] is not None:
                     said = f"{record['loss_nats_per_dim']:.3f} nats/dim"
             update(records[-1]["step"] + 1, recipe.train.steps, said)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CONFIG_NAME = "config.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # diffusers has no types of its own, and its attributes are not torch's.
 Vae = Any
@@ -173,7 +174,7 @@ class VideoCodec:
 
     @classmethod
     def _from_hub(cls, name: str, device: str | torch.device) -> VideoCodec:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if not HUB_ID.fullmatch(name):
             raise CodecError(f"unknown codec {name!r}: neither a folder nor a hub id (owner/name)")
         from diffusers import AutoencoderKLWan
 

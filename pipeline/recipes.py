@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from data_prep.config import PrepareConfig
+from flow.codec import HUB_ID
 from flow.config import FlowConfig
 from flow.text import TextSpec
 from flow.weights import VideoSpec
@@ -98,6 +106,15 @@ class Recipe(BaseModel):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+    @field_validator("codec")
+    @classmethod
+    def _codec_is_somewhere(cls, codec: str) -> str:
+        if codec != "tiny" and not Path(codec).is_dir() and not HUB_ID.fullmatch(codec):
+            raise ValueError(
+                f"unknown codec {codec!r}: allowed are 'tiny', a folder that exists, or a hub id (owner/name)"
+            )
+        return codec
 
     @model_validator(mode="after")
     def _text_fits_model(self) -> Recipe:

@@ -53,6 +53,7 @@ def test_an_unknown_key_of_the_model_is_named_too(tmp_path: Path) -> None:
         ("model.head_dim=30", "model", "30"),
         ("serve.port=70000", "serve.port", "70000"),
         ("text.kind=bert", "text", "bert"),
+        ("codec=/no/such/folder", "codec", "'/no/such/folder'"),
     ],
 )
 def test_a_bad_value_is_named_with_its_rule(

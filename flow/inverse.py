@@ -124,6 +124,7 @@ class Inverter:
         self._fresh = 0
         self._guessed = 0  # tokens that have a value, solved or not: what a window has reached
         self._packed: PackedBlock | None = None
+        self._may_pack = True
 
     def _run(self, h_BLW: Tensor, place: int) -> Tensor:
         """Hidden states of places (text included) place .. through all layers, written to the caches."""
@@ -175,6 +176,11 @@ class Inverter:
         self.mu_BLC[:, start:stop], self.sigma_BLC[:, start:stop] = self._affine(h_BLW)
         self.work.iterations += 1
         self.work.evaluations += stop - start
+
+    def use_packed(self, rows: int) -> None:
+        """Take packed weights for passes of at most `rows` places, where this build of torch has them; 0: never."""
+        self._may_pack = rows > 0 and can_pack(self.block)
+        self._packed = PackedBlock(self.block, self.caches[0], rows) if self._may_pack else None
 
     def refresh(self) -> None:
         """Make every solved place fresh, so that what follows depends on the solved tokens alone."""
@@ -257,9 +263,8 @@ class Inverter:
         """
         end = first + z_BLC.shape[1]
         self.refresh()
-        if self._packed is None and can_pack(self.block):
-            rows = max(window.size, window.cold)
-            self._packed = PackedBlock(self.block, self.caches[0], rows)
+        if self._packed is None and self._may_pack:
+            self.use_packed(max(window.size, window.cold))
         carry = window.carry_matrix(period, self.tokens_BLC)
         iterations = 0
         while self.solved < until:

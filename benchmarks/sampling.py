@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,8 +95,8 @@ class Sampler:
     name: str
     changes: dict[str, Any]
     packed: bool | None = None
-    wall_s: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)
+    wall_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    cpu_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     videos: dict[int, Tensor] = field(default_factory=dict)
     counters: dict[int, Counters] = field(default_factory=dict)
 
@@ -134,16 +135,19 @@ class Row:
 
 
 def measure(case: Case, samplers: Iterable[Sampler], rounds: int) -> list[Row]:
-    """Run all samplers in turn, `rounds` times after one to warm up."""
+    """Run all samplers in turn on each video, `rounds` times after one to warm up.
+
+    Of every video the median of the rounds counts: what else the machine does then falls on all samplers alike.
+    """
     samplers = [*samplers]
     for index in range(rounds + 1):
-        for sampler in samplers:
-            wall, cpu = time.perf_counter(), time.process_time()
-            for row in range(case.videos):
+        for row in range(case.videos):
+            for sampler in samplers:
+                wall, cpu = time.perf_counter(), time.process_time()
                 sampler.run(case, row)
-            if index:
-                sampler.wall_s.append((time.perf_counter() - wall) / case.videos)
-                sampler.cpu_s.append((time.process_time() - cpu) / case.videos)
+                if index:
+                    sampler.wall_s[row].append(time.perf_counter() - wall)
+                    sampler.cpu_s[row].append(time.process_time() - cpu)
     return [_row(case, sampler) for sampler in samplers]
 
 
@@ -168,8 +172,8 @@ def _row(case: Case, sampler: Sampler) -> Row:
         sampler.name,
         mean(sampler.counters[i].iterations for i in rows),
         mean(sampler.counters[i].token_evaluations / case.tokens for i in rows),
-        statistics.median(sampler.wall_s),
-        statistics.median(sampler.cpu_s),
+        mean(statistics.median(times) for times in sampler.wall_s.values()),
+        mean(statistics.median(times) for times in sampler.cpu_s.values()),
         mean(float(errors[i].norm() / case.exact[i].norm()) for i in rows),
         mean(float(error.abs().max()) for error in errors),
         max(proof.max_abs for proof in proofs),

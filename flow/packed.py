@@ -9,6 +9,8 @@ Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, W 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,7 +44,13 @@ class _Linear:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.after)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, *self.after)
+
+
+def _norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    """The same function without the module's hooks, which cost as much as the norm at this size."""
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
 class _Layer:
@@ -51,19 +59,19 @@ class _Layer:
     def __init__(self, layer: TransformerLayer, rows: int) -> None:
         attention, mlp = layer.attention, layer.mlp
         self.heads, self.head_dim = attention.heads, attention.head_dim
-        self.norm, self.mlp_norm = attention.norm, mlp.norm
+        self.norm, self.mlp_norm = _norm(attention.norm), _norm(mlp.norm)
         self.qkv, self.proj = _Linear(attention.qkv, rows), _Linear(attention.proj, rows)
         self.up, self.down = _Linear(mlp.up, rows, gelu=True), _Linear(mlp.down, rows)
 
     def extend(
-        self, h_BLW: Tensor, turn_LA: Tensor, cache: LayerCache, place: int, mask_LS: Tensor
+        self, h_BLW: Tensor, turn_L1A: Tensor, cache: LayerCache, place: int, mask_LS: Tensor
     ) -> Tensor:
         batch, length, width = h_BLW.shape
         stop = place + length
         qkv = self.qkv(self.norm(h_BLW)).view(batch, length, 3 * self.heads, self.head_dim)
         # Queries and keys are turned in place, as complex numbers.
-        pairs = torch.view_as_complex(qkv[:, :, : 2 * self.heads].unflatten(-1, (-1, 2)))
-        pairs.mul_(turn_LA[:, None])
+        pairs = qkv.view(batch, length, 3 * self.heads, -1, 2)
+        torch.view_as_complex(pairs)[:, :, : 2 * self.heads].mul_(turn_L1A)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)
         if batch < cache.batch:
             # The first layer of a guided pair, which differs in its text alone.
@@ -73,7 +81,8 @@ class _Layer:
         out_BHLD = F.scaled_dot_product_attention(
             q, cache.k_BHSD[:, :, :stop], cache.v_BHSD[:, :, :stop], attn_mask=mask_LS
         )
-        h_BLW = h_BLW + self.proj(out_BHLD.transpose(1, 2).reshape(batch, length, width))
+        out_BLW = out_BHLD.transpose(1, 2).reshape(batch, length, width)
+        h_BLW = self.proj(out_BLW).add_(h_BLW)
         return h_BLW.add_(self.down(self.up(self.mlp_norm(h_BLW))))
 
 
@@ -99,7 +108,7 @@ class PackedBlock:
         length = h_BLW.shape[1]
         stop = place + length
         mask = self._mask[self.rows - length :, self.places - stop :]
-        turn = rope.turn_LA[place:stop]
+        turn = rope.turn_LA[place:stop, None]
         for layer, cache in zip(self.layers, caches, strict=True):
             h_BLW = layer.extend(h_BLW, turn, cache, place, mask)
         return h_BLW

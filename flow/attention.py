@@ -106,6 +106,7 @@ class LayerCache:
     def __init__(self, batch: int, layer: TransformerLayer, places: int) -> None:
         attention = layer.attention
         like = attention.qkv.weight
+        self.batch = batch
         shape = (batch, attention.heads, places, attention.head_dim)
         self.k_BHSD = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.v_BHSD = torch.empty_like(self.k_BHSD)

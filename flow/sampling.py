@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flow.flow import SHALLOW_TOLERANCE, DeepShallowFlow, FlowModel
-from flow.inverse import Inverter, Work
+from flow.inverse import Inverter, Window, Work
 from flow.tokens import frame_sequence, patchify
 
 Noise = Callable[[int], Tensor]
@@ -53,20 +53,34 @@ class SampleSpec:
     seed: int = 0
     guidance: float = 0.0
     """Weight w >= 0; above 0 both a text and a null text are needed."""
-    schedule: Literal["jacobi", "sequential"] = "jacobi"
+    schedule: Literal["jacobi", "sliding", "sequential"] = "sliding"
     block_size: int = 16
     """Tokens that Jacobi solves together in a frame without a frame before it."""
     later_block_factor: int = 4
     """How many times larger blocks are in later frames, which start warm. Blocks never cross frames."""
     tolerance: float = 1e-3
-    """Squared change of a sweep over squared tokens at which a block is done; 0 asks for the exact solution."""
+    """Squared change of a sweep over squared tokens at which a block is done; 0 asks for the exact solution of
+    every schedule."""
+    slide_tokens: int = 40
+    """Tokens of the sliding window (at most a frame). It crosses frames, but never the windows of a long video."""
+    cold_slide_tokens: int = 20
+    """The same while the first frame is made: with poor start values a long window is wasted."""
+    token_tolerance: float = 0.05
+    """Root mean square of a token's residual r = (s - mu)/sigma - z at which the sliding window accepts it."""
     window_frames: int | None = None
     """Latent frames that the deep block sees at once; None for all of them."""
     context_frames: int = 1
     """Last frames of a full window that the next window re-reads."""
 
     def __post_init__(self) -> None:
-        for key in ("num_frames", "block_size", "later_block_factor", "context_frames"):
+        for key in (
+            "num_frames",
+            "block_size",
+            "later_block_factor",
+            "context_frames",
+            "slide_tokens",
+            "cold_slide_tokens",
+        ):
             self._require(
                 key,
                 type(getattr(self, key)) is int and getattr(self, key) >= 1,
@@ -75,11 +89,13 @@ class SampleSpec:
         self._require(
             "grid", len(self.grid) == 2 and min(self.grid) >= 1, "two positive numbers (h, w)"
         )
-        for key in ("guidance", "tolerance"):
+        for key in ("guidance", "tolerance", "token_tolerance"):
             value = getattr(self, key)
             self._require(key, math.isfinite(value) and value >= 0, "finite and not negative")
         self._require(
-            "schedule", self.schedule in ("jacobi", "sequential"), "'jacobi' or 'sequential'"
+            "schedule",
+            self.schedule in ("jacobi", "sliding", "sequential"),
+            "'jacobi', 'sliding' or 'sequential'",
         )
         if self.window_frames is not None and self.window_frames < self.num_frames:
             self._require(
@@ -211,11 +227,13 @@ class DeepStream:
         self._enter_window(n)
         inverter, tokens = self._inverter, self._tokens
         flipped = self.flow.deep_reversed
-        noise = patchify(self._noise(n).unsqueeze(1), self.flow.config.patch_size)
-        z_BNC = frame_sequence(noise, flipped).to(inverter.tokens_BLC)
-        first = inverter.solved
+        z_BNC = self._prior(n)
+        # Not `inverter.solved`: a sliding window may have run on into this frame already.
+        first = (n - self._window_start) * tokens
         if self.spec.schedule == "sequential":
             inverter.sequential(z_BNC)
+        elif self.spec.schedule == "sliding":
+            self._slide(n, first, z_BNC)
         else:
             block = self.spec.block_size
             start_BNC = z_BNC
@@ -233,6 +251,23 @@ class DeepStream:
         u_BNC = inverter.tokens_BLC[:, first : first + tokens]
         u_BTNC = rearrange(u_BNC.flip(1) if flipped else u_BNC.clone(), "b n c -> b 1 n c")
         return rearrange(u_BTNC, "b t (h w) c -> b t h w c", h=self._grid[0])
+
+    def _prior(self, n: int) -> Tensor:
+        """Noise of frame n as tokens [B, N, C] in the block's order."""
+        noise = patchify(self._noise(n).unsqueeze(1), self.flow.config.patch_size)
+        return frame_sequence(noise, self.flow.deep_reversed).to(self._inverter.tokens_BLC)
+
+    def _slide(self, n: int, first: int, z_BNC: Tensor) -> None:
+        spec, after = self.spec, n + 1
+        goes_on = after < spec.num_frames and spec.window_start(after) == self._window_start
+        self._inverter.sliding(
+            torch.cat([z_BNC, self._prior(after)], dim=1) if goes_on else z_BNC,
+            first,
+            first + self._tokens,
+            period=self._tokens,
+            window=Window(spec.slide_tokens, spec.cold_slide_tokens, columns=self._grid[1]),
+            tolerance=spec.token_tolerance if spec.tolerance else 0.0,
+        )
 
     def _enter_window(self, n: int) -> None:
         """Read text and known frames where a stream, or its next window, begins."""

@@ -32,6 +32,7 @@ SPEC = SampleSpec(
     grid=(2, 3),
     seed=7,
     guidance=2.0,
+    schedule="jacobi",
     block_size=4,
     tolerance=0.0,
     later_block_factor=1,
@@ -80,7 +81,7 @@ def test_jacobi_gives_the_sequential_video(order: str, guidance: float, block: i
     _same(_frames(model, warm), reference)
 
 
-@pytest.mark.parametrize("schedule", ["jacobi", "sequential"])
+@pytest.mark.parametrize("schedule", ["jacobi", "sliding", "sequential"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_guided_sample_with_first_frame_and_text_meets_its_certificate(
     order: str, schedule: str
@@ -217,6 +218,9 @@ def test_image_model_makes_one_frame_without_a_denoiser() -> None:
         ("schedule", "magic"),
         ("block_size", 0),
         ("context_frames", 0),
+        ("slide_tokens", 0),
+        ("cold_slide_tokens", 0),
+        ("token_tolerance", -0.1),
     ],
 )
 def test_bad_specs_are_refused_by_name(key: str, value: object) -> None:
@@ -244,7 +248,14 @@ def test_trained_small_model_gives_its_reference_samples(guidance: float) -> Non
     model, _ = import_released(TRAINED / "weights.pth", TRAINED / "config.yaml")
     case = load_file(TRAINED / "case.safetensors")
     noise, row = case["noise"], slice(0, 1)
-    spec = SampleSpec(num_frames=9, grid=(8, 8), guidance=guidance, block_size=32, tolerance=1e-11)
+    spec = SampleSpec(
+        num_frames=9,
+        grid=(8, 8),
+        guidance=guidance,
+        schedule="jacobi",
+        block_size=32,
+        tolerance=1e-11,
+    )
     x = sample(
         model,
         case["text"][row],

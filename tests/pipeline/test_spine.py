@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -250,6 +251,29 @@ def test_the_whole_demo_runs_as_a_job_submitted_from_the_command_line(
     assert (out / "report.html").is_file()
     assert len(list(out.glob("*.mp4"))) == 6
     assert json.loads((out / "summary.json").read_text())["steps"] == 6
+
+
+@pytest.mark.slow
+def test_the_demo_takes_real_panda_clips(tmp_path: Path) -> None:
+    panda = Path(os.environ.get("FLOWREEL_PANDA_SAMPLES", ROOT.parent / "shared" / "panda_samples"))
+    if not panda.is_dir():
+        pytest.skip(f"no {panda}; set FLOWREEL_PANDA_SAMPLES")
+    out = tmp_path / "run"
+    flowreel("demo", "--shards", str(panda), "--out", str(out), *SETTINGS)
+    summary = json.loads((out / "summary.json").read_text())
+    samples = sum(len(read_keys(path)) for path in panda.glob("*.tar"))
+    assert sum(summary["statuses"].values()) == samples
+    assert summary["statuses"]["kept"] > 0.8 * samples
+    assert len(list(out.glob("image-to-video*.mp4"))) == len(list(out.glob("long-video*.mp4"))) == 1
+    # The videos that are shown were prompted with captions of these very clips.
+    shown = {path.stem for path in out.glob("long-video*.mp4")}
+    assert not any("circle" in name or "square" in name for name in shown)
+
+
+def read_keys(tar: Path) -> set[str]:
+    """Keys of the samples in a shard."""
+    with tarfile.open(tar) as members:
+        return {member.name.split(".")[0] for member in members}
 
 
 def test_serve_answers_until_interrupted_and_leaves_nothing(run: Path, tmp_path: Path) -> None:

@@ -64,14 +64,14 @@ def prepare_latents(
     recipe: Recipe, shards: list[str], out: Path, reporter: Reporter
 ) -> PrepareReport:
     """Video shards → latent shards, on Ray Data; prints what became of every sample."""
+    done = {"shards": 0, "samples": 0}
     with reporter.progress("preparing") as update:
-        report = prepare(
-            recipe.prepare,
-            shards,
-            out,
-            recipe.codec_source,
-            progress=lambda stage, done, total: update(done, total, stage),
-        )
+
+        def show(stage: str, count: int, _total: int | None) -> None:
+            done[stage] = count
+            update(done["shards"], len(shards), f"shards, {done['samples']} samples")
+
+        report = prepare(recipe.prepare, shards, out, recipe.codec_source, progress=show)
     rows = [[status, reason, str(count)] for status, reason, count in report.rows()]
     reporter.table(f"{report.total} samples", ["status", "reason", "samples"], rows)
     if report.samples_now == 0:

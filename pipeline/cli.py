@@ -49,6 +49,7 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except Exception as error:
+            # Whose class it is decides: ours are worded for users, any other is a fault and keeps its traceback.
             package = type(error).__module__.split(".")[0]
             if package not in OURS and not isinstance(error, FileNotFoundError):
                 raise

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +22,7 @@ from flow.sampling import (
     sample,
 )
 from flow.weights import import_released
-from tests.flow.models import randn, texts, tiny_model
+from tests.flow.models import TRAINED, randn, texts, tiny_model
 
 ORDERS = {"forward": (1, 1, 1, 2), "reverse": (1, 1, 2)}
 SPEC = SampleSpec(
@@ -231,12 +229,6 @@ def test_bad_specs_are_refused_by_name(key: str, value: object) -> None:
 def test_context_must_leave_room_in_the_window() -> None:
     with pytest.raises(SampleError, match="context_frames = 3"):
         dataclasses.replace(SPEC, num_frames=8, window_frames=3, context_frames=3)
-
-
-TRAINED = Path(
-    os.environ.get("FLOWREEL_TRAINED_SMALL")
-    or Path(__file__).resolve().parents[2] / "../shared/trained_small"
-)
 
 
 @pytest.mark.skipif(

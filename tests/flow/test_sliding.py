@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from flow.inverse import Inverter, Window
 from flow.packed import can_pack
 from flow.sampling import DeepStream, SampleSpec, batch_noise
 from flow.weights import import_released
-from tests.flow.models import randn, shaken, texts, tiny_model
+from tests.flow.models import TRAINED, randn, shaken, texts, tiny_model
 
 ORDERS = {"forward": (1, 1, 1, 2), "reverse": (1, 1, 2)}
 SPEC = SampleSpec(
@@ -203,12 +201,6 @@ def test_packed_pass_gives_the_plain_numbers() -> None:
         _slide(packed, z)
         _slide(plain, z)
         torch.testing.assert_close(packed.tokens_BLC, plain.tokens_BLC, atol=1e-4, rtol=0)
-
-
-TRAINED = Path(
-    os.environ.get("FLOWREEL_TRAINED_SMALL")
-    or Path(__file__).resolve().parents[2] / "../shared/trained_small"
-)
 
 
 @pytest.mark.skipif(

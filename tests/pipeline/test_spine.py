@@ -144,7 +144,7 @@ def test_sample_makes_the_served_video_frame_for_frame(run: Path, tmp_path: Path
 
 def test_score_prints_a_mean_with_its_standard_error(run: Path) -> None:
     video = next(run.glob("text-to-video-000*.mp4"))
-    said = flowreel(
+    command = (
         "score",
         str(run / "train" / "model"),
         str(video),
@@ -152,19 +152,12 @@ def test_score_prints_a_mean_with_its_standard_error(run: Path) -> None:
         "a red circle",
         "--draws",
         "3",
-    ).stdout
+    )
+    said = flowreel(*command).stdout
     match = re.search(r"nats per dimension\s+(-?\d+\.\d+) ± (\d+\.\d+)", said)
     assert match is not None, said
     assert float(match.group(1)) > 0.5 + np.log(0.3)
-    again = flowreel(
-        "score",
-        str(run / "train" / "model"),
-        str(video),
-        "--prompt",
-        "a red circle",
-        "--draws",
-        "3",
-    ).stdout
+    again = flowreel(*command).stdout
     assert again.splitlines()[-4:] == said.splitlines()[-4:], "seeded draws give the same score"
 
 

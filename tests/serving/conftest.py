@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from flow.codec import VideoCodec, build_vae, save_codec
-from flow.config import FlowConfig
 from flow.flow import FlowModel
 from flow.text import TextSpec
 from flow.weights import ModelSpec, VideoSpec, save_model
 from serving.session import LoadedModel, load
+from tests.flow.models import TINY
 
 FPS = 8.0
 TRAINED_FRAMES = 9
@@ -50,19 +50,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     save_codec(build_vae(CODEC), folder / "codec", half=False)
-    config = FlowConfig(
-        latent_channels=4,
-        text_len=6,
-        text_dim=16,
-        shallow_width=32,
-        deep_width=32,
-        head_dim=32,
-        layers_per_block=(1, 1, 1, 2),
-        noise_std=0.3,
-        pos_len=4,
-        denoiser=True,
-        denoiser_layers=2,
-    )
+    config = TINY
     model = FlowModel(config)
     for name, weight in model.named_parameters():
         if "proj_out" in name:

@@ -78,20 +78,24 @@ def attend_frames(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, reach: FrameRe
     return torch.cat(out, dim=2)
 
 
-def attend_last(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
-    """Causal attention where the L queries are the last L of the S places -> [B, H, L, D].
+def attend_last(
+    q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float | None = None
+) -> Tensor:
+    """Causal attention where the L queries are the last L of the S places -> [B, H, L, D]; scale D^-0.5 by default.
 
     Accelerators take the causal rule as such; the CPU kernel knows only the square one, so there the
     L rows of the mask are made, once for all layers of a pass.
     """
     length, places = q_BHLD.shape[2], k_BHSD.shape[2]
     if length in (1, places):
-        return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, is_causal=length > 1)
+        return F.scaled_dot_product_attention(
+            q_BHLD, k_BHSD, v_BHSD, is_causal=length > 1, scale=scale
+        )
     if q_BHLD.device.type == "cpu":
         mask = _last_rows(length, places, q_BHLD.dtype)
     else:
         mask = causal_lower_right(length, places)
-    return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask=mask)
+    return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask=mask, scale=scale)
 
 
 @lru_cache(maxsize=4)
@@ -101,15 +105,15 @@ def _last_rows(length: int, places: int, dtype: torch.dtype) -> Tensor:
 
 
 class LayerCache:
-    """Rotated keys and values of one layer, allocated once: k, v [B, H, S, D] in the compute dtype."""
+    """Rotated keys and values of one layer, allocated once: kv [2, B, H, S, D] in the compute dtype, k and v its halves."""
 
     def __init__(self, batch: int, layer: TransformerLayer, places: int) -> None:
         attention = layer.attention
         like = attention.qkv.weight
         self.batch = batch
-        shape = (batch, attention.heads, places, attention.head_dim)
-        self.k_BHSD = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.v_BHSD = torch.empty_like(self.k_BHSD)
+        shape = (2, batch, attention.heads, places, attention.head_dim)
+        self.kv_2BHSD = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.k_BHSD, self.v_BHSD = self.kv_2BHSD
 
     def write(self, place: int, k_BHLD: Tensor, v_BHLD: Tensor) -> None:
         """Put keys and values at places place .. place + L - 1."""

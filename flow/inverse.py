@@ -123,13 +123,12 @@ class Inverter:
         self.solved = 0
         self._fresh = 0
         self._guessed = 0  # tokens that have a value, solved or not: what a window has reached
+        self._evaluated = 0  # tokens whose mu and sigma were computed, finally or not
         self._packed: PackedBlock | None = None
         self._may_pack = True
 
     def _run(self, h_BLW: Tensor, place: int) -> Tensor:
         """Hidden states of places (text included) place .. through all layers, written to the caches."""
-        if self._packed is not None and self._packs(h_BLW.shape[1]):
-            return self._packed.extend(h_BLW, self.rope, self.caches, place)
         rope = self.rope.slice(place, place + h_BLW.shape[1])
         for layer, cache in zip(self.block.layers, self.caches, strict=True):
             h_BLW = layer.extend(h_BLW, rope, cache, place)  # type: ignore[operator]
@@ -142,10 +141,6 @@ class Inverter:
     def _embed(self, start: int, stop: int) -> Tensor:
         s_BLC = self._inputs[:, start:stop]
         return self.block.embed(torch.cat([s_BLC, s_BLC]) if self.pair else s_BLC)
-
-    def _packs(self, length: int) -> bool:
-        """Whether a pass over so many places takes the packed weights."""
-        return self._packed is not None and length <= self._packed.rows
 
     @torch.no_grad()
     def restart(self, known_BLC: Tensor | None = None) -> None:
@@ -163,24 +158,27 @@ class Inverter:
         if known and h_BLW is not None:
             mu, sigma = self._affine(h_BLW[:, self.text_len :])
             self.mu_BLC[:, :known], self.sigma_BLC[:, :known] = mu, sigma
-        self.solved = self._fresh = self._guessed = known
+        self.solved = self._fresh = self._guessed = self._evaluated = known
 
     @torch.no_grad()
     def evaluate(self, start: int, stop: int) -> None:
         """One pass over places start .. stop - 1: mu and sigma of tokens start + 1 .. stop (1-based)."""
-        if self._packs(stop - start):
-            h_BLW = self.block.embed(self._inputs[:, start:stop])
+        place = self.text_len + start
+        if self._packed is not None and stop - start <= self._packed.rows:
+            mu, sigma = self._packed.predict(self._inputs[:, start:stop], self.rope, place)
         else:
-            h_BLW = self._embed(start, stop)
-        h_BLW = self._run(h_BLW, self.text_len + start)
-        self.mu_BLC[:, start:stop], self.sigma_BLC[:, start:stop] = self._affine(h_BLW)
+            mu, sigma = self.block.affine(self._run(self._embed(start, stop), place))
+        if self.pair:
+            mu, sigma = guide_pair(mu, sigma, self.guidance)
+        self.mu_BLC[:, start:stop], self.sigma_BLC[:, start:stop] = mu, sigma
+        self._evaluated = max(self._evaluated, stop)
         self.work.iterations += 1
         self.work.evaluations += stop - start
 
     def use_packed(self, rows: int) -> None:
         """Take packed weights for passes of at most `rows` places, where this build of torch has them; 0: never."""
         self._may_pack = rows > 0 and can_pack(self.block)
-        self._packed = PackedBlock(self.block, self.caches[0], rows) if self._may_pack else None
+        self._packed = PackedBlock(self.block, self.caches, rows) if self._may_pack else None
 
     def refresh(self) -> None:
         """Make every solved place fresh, so that what follows depends on the solved tokens alone."""
@@ -250,8 +248,8 @@ class Inverter:
 
         z_BLC: noise of tokens first, first + 1, ...; the window runs on past `until` as far as it reaches, and the
         next call finds its guesses there. period: tokens per frame, of the block's order; a token entering
-        starts at mu + sigma z with mu and sigma of its place in the frame before, or, in the first frame, of the
-        last solved token.
+        starts at mu + sigma z with mu and sigma of its place in the frame before, or, in the first frame, of its
+        neighbours.
 
         One iteration computes F = mu + sigma z of every token in the window from the tokens s as they stand. With
         k the length of the longest prefix where each token's root mean square of (s - F)/sigma is at most
@@ -273,7 +271,7 @@ class Inverter:
             size = min(window.cold if low < period else window.size, period)
             high = min(low + size, end)
             if self._guessed < high:
-                self._guess(max(self._guessed, low), high, z_BLC, first, period)
+                self._guess(max(self._guessed, low), high, z_BLC, first, period, window.columns)
             self.evaluate(low, high)
             sigma = self.sigma_BLC[:, low:high]
             new = self.mu_BLC[:, low:high] + sigma * z_BLC[:, low - first : high - first]
@@ -301,22 +299,34 @@ class Inverter:
         self.tokens_BLC[:, self.solved : stop] = start_BLC
         self._guessed = stop
 
-    def _guess(self, low: int, high: int, z_BLC: Tensor, first: int, period: int) -> None:
+    def _guess(
+        self, low: int, high: int, z_BLC: Tensor, first: int, period: int, columns: int
+    ) -> None:
         """Start values of tokens low .. high - 1, which are at most a frame ahead of the last solved one."""
         z = z_BLC[:, low - first : high - first]
         guess = self.tokens_BLC[:, low:high]
-        # In the first frame there is no frame before: the last solved token stands in for it.
         cold = min(max(period, low), high) - low
-        if cold:
-            if self.solved:
-                last = slice(self.solved - 1, self.solved)
-                guess[:, :cold] = self.mu_BLC[:, last] + self.sigma_BLC[:, last] * z[:, :cold]
-            else:
-                guess[:, :cold] = z[:, :cold]
+        if cold and not self._evaluated:
+            guess[:, :cold] = z[:, :cold]
+        elif cold:
+            # In the first frame there is no frame before: the nearest token behind and the nearest above that have
+            # been evaluated stand in for it, half each.
+            last = self._evaluated - 1
+            behind = [min(token - 1, last) for token in range(low, low + cold)]
+            above = [_last_above(token, columns, last) for token in range(low, low + cold)]
+            near = torch.tensor([behind, above], device=guess.device)
+            mu, sigma = (y[:, near].mean(1) for y in (self.mu_BLC, self.sigma_BLC))
+            guess[:, :cold] = mu + sigma * z[:, :cold]
         if low + cold < high:
             before = slice(low + cold - period, high - period)
             guess[:, cold:] = self.mu_BLC[:, before] + self.sigma_BLC[:, before] * z[:, cold:]
         self._guessed = high
+
+
+def _last_above(token: int, columns: int, last: int) -> int:
+    """The nearest place whole rows above `token` that is at most `last`; `last` where there is none."""
+    rows = max(1, -((last - token) // columns))
+    return token - rows * columns if token >= rows * columns else last
 
 
 def _read_flags(change_B: Tensor, size_B: Tensor, tolerance: float) -> tuple[bool, bool]:

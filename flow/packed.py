@@ -1,7 +1,8 @@
-"""One block's pass over new places for CPU inference: weights repacked for oneDNN, mask rows made once.
+"""One block's pass over new places for CPU inference: weights repacked for oneDNN, buffers and mask made once.
 
-The same numbers as `TransformerLayer.extend` up to rounding. The stock product packs its weight anew at every call and,
-on AMD processors, runs at half their vector width; with weights packed once, 80 rows take half the time.
+The same numbers as `AffineBlock.embed`, its layers' `extend` and `affine` up to rounding. The stock product packs its weight anew
+at every call and, on AMD processors, runs at half their vector width; with weights packed once, 80 rows take half the time. A pass
+is some hundred small operations, so those that are not products are few and write in place.
 Knows one block and its caches. Does not know guidance, solvers or frames.
 
 Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, W width, C numbers per token.
@@ -9,15 +10,20 @@ Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, W 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flow.attention import LayerCache, TransformerLayer
-from flow.block import AffineBlock
+from flow.attention import LayerCache, TransformerLayer, attend_last
+from flow.block import SOFTPLUS_SHIFT, AffineBlock
 from flow.rope import Rope
+
+SCORES_MAX = 2**23
+"""Numbers of attention scores (32 MB) up to which they are made whole: two products and a softmax on all threads beat
+the fused kernel, which shares out 32 queries at a time. Beyond, memory traffic decides and the fused kernel wins."""
 
 
 def can_pack(block: AffineBlock) -> bool:
@@ -33,82 +39,166 @@ def can_pack(block: AffineBlock) -> bool:
 
 
 class _Linear:
-    """A linear layer's weight, packed for about `rows` rows; correct for any number of them."""
+    """x @ weight.T + bias, packed for about `rows` rows; correct for any number of them."""
 
-    def __init__(self, linear: nn.Linear, rows: int, gelu: bool = False) -> None:
-        self.bias = linear.bias.detach()
-        weight = linear.weight.detach().contiguous()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    def __init__(self, weight: Tensor, bias: Tensor, rows: int, gelu: bool = False) -> None:
+        self.bias = bias.detach()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
         self.after: tuple[str, list[float], str] = (
             ("gelu", [], "none") if gelu else ("none", [], "")
         )
+        self.product = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, *self.after)
+        return self.product(x, self.weight, self.bias, *self.after)
 
 
-def _norm(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-    """The same function without the module's hooks, which cost as much as the norm at this size."""
-    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
-    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+class _Norm:
+    """A layer norm without its module's hooks, which cost as much as the norm at this size."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self.shape, self.eps = norm.normalized_shape, norm.eps
+        self.weight, self.bias = norm.weight.detach(), norm.bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class _Attend:
+    """Causal attention of new places over one layer's cache, which it writes; `scores` has room for all heads."""
+
+    def __init__(self, cache: LayerCache, scores: Tensor | None) -> None:
+        self.cache, self.scores = cache, scores
+        self.batch = cache.k_BHSD.shape[0]
+        # Sequences and heads as one axis, for the batched product.
+        self.flat_2PSD = cache.kv_2BHSD.flatten(1, 2)
+
+    def __call__(self, qkv_3BHLD: Tensor, place: int, future_LL: Tensor) -> Tensor:
+        """Queries (scaled), keys and values of places place .. place + L - 1 -> [B, L, W].
+
+        future_LL: -inf above the diagonal. Half the batch of the cache counts for both its halves.
+        """
+        rows, _, length, _ = qkv_3BHLD.shape[1:]
+        stop = place + length
+        both = self.cache.kv_2BHSD.unflatten(1, (-1, rows))
+        both[:, :, :, :, place:stop] = qkv_3BHLD[1:].unsqueeze(1)
+        q_BHLD = qkv_3BHLD[0]
+        if rows < self.batch:
+            q_BHLD = q_BHLD.expand(2, -1, -1, -1, -1).flatten(0, 1)
+        if self.scores is None:
+            k, v = self.cache.kv_2BHSD[:, :, :, :stop]
+            out = attend_last(q_BHLD, k, v, scale=1.0)
+        else:
+            k, v = self.flat_2PSD[:, :, :stop]
+            pages = len(k)
+            scores = self.scores[: pages * length * stop].view(pages, length, stop)
+            torch.bmm(q_BHLD.reshape(pages, length, -1), k.transpose(1, 2), out=scores)
+            scores[:, :, place:].add_(future_LL)
+            torch.softmax(scores, -1, out=scores)
+            out = torch.bmm(scores, v).view(q_BHLD.shape)
+        return out.transpose(1, 2).reshape(self.batch, length, -1)
 
 
 class _Layer:
-    """The packed products of one transformer layer, and its norms as they are."""
+    """One transformer layer. The scale of the scores is folded into the product that makes the queries."""
 
     def __init__(self, layer: TransformerLayer, rows: int) -> None:
         attention, mlp = layer.attention, layer.mlp
         self.heads, self.head_dim = attention.heads, attention.head_dim
-        self.norm, self.mlp_norm = _norm(attention.norm), _norm(mlp.norm)
-        self.qkv, self.proj = _Linear(attention.qkv, rows), _Linear(attention.proj, rows)
-        self.up, self.down = _Linear(mlp.up, rows, gelu=True), _Linear(mlp.down, rows)
+        self.norm, self.mlp_norm = _Norm(attention.norm), _Norm(mlp.norm)
+        weight, bias = attention.qkv.weight.detach().clone(), attention.qkv.bias.detach().clone()
+        for part in (weight, bias):
+            part[: self.heads * self.head_dim] *= self.head_dim**-0.5
+        self.qkv = _Linear(weight, bias, rows)
+        self.proj = _Linear(attention.proj.weight, attention.proj.bias, rows)
+        self.up = _Linear(mlp.up.weight, mlp.up.bias, rows, gelu=True)
+        self.down = _Linear(mlp.down.weight, mlp.down.bias, rows)
 
     def extend(
-        self, h_BLW: Tensor, turn_L1A: Tensor, cache: LayerCache, place: int, mask_LS: Tensor
+        self, h_BLW: Tensor, turn_L1A: Tensor, attend: _Attend, place: int, future_LL: Tensor
     ) -> Tensor:
-        batch, length, width = h_BLW.shape
-        stop = place + length
-        qkv = self.qkv(self.norm(h_BLW)).view(batch, length, 3 * self.heads, self.head_dim)
+        """`TransformerLayer.extend`; a guided pair that came as one, as to the first layer, leaves as two."""
+        rows, length, _ = h_BLW.shape
+        qkv = self.qkv(self.norm(h_BLW))
         # Queries and keys are turned in place, as complex numbers.
-        pairs = qkv.view(batch, length, 3 * self.heads, -1, 2)
-        torch.view_as_complex(pairs)[:, :, : 2 * self.heads].mul_(turn_L1A)
-        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)
-        if batch < cache.batch:
-            # The first layer of a guided pair, which differs in its text alone.
-            h_BLW, q = h_BLW.repeat(2, 1, 1), q.repeat(2, 1, 1, 1)
-            k, v, batch = k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1), cache.batch
-        cache.write(place, k, v)
-        out_BHLD = F.scaled_dot_product_attention(
-            q, cache.k_BHSD[:, :, :stop], cache.v_BHSD[:, :, :stop], attn_mask=mask_LS
+        pairs = torch.view_as_complex(qkv.view(rows, length, 3 * self.heads, -1, 2))
+        pairs[:, :, : 2 * self.heads].mul_(turn_L1A)
+        qkv_3BHLD = qkv.view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = self.proj(attend(qkv_3BHLD, place, future_LL))
+        out.unflatten(0, (-1, rows)).add_(h_BLW)
+        return out.add_(self.down(self.up(self.mlp_norm(out))))
+
+
+class _Weights:
+    """A block's layers, input and output products, packed.
+
+    The gain of the final norm and the soft clip's inner factor are folded into the output product.
+    """
+
+    def __init__(self, block: AffineBlock, rows: int) -> None:
+        self.version = _version(block)
+        self.embed = _Linear(block.proj_in.weight, block.proj_in.bias, rows)
+        self.layers = [_Layer(layer, rows) for layer in block.layers]  # type: ignore[arg-type]
+        self.normed, self.clip, self.softplus = (
+            block.final_norm is not None,
+            block.soft_clip,
+            block.softplus,
         )
-        out_BLW = out_BHLD.transpose(1, 2).reshape(batch, length, width)
-        h_BLW = self.proj(out_BLW).add_(h_BLW)
-        return h_BLW.add_(self.down(self.up(self.mlp_norm(h_BLW))))
+        weight, bias = block.proj_out.weight.detach(), block.proj_out.bias.detach()
+        if block.final_norm is not None:
+            weight = weight * (1 + block.final_norm.weight.detach())
+        if self.clip > 0:
+            weight, bias = weight / self.clip, bias / self.clip
+        self.out = _Linear(weight, bias, rows)
+
+    def affine(self, h_BLW: Tensor) -> tuple[Tensor, Tensor]:
+        """`AffineBlock.affine`; overwrites h."""
+        if self.normed:
+            mean_square = torch.linalg.vector_norm(h_BLW, dim=-1, keepdim=True).square_()
+            h_BLW.mul_(mean_square.div_(h_BLW.shape[-1]).add_(1e-6).rsqrt_())
+        out = self.out(h_BLW)
+        if self.clip > 0:
+            out.tanh_().mul_(self.clip)
+        a, mu = out.chunk(2, dim=-1)
+        return mu, F.softplus(a + SOFTPLUS_SHIFT) if self.softplus else a.exp()
+
+
+_WEIGHTS: WeakKeyDictionary[AffineBlock, _Weights] = WeakKeyDictionary()
+
+
+def _version(block: AffineBlock) -> tuple[tuple[int, int], ...]:
+    """Changes whenever a weight is replaced or written to."""
+    return tuple((p.data_ptr(), p._version) for p in block.parameters())
+
+
+def _weights_of(block: AffineBlock, rows: int) -> _Weights:
+    """Packed once per block and kept as long as it lives unchanged."""
+    found = _WEIGHTS.get(block)
+    if found is None or found.version != _version(block):
+        found = _WEIGHTS[block] = _Weights(block, rows)
+    return found
 
 
 class PackedBlock:
-    """A block with packed weights, for caches like the one given; `rows`: the most places of a call."""
+    """A block with packed weights writing to `caches`; `rows`: the most places of a call."""
 
-    def __init__(self, block: AffineBlock, like_cache: LayerCache, rows: int) -> None:
-        batch, places = like_cache.batch, like_cache.k_BHSD.shape[2]
-        rows = min(rows, places)
-        self.rows, self.places = rows, places
-        self.layers = [_Layer(layer, batch * rows) for layer in block.layers]  # type: ignore[arg-type]
-        like = block.proj_in.weight
-        # Row r of the last `rows` places sees all but the last rows - 1 - r; any call is a corner of this.
-        self._mask = torch.full((rows, places), float("-inf"), dtype=like.dtype)
-        self._mask.triu_(places - rows + 1)
+    def __init__(self, block: AffineBlock, caches: Sequence[LayerCache], rows: int) -> None:
+        batch, heads, places = caches[0].k_BHSD.shape[:3]
+        self.rows = min(rows, places)
+        self.weights = _weights_of(block, batch * self.rows)
+        size = batch * heads * self.rows * places
+        scores = torch.empty(size) if size <= SCORES_MAX else None
+        self._attend = [_Attend(cache, scores) for cache in caches]
+        self._future = torch.full((self.rows, self.rows), float("-inf")).triu_(1)
 
-    def extend(self, h_BLW: Tensor, rope: Rope, caches: list[LayerCache], place: int) -> Tensor:
-        """Hidden states of places place .. place + L - 1 (L at most `rows`) through all layers, written to the caches.
-
-        A guided pair's embeddings are the same twice: given once, half the batch of the caches, they are doubled
-        where the pair begins to differ.
+    def predict(self, s_BLC: Tensor, rope: Rope, place: int) -> tuple[Tensor, Tensor]:
+        """mu and sigma [B, L, C] of the tokens after places place .. place + L - 1 (L at most `rows`), which hold s;
+        their keys and values go to the caches. A guided pair's tokens are the same twice: given once, they are doubled.
         """
-        length = h_BLW.shape[1]
-        stop = place + length
-        mask = self._mask[self.rows - length :, self.places - stop :]
-        turn = rope.turn_LA[place:stop, None]
-        for layer, cache in zip(self.layers, caches, strict=True):
-            h_BLW = layer.extend(h_BLW, turn, cache, place, mask)
-        return h_BLW
+        length = s_BLC.shape[1]
+        turn = rope.turn_LA[place : place + length, None]
+        future = self._future[:length, :length]
+        h_BLW = self.weights.embed(s_BLC)
+        for layer, attend in zip(self.weights.layers, self._attend, strict=True):
+            h_BLW = layer.extend(h_BLW, turn, attend, place, future)
+        return self.weights.affine(h_BLW)

@@ -61,12 +61,14 @@ class SampleSpec:
     tolerance: float = 1e-3
     """Squared change of a sweep over squared tokens at which a block is done; 0 asks for the exact solution of
     every schedule."""
-    slide_tokens: int = 40
+    slide_tokens: int = 44
     """Tokens of the sliding window (at most a frame). It crosses frames, but never the windows of a long video."""
-    cold_slide_tokens: int = 20
+    cold_slide_tokens: int = 24
     """The same while the first frame is made: with poor start values a long window is wasted."""
-    token_tolerance: float = 0.05
+    token_tolerance: float = 0.065
     """Root mean square of a token's residual r = (s - mu)/sigma - z at which the sliding window accepts it."""
+    cold_token_tolerance: float = 0.02
+    """The same while the first frame is made, whose errors all later frames read."""
     window_frames: int | None = None
     """Latent frames that the deep block sees at once; None for all of them."""
     context_frames: int = 1
@@ -89,7 +91,7 @@ class SampleSpec:
         self._require(
             "grid", len(self.grid) == 2 and min(self.grid) >= 1, "two positive numbers (h, w)"
         )
-        for key in ("guidance", "tolerance", "token_tolerance"):
+        for key in ("guidance", "tolerance", "token_tolerance", "cold_token_tolerance"):
             value = getattr(self, key)
             self._require(key, math.isfinite(value) and value >= 0, "finite and not negative")
         self._require(
@@ -259,6 +261,7 @@ class DeepStream:
 
     def _slide(self, n: int, first: int, z_BNC: Tensor) -> None:
         spec, after = self.spec, n + 1
+        tolerance = spec.token_tolerance if first else spec.cold_token_tolerance
         goes_on = after < spec.num_frames and spec.window_start(after) == self._window_start
         self._inverter.sliding(
             torch.cat([z_BNC, self._prior(after)], dim=1) if goes_on else z_BNC,
@@ -266,7 +269,7 @@ class DeepStream:
             first + self._tokens,
             period=self._tokens,
             window=Window(spec.slide_tokens, spec.cold_slide_tokens, columns=self._grid[1]),
-            tolerance=spec.token_tolerance if spec.tolerance else 0.0,
+            tolerance=tolerance if spec.tolerance else 0.0,
         )
 
     def _enter_window(self, n: int) -> None:

@@ -110,7 +110,7 @@ class Sampler:
             case.spec(self.changes),
             noise=lambda n: case.noise[part, n],
         )
-        inverter = stream._inverter
+        inverter = stream.inverter
         if self.packed is not None:
             inverter.use_packed(64 if self.packed else 0)
         self.videos[row] = torch.cat(
@@ -265,10 +265,10 @@ def jacobi_seconds(case: Case, block: int, tolerance: float = 1e-3) -> float:
         high = min(low + block, z.shape[1])
         start = z[:, low:high]
         if low >= frame:
-            inverter.refresh()
+            inverter.solve(inverter.refresh())
             source = low - frame + torch.arange(high - low) % frame
             start = inverter.mu_BLC[:, source] + inverter.sigma_BLC[:, source] * start
-        inverter.jacobi(z[:, low:high], start, tolerance)
+        inverter.solve(inverter.jacobi(z[:, low:high], start, tolerance))
     return time.perf_counter() - began
 
 

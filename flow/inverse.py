@@ -1,8 +1,11 @@
-"""Solving s_i = mu_i(s_<i) + sigma_i(s_<i) z_i for one affine block: token by token, by Jacobi sweeps of
-blocks, or in a sliding window.
+"""Solving s_i = mu_i(s_<i) + sigma_i(s_<i) z_i for one affine block: token by token or by Jacobi sweeps of blocks
+(`flow.sliding` has the third schedule).
 
 Knows one block, its key-value cache and guidance. Does not know frames, orders, streams or seeds: tokens
 come in the block's own order, and a caller says which stretch of them to solve.
+
+A schedule is a generator: it yields the stretch of places that it wants evaluated next, and finds mu and sigma filled in
+when it goes on. So one pass may serve one inverter (`Inverter.solve`) or many (`flow.together`).
 
 The system is triangular: after k sweeps of a stretch its first k tokens are exactly right, whatever the start
 values, so sweep k leaves them out. A place is *fresh* when its keys and values were computed from the final
@@ -14,6 +17,7 @@ holds sos and place i token i, so that place i says mu and sigma of token i + 1.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +29,8 @@ from flow.guidance import guide_pair
 from flow.packed import PackedBlock, can_pack
 from flow.rope import Rope
 
-GUESS_MAX = 1e3
-"""Guesses of a sliding window stay within this: far beyond any latent, far below what overflows a norm."""
+Steps = Generator[tuple[int, int], None, int]
+"""Yields (start, stop): the places to evaluate next. Returns the number of iterations."""
 
 
 @dataclass
@@ -50,37 +54,14 @@ class Work:
         )
 
 
-@dataclass(frozen=True)
-class Window:
-    """The shape of a sliding window. `size`: tokens; `cold`: tokens while the first frame is made, where start
-    values are poor; `columns`: tokens in a row of a frame.
-
-    `carry`: what share of a token's change is expected to reach the token after it, the one a row on and the one before
-    that. Passing it on at once (one step of Newton's method with a crude Jacobian, I - A) saves about 5% of all
-    iterations; it moves guesses only, so any numbers here are exact.
-    """
-
-    size: int
-    cold: int
-    columns: int
-    carry: tuple[float, float, float] = (0.05, 0.1, 0.05)
-
-    def carry_matrix(self, period: int, like: Tensor) -> Tensor:
-        """(I - A)^-1 [size, size], lower triangular with ones on the diagonal."""
-        size = min(max(self.size, self.cold), period)
-        matrix = torch.eye(size, dtype=like.dtype)
-        for offset, share in zip((1, self.columns, self.columns - 1), self.carry, strict=True):
-            if 0 < offset < size:
-                matrix.diagonal(-offset).sub_(share)
-        return torch.linalg.inv(matrix).tril().to(like.device)
-
-
 class Inverter:
     """One block being inverted for B sequences at once, its cache allocated once.
 
     block: AffineBlock; rope: turns of J + L places; text_BJE: what it reads, None for none; null_BJE: the null
     text, given exactly when `guidance` > 0: the pair then runs as one batch of two.
-    tokens_BLC, mu_BLC, sigma_BLC hold what has been solved, what it was last computed from.
+    tokens_BLC, mu_BLC, sigma_BLC hold what has been solved, what it was last computed from. Schedules read and write
+    them, `solved` and `fresh` (how many first tokens are final, how many first places are fresh), and `guessed` and
+    `evaluated` (how many have a value, final or not; how many have mu and sigma).
     """
 
     def __init__(
@@ -120,10 +101,9 @@ class Inverter:
         self.tokens_BLC = self._inputs[:, 1:]
         self.mu_BLC = torch.zeros(shape, dtype=wide, device=block.sos.device)
         self.sigma_BLC = torch.ones_like(self.mu_BLC)
-        self.solved = 0
-        self._fresh = 0
-        self._guessed = 0  # tokens that have a value, solved or not: what a window has reached
-        self._evaluated = 0  # tokens whose mu and sigma were computed, finally or not
+        self.solved = self.fresh = self.guessed = self.evaluated = 0
+        self.look_every = 1 if block.sos.device.type == "cpu" else 4
+        """Iterations between two looks at what has converged: each look waits for the device."""
         self._packed: PackedBlock | None = None
         self._may_pack = True
 
@@ -138,7 +118,8 @@ class Inverter:
         mu, sigma = self.block.affine(h_BLW)
         return guide_pair(mu, sigma, self.guidance) if self.pair else (mu, sigma)
 
-    def _embed(self, start: int, stop: int) -> Tensor:
+    def embed(self, start: int, stop: int) -> Tensor:
+        """What the layers read at places start .. stop - 1 [B or 2 B, L, W]."""
         s_BLC = self._inputs[:, start:stop]
         return self.block.embed(torch.cat([s_BLC, s_BLC]) if self.pair else s_BLC)
 
@@ -150,7 +131,7 @@ class Inverter:
             self.tokens_BLC[:, :known] = known_BLC
         h_BLW = None if self.text is None else self.block.embed_text(self.text)
         if known:
-            tokens = self._embed(0, known)
+            tokens = self.embed(0, known)
             h_BLW = tokens if h_BLW is None else torch.cat([h_BLW, tokens], dim=1)
         if h_BLW is not None:
             h_BLW = self._run(h_BLW, 0)
@@ -158,7 +139,7 @@ class Inverter:
         if known and h_BLW is not None:
             mu, sigma = self._affine(h_BLW[:, self.text_len :])
             self.mu_BLC[:, :known], self.sigma_BLC[:, :known] = mu, sigma
-        self.solved = self._fresh = self._guessed = self._evaluated = known
+        self.solved = self.fresh = self.guessed = self.evaluated = known
 
     @torch.no_grad()
     def evaluate(self, start: int, stop: int) -> None:
@@ -167,11 +148,15 @@ class Inverter:
         if self._packed is not None and stop - start <= self._packed.rows:
             mu, sigma = self._packed.predict(self._inputs[:, start:stop], self.rope, place)
         else:
-            mu, sigma = self.block.affine(self._run(self._embed(start, stop), place))
+            mu, sigma = self.block.affine(self._run(self.embed(start, stop), place))
+        self.put(start, stop, mu, sigma)
+
+    def put(self, start: int, stop: int, mu: Tensor, sigma: Tensor) -> None:
+        """Take what one pass said of places start .. stop - 1: mu and sigma before guidance."""
         if self.pair:
             mu, sigma = guide_pair(mu, sigma, self.guidance)
         self.mu_BLC[:, start:stop], self.sigma_BLC[:, start:stop] = mu, sigma
-        self._evaluated = max(self._evaluated, stop)
+        self.evaluated = max(self.evaluated, stop)
         self.work.iterations += 1
         self.work.evaluations += stop - start
 
@@ -180,153 +165,72 @@ class Inverter:
         self._may_pack = rows > 0 and can_pack(self.block)
         self._packed = PackedBlock(self.block, self.caches, rows) if self._may_pack else None
 
-    def refresh(self) -> None:
-        """Make every solved place fresh, so that what follows depends on the solved tokens alone."""
-        if self._fresh < self.solved:
-            self.evaluate(self._fresh, self.solved)
-            self._fresh = self.solved
+    def expect(self, rows: int) -> None:
+        """Many passes of at most `rows` places will follow: packs weights where nobody has decided that yet."""
+        if self._packed is None and self._may_pack:
+            self.use_packed(rows)
 
-    @torch.no_grad()
-    def sequential(self, z_BLC: Tensor) -> None:
+    @torch.inference_mode()
+    def solve(self, steps: Steps) -> int:
+        """Carry out a schedule alone; returns the number of iterations."""
+        while True:
+            try:
+                start, stop = next(steps)
+            except StopIteration as end:
+                return int(end.value)
+            self.evaluate(start, stop)
+
+    def refresh(self) -> Steps:
+        """Make every solved place fresh, so that what follows depends on the solved tokens alone."""
+        if self.fresh < self.solved:
+            yield self.fresh, self.solved
+            self.fresh = self.solved
+        return 0
+
+    def sequential(self, z_BLC: Tensor) -> Steps:
         """Solve the next L tokens one by one: the reference every other schedule is held to."""
-        self.refresh()
+        yield from self.refresh()
         for i in range(z_BLC.shape[1]):
             place = self.solved
-            self.evaluate(place, place + 1)
+            yield place, place + 1
             token = self.mu_BLC[:, place] + self.sigma_BLC[:, place] * z_BLC[:, i]
             self.tokens_BLC[:, place] = token
-            self.solved = self._fresh = place + 1
+            self.solved = self.fresh = place + 1
+        return z_BLC.shape[1]
 
-    @torch.no_grad()
-    def jacobi(self, z_BLC: Tensor, start_BLC: Tensor, tolerance: float) -> int:
+    def jacobi(self, z_BLC: Tensor, start_BLC: Tensor, tolerance: float) -> Steps:
         """Solve the next L tokens together from start values; returns the number of sweeps.
 
         Stops when, in every sequence, the squared change of a sweep is at most `tolerance` times the squared
-        tokens of the stretch, or after L sweeps, when all is exact. On an accelerator the stop flag is read
-        every fourth sweep only; extra sweeps only make the result better.
+        tokens of the stretch, or after L sweeps, when all is exact. The stop flag is read every `look_every` sweeps; more
+        sweeps only make the result better.
         """
         first, count = self.solved, z_BLC.shape[1]
         stop = first + count
         self.tokens_BLC[:, first:stop] = start_BLC
         stretch = self.tokens_BLC[:, first:stop]
-        look_every = 1 if stretch.device.type == "cpu" else 4
         sweeps = 0
         while sweeps < count:
             done = first + sweeps
             # Settled tokens leave the sweep; at tolerance 0 they stay, so that all sweeps round alike.
             low = done if tolerance > 0 else first
             # The first sweep also repairs what the stretch before left unfresh: no pass of its own.
-            self.evaluate(min(self._fresh, low), stop)
-            self._fresh = max(self._fresh, done + 1)
+            yield min(self.fresh, low), stop
+            self.fresh = max(self.fresh, done + 1)
             active = self.tokens_BLC[:, low:stop]
             new = self.mu_BLC[:, low:stop] + self.sigma_BLC[:, low:stop] * z_BLC[:, low - first :]
             change = (new - active).square().sum(dim=(1, 2))
             active.copy_(new)
             sweeps += 1
-            if sweeps % look_every == 0 or sweeps == count:
+            if sweeps % self.look_every == 0 or sweeps == count:
                 size = stretch.square().sum(dim=(1, 2))
                 still, settled = _read_flags(change, size, tolerance)
                 if still:
-                    self._fresh = stop
+                    self.fresh = stop
                 if settled:
                     break
         self.solved = stop
         return sweeps
-
-    @torch.inference_mode()
-    def sliding(
-        self,
-        z_BLC: Tensor,
-        first: int,
-        until: int,
-        *,
-        period: int,
-        window: Window,
-        tolerance: float,
-    ) -> int:
-        """Solve tokens solved .. until - 1 in a sliding window; returns the number of iterations.
-
-        z_BLC: noise of tokens first, first + 1, ...; the window runs on past `until` as far as it reaches, and the
-        next call finds its guesses there. period: tokens per frame, of the block's order; a token entering
-        starts at mu + sigma z with mu and sigma of its place in the frame before, or, in the first frame, of its
-        neighbours.
-
-        One iteration computes F = mu + sigma z of every token in the window from the tokens s as they stand. With
-        k the length of the longest prefix where each token's root mean square of (s - F)/sigma is at most
-        `tolerance`, tokens 1 .. k are accepted *as they stand* and token k + 1 as F. So all that an accepted token was
-        computed from is accepted and unchanged since: its keys and values are those of the final tokens, and
-        (s - F)/sigma *is* its certificate, exactly 0 for token k + 1. What comes after k + 1, however
-        wild, has no part in the decision. At tolerance 0 a prefix is accepted only where nothing changed.
-        The rest moves to F and a little beyond (`Window.carry`), which only changes guesses.
-        """
-        end = first + z_BLC.shape[1]
-        self.refresh()
-        if self._packed is None and self._may_pack:
-            self.use_packed(max(window.size, window.cold))
-        carry = window.carry_matrix(period, self.tokens_BLC)
-        iterations = 0
-        while self.solved < until:
-            low = self.solved
-            # No wider than a frame: mu and sigma of the frame before are then final where they are looked up.
-            size = min(window.cold if low < period else window.size, period)
-            high = min(low + size, end)
-            if self._guessed < high:
-                self._guess(max(self._guessed, low), high, z_BLC, first, period, window.columns)
-            self.evaluate(low, high)
-            sigma = self.sigma_BLC[:, low:high]
-            new = self.mu_BLC[:, low:high] + sigma * z_BLC[:, low - first : high - first]
-            tokens = self.tokens_BLC[:, low:high]
-            change = new - tokens
-            residual_BL = (change / sigma).square().mean(-1)
-            # One host read. NaN compares false, so nothing at or after one is accepted as it stands.
-            near = (residual_BL <= tolerance * tolerance).all(0).tolist()
-            kept = near.index(False) if False in near else high - low
-            if kept < high - low:
-                rest = high - low - kept
-                moved = tokens[:, kept + 1 :] + carry[1:rest, :rest] @ change[:, kept:]
-                # A masked place still enters a product with weight 0, so a guess must be finite.
-                tokens[:, kept + 1 :] = moved.nan_to_num_(nan=0.0).clamp_(-GUESS_MAX, GUESS_MAX)
-                tokens[:, kept] = new[:, kept]
-            self.solved = self._fresh = min(low + kept + 1, high)
-            iterations += 1
-        return iterations
-
-    @torch.no_grad()
-    def suggest(self, start_BLC: Tensor) -> None:
-        """Start values of the next tokens for `sliding`, in place of its own; any numbers give an exact result."""
-        stop = self.solved + start_BLC.shape[1]
-        start_BLC = start_BLC.nan_to_num(nan=0.0).clamp(-GUESS_MAX, GUESS_MAX)
-        self.tokens_BLC[:, self.solved : stop] = start_BLC
-        self._guessed = stop
-
-    def _guess(
-        self, low: int, high: int, z_BLC: Tensor, first: int, period: int, columns: int
-    ) -> None:
-        """Start values of tokens low .. high - 1, which are at most a frame ahead of the last solved one."""
-        z = z_BLC[:, low - first : high - first]
-        guess = self.tokens_BLC[:, low:high]
-        cold = min(max(period, low), high) - low
-        if cold and not self._evaluated:
-            guess[:, :cold] = z[:, :cold]
-        elif cold:
-            # In the first frame there is no frame before: the nearest token behind and the nearest above that have
-            # been evaluated stand in for it, half each.
-            last = self._evaluated - 1
-            behind = [min(token - 1, last) for token in range(low, low + cold)]
-            above = [_last_above(token, columns, last) for token in range(low, low + cold)]
-            near = torch.tensor([behind, above], device=guess.device)
-            mu, sigma = (y[:, near].mean(1) for y in (self.mu_BLC, self.sigma_BLC))
-            guess[:, :cold] = mu + sigma * z[:, :cold]
-        if low + cold < high:
-            before = slice(low + cold - period, high - period)
-            guess[:, cold:] = self.mu_BLC[:, before] + self.sigma_BLC[:, before] * z[:, cold:]
-        self._guessed = high
-
-
-def _last_above(token: int, columns: int, last: int) -> int:
-    """The nearest place whole rows above `token` that is at most `last`; `last` where there is none."""
-    rows = max(1, -((last - token) // columns))
-    return token - rows * columns if token >= rows * columns else last
 
 
 def _read_flags(change_B: Tensor, size_B: Tensor, tolerance: float) -> tuple[bool, bool]:
@@ -351,8 +255,8 @@ def invert_block(
     inverter = Inverter(block, rope, batch=len(z_BLC))
     inverter.restart()
     z_BLC = z_BLC.to(inverter.mu_BLC.dtype)
-    if sequential:
-        inverter.sequential(z_BLC)
-    else:
-        inverter.jacobi(z_BLC, z_BLC, tolerance)
+    schedule = (
+        inverter.sequential(z_BLC) if sequential else inverter.jacobi(z_BLC, z_BLC, tolerance)
+    )
+    inverter.solve(schedule)
     return inverter.tokens_BLC

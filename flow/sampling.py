@@ -19,7 +19,8 @@ from einops import rearrange
 from torch import Tensor
 
 from flow.flow import SHALLOW_TOLERANCE, DeepShallowFlow, FlowModel
-from flow.inverse import Inverter, Window, Work
+from flow.inverse import Inverter, Steps, Work
+from flow.sliding import Window, slide
 from flow.tokens import frame_sequence, patchify
 
 Noise = Callable[[int], Tensor]
@@ -192,7 +193,7 @@ class DeepStream:
         self._grid = (spec.grid[0] // p, spec.grid[1] // p)
         self._tokens = self._grid[0] * self._grid[1]
         text_BJE = text_BJE if config.deep_text else None
-        self._inverter = Inverter(
+        self.inverter = Inverter(
             flow.deep,
             flow.deep_rope(self._grid, spec.window, text_BJE),
             batch=batch,
@@ -204,72 +205,78 @@ class DeepStream:
         self._window_start = spec.window_start(min(self.frame_index, spec.num_frames - 1))
         self._recent = list(emitted[self._window_start :])
         self._restarted = False
+        self._work = Work()
 
     @property
     def done(self) -> bool:
         """All frames have been made."""
         return self.frame_index >= self.spec.num_frames
 
-    @torch.no_grad()
     def next_frame(self) -> Tensor:
         """Tokens u [B, 1, H, W, C] of the next frame, fp32 or wider."""
-        if self.done:
-            raise SampleError(f"all {self.spec.num_frames} frames are made; start another stream")
-        before = self._inverter.work.copy()
+        self.inverter.solve(self.steps())
+        return self.emit()
+
+    def emit(self) -> Tensor:
+        """The frame that `steps` has solved; the stream goes on to the next one."""
         if self.frame_index == 0 and self._first is not None:
-            u_BTHWC = self._first.to(self._inverter.tokens_BLC)
+            u_BTHWC = self._first.to(self.inverter.tokens_BLC)
         else:
-            u_BTHWC = self._solve(self.frame_index)
+            first = (self.frame_index - self._window_start) * self._tokens
+            u_BNC = self.inverter.tokens_BLC[:, first : first + self._tokens]
+            u_BNC = u_BNC.flip(1) if self.flow.deep_reversed else u_BNC.clone()
+            u_BTHWC = rearrange(u_BNC, "b (h w) c -> b 1 h w c", h=self._grid[0])
         self._recent.append(u_BTHWC)
         self.frame_index += 1
-        self.counters.per_frame.append(self._inverter.work.since(before))
+        work = self.inverter.work.copy()
+        self.counters.per_frame.append(work.since(self._work))
+        self._work = work
         return u_BTHWC
 
-    def _solve(self, n: int) -> Tensor:
+    def steps(self) -> Steps:
+        """What solving the next frame takes, pass by pass; see `flow.inverse`. Then `emit` has it."""
+        n, spec, inverter, tokens = self.frame_index, self.spec, self.inverter, self._tokens
+        if self.done:
+            raise SampleError(f"all {spec.num_frames} frames are made; start another stream")
+        if n == 0 and self._first is not None:
+            return 0
         self._enter_window(n)
-        inverter, tokens = self._inverter, self._tokens
-        flipped = self.flow.deep_reversed
         z_BNC = self._prior(n)
         # Not `inverter.solved`: a sliding window may have run on into this frame already.
         first = (n - self._window_start) * tokens
-        if self.spec.schedule == "sequential":
-            inverter.sequential(z_BNC)
-        elif self.spec.schedule == "sliding":
-            self._slide(n, first, z_BNC)
-        else:
-            block = self.spec.block_size
-            start_BNC = z_BNC
-            if first:
-                # Fresh mu and sigma are a function of the frames alone: a resumed stream starts alike.
-                inverter.refresh()
-                mu, sigma = (
-                    y[:, first - tokens : first] for y in (inverter.mu_BLC, inverter.sigma_BLC)
-                )
-                start_BNC = mu + sigma * z_BNC
-                block *= self.spec.later_block_factor
-            for low in range(0, tokens, block):
-                part = slice(low, min(low + block, tokens))
-                inverter.jacobi(z_BNC[:, part], start_BNC[:, part], self.spec.tolerance)
-        u_BNC = inverter.tokens_BLC[:, first : first + tokens]
-        u_BTNC = rearrange(u_BNC.flip(1) if flipped else u_BNC.clone(), "b n c -> b 1 n c")
-        return rearrange(u_BTNC, "b t (h w) c -> b t h w c", h=self._grid[0])
+        if spec.schedule == "sequential":
+            return (yield from inverter.sequential(z_BNC))
+        if spec.schedule == "sliding":
+            return (yield from self._slide(n, first, z_BNC))
+        block, start_BNC, sweeps = spec.block_size, z_BNC, 0
+        if first:
+            # Fresh mu and sigma are a function of the frames alone: a resumed stream starts alike.
+            yield from inverter.refresh()
+            before = slice(first - tokens, first)
+            start_BNC = inverter.mu_BLC[:, before] + inverter.sigma_BLC[:, before] * z_BNC
+            block *= spec.later_block_factor
+        for low in range(0, tokens, block):
+            part = slice(low, min(low + block, tokens))
+            sweeps += yield from inverter.jacobi(z_BNC[:, part], start_BNC[:, part], spec.tolerance)
+        return sweeps
 
     def _prior(self, n: int) -> Tensor:
         """Noise of frame n as tokens [B, N, C] in the block's order."""
         noise = patchify(self._noise(n).unsqueeze(1), self.flow.config.patch_size)
-        return frame_sequence(noise, self.flow.deep_reversed).to(self._inverter.tokens_BLC)
+        return frame_sequence(noise, self.flow.deep_reversed).to(self.inverter.tokens_BLC)
 
-    def _slide(self, n: int, first: int, z_BNC: Tensor) -> None:
+    def _slide(self, n: int, first: int, z_BNC: Tensor) -> Steps:
         spec, after = self.spec, n + 1
-        tolerance = spec.token_tolerance if first else spec.cold_token_tolerance
         goes_on = after < spec.num_frames and spec.window_start(after) == self._window_start
-        self._inverter.sliding(
+        tolerance = spec.token_tolerance if first else spec.cold_token_tolerance
+        window = Window(spec.slide_tokens, spec.cold_slide_tokens, self._grid[1], self._tokens)
+        return slide(
+            self.inverter,
             torch.cat([z_BNC, self._prior(after)], dim=1) if goes_on else z_BNC,
             first,
             first + self._tokens,
-            period=self._tokens,
-            window=Window(spec.slide_tokens, spec.cold_slide_tokens, columns=self._grid[1]),
-            tolerance=tolerance if spec.tolerance else 0.0,
+            window,
+            tolerance if spec.tolerance else 0.0,
         )
 
     def _enter_window(self, n: int) -> None:
@@ -282,7 +289,7 @@ class DeepStream:
         known = None
         if self._recent:
             known = frame_sequence(torch.cat(self._recent, dim=1), self.flow.deep_reversed)
-        self._inverter.restart(known)
+        self.inverter.restart(known)
         self._restarted = True
 
 

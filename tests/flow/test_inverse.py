@@ -29,7 +29,7 @@ def _inverter(guidance: float = 2.0, seed: int = 0) -> Inverter:
 def test_after_k_sweeps_the_first_k_tokens_are_right() -> None:
     z = randn(2, 12, 4, seed=5)
     reference = _inverter()
-    reference.sequential(z)
+    reference.solve(reference.sequential(z))
     for sweeps in range(1, 12):
         inverter = _inverter()
         inverter.tokens_BLC[:] = randn(2, 12, 4, seed=6)
@@ -46,12 +46,12 @@ def test_after_k_sweeps_the_first_k_tokens_are_right() -> None:
 def test_jacobi_equals_sequential_from_any_start(tolerance: float, block: int) -> None:
     z = randn(2, 12, 4, seed=5)
     reference = _inverter()
-    reference.sequential(z)
+    reference.solve(reference.sequential(z))
     inverter = _inverter()
     start = 10 * randn(2, 12, 4, seed=8)
     for low in range(0, 12, block):
         part = slice(low, min(low + block, 12))
-        sweeps = inverter.jacobi(z[:, part], start[:, part], tolerance)
+        sweeps = inverter.solve(inverter.jacobi(z[:, part], start[:, part], tolerance))
         assert sweeps <= block
     torch.testing.assert_close(inverter.tokens_BLC, reference.tokens_BLC, atol=1e-10, rtol=0)
 
@@ -59,12 +59,12 @@ def test_jacobi_equals_sequential_from_any_start(tolerance: float, block: int) -
 def test_next_block_reads_keys_of_final_tokens_even_when_loosely_converged() -> None:
     z = randn(2, 12, 4, seed=5)
     loose = _inverter()
-    sweeps = loose.jacobi(z[:, :6], torch.zeros(2, 6, 4, dtype=z.dtype), tolerance=0.5)
+    sweeps = loose.solve(loose.jacobi(z[:, :6], torch.zeros(2, 6, 4, dtype=z.dtype), tolerance=0.5))
     assert sweeps < 6, "the test wants a block accepted early"
-    loose.sequential(z[:, 6:])
+    loose.solve(loose.sequential(z[:, 6:]))
     exact = _inverter()
     exact.restart(loose.tokens_BLC[:, :6])
-    exact.sequential(z[:, 6:])
+    exact.solve(exact.sequential(z[:, 6:]))
     torch.testing.assert_close(loose.tokens_BLC, exact.tokens_BLC, atol=1e-11, rtol=0)
     torch.testing.assert_close(loose.mu_BLC, exact.mu_BLC, atol=1e-11, rtol=0)
 
@@ -74,10 +74,10 @@ def test_merged_repair_gives_the_same_as_a_pass_of_its_own() -> None:
     zeros = torch.zeros(2, 6, 4, dtype=z.dtype)
     merged, separate = _inverter(), _inverter()
     for inverter in (merged, separate):
-        inverter.jacobi(z[:, :6], zeros, tolerance=0.5)
-    separate.refresh()
+        inverter.solve(inverter.jacobi(z[:, :6], zeros, tolerance=0.5))
+    separate.solve(separate.refresh())
     for inverter in (merged, separate):
-        inverter.jacobi(z[:, 6:], zeros, tolerance=0.0)
+        inverter.solve(inverter.jacobi(z[:, 6:], zeros, tolerance=0.0))
     torch.testing.assert_close(merged.tokens_BLC, separate.tokens_BLC, atol=1e-11, rtol=0)
     assert merged.work.iterations == separate.work.iterations - 1
 
@@ -86,10 +86,10 @@ def test_work_counts_passes_positions_and_prefill() -> None:
     inverter = _inverter()
     z = randn(2, 12, 4, seed=5)
     assert inverter.work.prefilled == 6
-    inverter.sequential(z[:, :4])
+    inverter.solve(inverter.sequential(z[:, :4]))
     assert (inverter.work.iterations, inverter.work.evaluations) == (4, 4)
     before = inverter.work.copy()
-    sweeps = inverter.jacobi(z[:, 4:], z[:, 4:], tolerance=1e-2)
+    sweeps = inverter.solve(inverter.jacobi(z[:, 4:], z[:, 4:], tolerance=1e-2))
     spent = inverter.work.since(before)
     assert spent.iterations == sweeps
     assert spent.evaluations == sum(8 - k for k in range(sweeps))
@@ -98,7 +98,7 @@ def test_work_counts_passes_positions_and_prefill() -> None:
 def test_nan_is_never_taken_for_convergence() -> None:
     inverter = _inverter()
     z = torch.full((2, 12, 4), math.nan, dtype=torch.float64)
-    assert inverter.jacobi(z, z, tolerance=1.0) == 12
+    assert inverter.solve(inverter.jacobi(z, z, tolerance=1.0)) == 12
 
 
 def test_guidance_needs_both_texts() -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from flow.certificate import certificate
 from flow.flow import FlowModel
-from flow.inverse import Inverter, Window
+from flow.inverse import Inverter
 from flow.packed import can_pack
 from flow.sampling import DeepStream, SampleSpec, batch_noise
+from flow.sliding import Window, slide, suggest
 from flow.weights import import_released
 from tests.flow.models import TRAINED, randn, shaken, texts, tiny_model
 
@@ -44,8 +45,8 @@ def _inverter(model: FlowModel, batch: int = 2, guidance: float = 2.0) -> Invert
 def _slide(
     inverter: Inverter, z: Tensor, until: int = LENGTH, size: int = 5, tolerance: float = 0.0
 ) -> int:
-    window = Window(size, cold=min(size, 3), columns=GRID[1])
-    return inverter.sliding(z, 0, until, period=8, window=window, tolerance=tolerance)
+    window = Window(size, cold=min(size, 3), columns=GRID[1], period=8)
+    return inverter.solve(slide(inverter, z, 0, until, window, tolerance))
 
 
 def _frames(model: FlowModel, spec: SampleSpec, **more: object) -> Tensor:
@@ -115,10 +116,10 @@ def _starts() -> dict[str, Tensor]:
 def test_any_start_gives_the_sequential_tokens(start: str, strength: float) -> None:
     model, z = _model(strength), randn(2, LENGTH, 4, seed=5)
     reference = _inverter(model)
-    reference.sequential(z)
+    reference.solve(reference.sequential(z))
     inverter = _inverter(model)
     solution = reference.tokens_BLC.unflatten(1, (FRAMES, 8))[:, [2, 0, 1]].flatten(1, 2)
-    inverter.suggest({**_starts(), "shuffled frames": solution}[start])
+    suggest(inverter, {**_starts(), "shuffled frames": solution}[start])
     assert _slide(inverter, z) <= LENGTH
     torch.testing.assert_close(inverter.tokens_BLC, reference.tokens_BLC, atol=1e-10, rtol=0)
 
@@ -134,9 +135,9 @@ def test_strong_coupling_is_strong() -> None:
 def test_every_iteration_makes_at_least_one_token_final(tolerance: float) -> None:
     model, z = _model(), randn(2, LENGTH, 4, seed=5)
     reference = _inverter(model)
-    reference.sequential(z)
+    reference.solve(reference.sequential(z))
     inverter = _inverter(model)
-    inverter.suggest(randn(2, LENGTH, 4, seed=6))
+    suggest(inverter, randn(2, LENGTH, 4, seed=6))
     spent, final = 0, torch.zeros_like(z)
     for until in range(1, LENGTH + 1):
         spent += _slide(inverter, z, until, tolerance=tolerance)
@@ -172,7 +173,7 @@ def test_kept_cache_is_that_of_the_final_tokens(tolerance: float, dtype: torch.d
 def test_no_tail_however_wild_hides_a_residual(start: str, tolerance: float) -> None:
     model, z = _model(), randn(2, LENGTH, 4, seed=5)
     inverter = _inverter(model)
-    inverter.suggest(_starts()[start])
+    suggest(inverter, _starts()[start])
     _slide(inverter, z, size=8, tolerance=tolerance)
     assert _residual_rms(model, inverter.tokens_BLC, z).max() <= tolerance + 1e-9
 

@@ -10,7 +10,7 @@ N tokens per frame, J text tokens, E text width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flow.block import AffineBlock
 from flow.config import FlowConfig
 from flow.denoiser import Denoiser
-from flow.inverse import invert_block
+from flow.inverse import Work, invert_block
 from flow.rope import Rope, RopeCache
 from flow.tokens import frame_sequence, patchify, unpatchify
 
@@ -92,9 +92,17 @@ class DeepShallowFlow(nn.Module):
 
     @torch.no_grad()
     def shallow_inverse(
-        self, u_BTHWC: Tensor, *, tolerance: float = SHALLOW_TOLERANCE, sequential: bool = False
+        self,
+        u_BTHWC: Tensor,
+        *,
+        tolerance: float = SHALLOW_TOLERANCE,
+        sequential: bool = False,
+        work: Sequence[Work] | None = None,
     ) -> Tensor:
-        """u -> latents [B,T,C,H,W], all frames as one batch; every frame meets the tolerance."""
+        """u -> latents [B,T,C,H,W], all frames as one batch; every frame meets the tolerance.
+
+        work: one for each shallow block, to which what it took is added.
+        """
         u = u_BTHWC
         grid, batch = _grid(u), u.shape[0]
         for index in range(len(self.shallow) - 1, -1, -1):
@@ -102,7 +110,14 @@ class DeepShallowFlow(nn.Module):
             z_BNC = rearrange(_oriented(u, flipped), "b t n c -> (b t) n c")
             block, rope = self.shallow[index], self._frame_rope(grid)
             assert isinstance(block, AffineBlock)
-            s_BNC = invert_block(block, z_BNC, rope, tolerance=tolerance, sequential=sequential)
+            s_BNC = invert_block(
+                block,
+                z_BNC,
+                rope,
+                tolerance=tolerance,
+                sequential=sequential,
+                work=None if work is None else work[index],
+            )
             u = _restored(rearrange(s_BNC, "(b t) n c -> b t n c", b=batch), grid, flipped)
         return unpatchify(u, self.config.patch_size)
 

@@ -45,6 +45,12 @@ class Work:
     def copy(self) -> Work:
         return Work(self.iterations, self.evaluations, self.prefilled)
 
+    def add(self, other: Work) -> None:
+        """Count another solver's work with this one's."""
+        self.iterations += other.iterations
+        self.evaluations += other.evaluations
+        self.prefilled += other.prefilled
+
     def since(self, earlier: Work) -> Work:
         """The difference to an earlier copy."""
         return Work(
@@ -247,10 +253,11 @@ def invert_block(
     *,
     tolerance: float = 0.0,
     sequential: bool = False,
+    work: Work | None = None,
 ) -> Tensor:
     """Whole sequences through the inverse of a block that reads no text -> tokens [B, L, C].
 
-    Jacobi starts at z itself, sweeps the whole length, and is exact at tolerance 0.
+    Jacobi starts at z itself, sweeps the whole length, and is exact at tolerance 0. What it took is added to `work`.
     """
     inverter = Inverter(block, rope, batch=len(z_BLC))
     inverter.restart()
@@ -259,4 +266,6 @@ def invert_block(
         inverter.sequential(z_BLC) if sequential else inverter.jacobi(z_BLC, z_BLC, tolerance)
     )
     inverter.solve(schedule)
+    if work is not None:
+        work.add(inverter.work)
     return inverter.tokens_BLC

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -135,9 +136,15 @@ class SampleSpec:
 
 @dataclass
 class Counters:
-    """Work of the deep block, one entry per frame made by this stream."""
+    """What sampling took: the deep block frame by frame as this stream made them, the shallow blocks in all."""
 
     per_frame: list[Work] = field(default_factory=list)
+    """The deep block's work, one entry per frame."""
+    seconds: list[float] = field(default_factory=list, compare=False)
+    """From the start of a frame to its end, the time in which others shared its passes included."""
+    tokens_per_frame: int = 0
+    shallow: list[Work] = field(default_factory=list)
+    """Work of each shallow block, the first block of the flow first; all frames of a call count as one pass."""
 
     @property
     def iterations(self) -> int:
@@ -153,6 +160,23 @@ class Counters:
     def prefilled(self) -> int:
         """Known positions (text, context) read in parallel."""
         return sum(work.prefilled for work in self.per_frame)
+
+    @property
+    def evaluations_per_token(self) -> float:
+        """`token_evaluations` over the tokens made: 1 for `sequential`."""
+        made = sum(work.iterations > 0 for work in self.per_frame) * self.tokens_per_frame
+        return self.token_evaluations / made if made else 0.0
+
+    @property
+    def ms_per_iteration(self) -> float:
+        """Milliseconds of a pass through the deep block, everything around it included."""
+        return 1e3 * sum(self.seconds) / self.iterations if self.iterations else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens made per second of the deep block."""
+        seconds = sum(self.seconds)
+        return len(self.per_frame) * self.tokens_per_frame / seconds if seconds else 0.0
 
 
 class DeepStream:
@@ -181,7 +205,7 @@ class DeepStream:
             raise SampleError(f"num_frames = {spec.num_frames}: an image model makes 1")
         self.flow, self.spec = flow, spec
         self.frame_index = len(emitted)
-        self.counters = Counters()
+        self.counters = Counters(tokens_per_frame=spec.grid[0] // p * (spec.grid[1] // p))
         self._first = first_frame_u
         batch = _batch_of(text_BJE, first_frame_u, *emitted)
         if noise is None and batch != 1:
@@ -205,7 +229,7 @@ class DeepStream:
         self._window_start = spec.window_start(min(self.frame_index, spec.num_frames - 1))
         self._recent = list(emitted[self._window_start :])
         self._restarted = False
-        self._work = Work()
+        self._work, self._begun = Work(), 0.0
 
     @property
     def done(self) -> bool:
@@ -230,12 +254,14 @@ class DeepStream:
         self.frame_index += 1
         work = self.inverter.work.copy()
         self.counters.per_frame.append(work.since(self._work))
+        self.counters.seconds.append(time.perf_counter() - self._begun)
         self._work = work
         return u_BTHWC
 
     def steps(self) -> Steps:
         """What solving the next frame takes, pass by pass; see `flow.inverse`. Then `emit` has it."""
         n, spec, inverter, tokens = self.frame_index, self.spec, self.inverter, self._tokens
+        self._begun = time.perf_counter()
         if self.done:
             raise SampleError(f"all {spec.num_frames} frames are made; start another stream")
         if n == 0 and self._first is not None:
@@ -321,6 +347,8 @@ class FrameStream:
         if denoiser == "learned" and model.denoiser is None:
             raise SampleError("denoiser = 'learned': this model has none; ask for 'none'")
         self.model, self.shallow_tolerance, self.sequential = model, shallow_tolerance, sequential
+        self.work = [Work() for _ in model.flow.shallow]
+        """What each shallow block took so far."""
         self._denoiser = None
         if denoiser == "learned" and model.denoiser is not None:
             self._denoiser = model.denoiser.stream(text_BJE)
@@ -329,7 +357,10 @@ class FrameStream:
     def push(self, u_BTHWC: Tensor) -> list[Tensor]:
         """Take the next frame or frames; give the clean latent frames [B, C, h, w] now final, in order."""
         x_BTCHW = self.model.flow.shallow_inverse(
-            u_BTHWC, tolerance=self.shallow_tolerance, sequential=self.sequential
+            u_BTHWC,
+            tolerance=self.shallow_tolerance,
+            sequential=self.sequential,
+            work=self.work,
         )
         out: list[Tensor] = []
         for x_BCHW in x_BTCHW.unbind(1):
@@ -363,7 +394,7 @@ def sample(
     """Latents [B, T, C, h, w] of one video (or of a batch, with `noise`).
 
     first_frame [B, 1, C, h, w]: a given first latent frame, already carrying the model's noise. `counters` is
-    filled with the deep block's work. Tolerance 0 makes the shallow blocks exact too.
+    filled with what it took. Tolerance 0 makes the shallow blocks exact too.
     """
     with torch.no_grad():
         first_u = None if first_frame is None else model.flow.shallow_forward(first_frame)
@@ -379,5 +410,5 @@ def sample(
     u_BTHWC = torch.cat([deep.next_frame() for _ in range(spec.num_frames)], dim=1)
     out = frames.push(u_BTHWC) + frames.finish()
     if counters is not None:
-        counters.per_frame[:] = deep.counters.per_frame
+        vars(counters).update(vars(deep.counters) | {"shallow": frames.work})
     return torch.stack(out, dim=1)

@@ -228,7 +228,12 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option(min=0, help="Guidance weight; 0 is none, default the recipe's.")
     ] = None,
-    schedule: Annotated[str, typer.Option(help="jacobi or sequential.")] = "jacobi",
+    schedule: Annotated[
+        str, typer.Option(help="jacobi (as served), sliding (fewer evaluations) or sequential.")
+    ] = "jacobi",
+    certificate: Annotated[
+        bool, typer.Option("--certificate", help="Prove how exact the sample is, by one more pass.")
+    ] = False,
     image: Annotated[
         Path | None, typer.Option(help="First frame to continue: png, jpg or webp.")
     ] = None,
@@ -251,6 +256,7 @@ def sample(
         guidance=guidance,
         schedule=schedule,
         image=image,
+        certify=certificate,
     )
 
 

@@ -19,6 +19,7 @@ from media.write import decode_image, encode_mp4
 from pipeline.console import Reporter
 from pipeline.evaluate import score_video
 from pipeline.recipes import Recipe
+from serving.messages import GeneratedVideo
 from serving.requests import CreateVideo, Generation, from_validation
 from serving.session import generate, load
 
@@ -38,6 +39,7 @@ def sample_video(
     guidance: float | None,
     schedule: str,
     image: Path | None,
+    certify: bool = False,
 ) -> np.ndarray:
     """Make one video here and write it; returns its frames, uint8 [T, H, W, 3]."""
     reporter = Reporter()
@@ -72,11 +74,31 @@ def sample_video(
             done += len(chunk.frames)  # type: ignore[attr-defined]
             update(done, request.num_frames, "frames")
 
-        video = generate(loaded, request, picture, on_chunk=count)
+        video = generate(loaded, request, picture, on_chunk=count, certify=certify)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(encode_mp4(video.frames, fps=video.fps))
     reporter.console.print(f"{out}: {len(video.frames)} frames at {video.fps:g} fps, seed {seed}")
+    for line in describe_sampling(video):
+        reporter.console.print(line)
     return video.frames
+
+
+def describe_sampling(video: GeneratedVideo) -> list[str]:
+    """What sampling took and how exact it is, as lines for people."""
+    lines = []
+    if (took := video.counters) is not None:
+        lines.append(
+            f"deep block  {took.iterations} iterations of {took.ms_per_iteration:.1f} ms, "
+            f"{took.evaluations_per_token:.1f} evaluations per token, {took.tokens_per_s:.0f} tokens/s"
+        )
+        sweeps = " ".join(str(work.iterations) for work in took.shallow)
+        lines.append(f"shallow     {sweeps} sweeps, block by block")
+    if (proof := video.certificate) is not None:
+        lines.append(
+            f"certificate |r| at most {proof.max_abs:.2g}, p99.9 {proof.p999_abs:.2g}: the exact sample of noise that far "
+            "from the noise drawn"
+        )
+    return lines
 
 
 def score_file(model: Path, video: Path, prompt: str, *, draws: int, seed: int) -> None:

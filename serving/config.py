@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Schedule = Literal["jacobi", "sequential"]
+Schedule = Literal["jacobi", "sliding", "sequential"]
 
 
 class Limits(BaseModel):

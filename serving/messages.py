@@ -15,6 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flow.certificate import Certificate
+from flow.sampling import Counters
+
 Frames = npt.NDArray[np.uint8]
 Stage = Literal["deep", "decode"]
 
@@ -93,6 +96,10 @@ class GeneratedVideo:
     frames: Frames
     fps: float
     spans: tuple[Span, ...]
+    counters: Counters | None = None
+    """What sampling took, where one process did it all."""
+    certificate: Certificate | None = None
+    """How exact the deep block's part is, where that was asked for."""
 
 
 def join(chunks: Sequence[Chunk], fps: float) -> GeneratedVideo:

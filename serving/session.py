@@ -12,6 +12,7 @@ height, width, 3].
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +25,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flow.certificate import Certificate, certificate
 from flow.codec import VideoCodec
 from flow.flow import SHALLOW_TOLERANCE, FlowModel
-from flow.sampling import DeepStream, FrameStream, SampleSpec, frame_noise
+from flow.inverse import Work
+from flow.sampling import Counters, DeepStream, FrameStream, SampleSpec, frame_noise
 from flow.text import TextEncoder, build_text_encoder, format_prompt
 from flow.weights import ModelSpec, load_model
 from serving.config import Sampler
@@ -234,7 +237,21 @@ class DeepSession:
             first_frame_u=None if first_u is None else on_device(first_u),
             emitted=[on_device(u) for u in emitted],
         )
+        self._given = 0 if first_u is None else 1
+        self._texts = both_BLD
         self.index = len(emitted)
+
+    @property
+    def counters(self) -> Counters:
+        """What the deep block took so far."""
+        return self._stream.counters
+
+    def certify(self, frames: Sequence[PackedTensor]) -> Certificate:
+        """How exact all frames of u are, by one parallel pass over each window."""
+        like = self._texts
+        u_BTHWC = torch.cat([u.unpack(like.device).to(like.dtype) for u in frames], dim=1)
+        flow, spec = self._stream.flow, self._stream.spec
+        return certificate(flow, u_BTHWC, like[:1], like[1:], spec, given_frames=self._given)
 
     @torch.inference_mode()
     def next(self) -> DeepFrame:
@@ -273,6 +290,11 @@ class DecoderSession:
         self._codec = loaded.codec.stream()
         self._next_index = 0
 
+    @property
+    def shallow_work(self) -> list[Work]:
+        """What each shallow block took so far."""
+        return self._latents.work
+
     def push(self, frame: DeepFrame) -> Chunk:
         """RGB frames that this frame of u makes ready; none while the denoiser still waits to look
         ahead.
@@ -303,6 +325,8 @@ def generate(
     request: Generation,
     image_HWC: Frames | None = None,
     on_chunk: Callable[[Chunk], None] | None = None,
+    *,
+    certify: bool = False,
 ) -> GeneratedVideo:
     """The whole video in this process.
 
@@ -311,6 +335,7 @@ def generate(
         image_HWC: the given first frame, uint8 [H, W, 3] of any size; for a request with
             `given_first_frame`.
         on_chunk: called with each chunk as it becomes ready.
+        certify: check the deep block's part by a parallel pass at the end.
 
     Example: `generate("runs/demo/model", Generation(request_id="a", prompt="a red square",
     num_frames=17))`
@@ -331,7 +356,11 @@ def generate(
         if on_chunk is not None:
             on_chunk(chunk)
 
+    latents: list[PackedTensor] = []
     for frame in deep:
+        latents.append(frame.u)
         keep(decoder.push(frame))
     keep(decoder.finish())
-    return join(chunks, loaded.facts.fps)
+    counters = dataclasses.replace(deep.counters, shallow=decoder.shallow_work)
+    proof = deep.certify(latents) if certify else None
+    return dataclasses.replace(join(chunks, loaded.facts.fps), counters=counters, certificate=proof)

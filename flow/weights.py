@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -170,10 +171,7 @@ def _staging(directory: Path) -> Iterator[Path]:
 
     Its writer holds a lock on it, which dies with the process: what killed writers left is found unlocked and removed.
     """
-    for left in directory.parent.glob(f".{directory.name}-*.tmp"):
-        if (handle := _lock(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(handle)
+    _sweep(directory, ".tmp")
     staging = Path(
         tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".tmp", dir=directory.parent)
     )
@@ -183,6 +181,15 @@ def _staging(directory: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if handle is not None:
+            os.close(handle)
+
+
+def _sweep(directory: Path, suffix: str) -> None:
+    """Remove the folders with this suffix that killed writers of `directory` left beside it."""
+    ours = re.compile(rf"\.{re.escape(directory.name)}-[a-z0-9_]+{re.escape(suffix)}")
+    for left in directory.parent.iterdir():
+        if ours.fullmatch(left.name) and (handle := _lock(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
             os.close(handle)
 
 
@@ -210,8 +217,9 @@ def _put_in_place(staging: Path, directory: Path) -> None:
     if not directory.exists():
         staging.rename(directory)
     else:
+        # Not `.tmp`: a writer killed here leaves the only model in it, and the next one may fail.
         aside = Path(
-            tempfile.mkdtemp(prefix=f".{directory.name}-old-", suffix=".tmp", dir=directory.parent)
+            tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".old", dir=directory.parent)
         )
         old = aside / "model"
         directory.rename(old)
@@ -223,6 +231,7 @@ def _put_in_place(staging: Path, directory: Path) -> None:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     _flush(directory.parent)
+    _sweep(directory, ".old")
 
 
 def read_spec(directory: str | Path) -> ModelSpec:

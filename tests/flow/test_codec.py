@@ -86,6 +86,14 @@ def frames(batch: int, count: int) -> torch.Tensor:
     return torch.randint(0, 256, (batch, count, 32, 48, 3), generator=generator, dtype=torch.uint8)
 
 
+def test_wan22s_own_size_has_the_published_number_of_parameters() -> None:
+    published = WAN | {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48}
+    published |= {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+    with torch.device("meta"):
+        vae = build_vae(published)
+    assert round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) == 704.7
+
+
 def test_shapes_are_a_sixteenth_in_space_and_a_quarter_in_time(codec: VideoCodec) -> None:
     mean, logvar = codec.encode(frames(2, 9))
     assert mean.shape == logvar.shape == (2, 3, 4, 2, 3)

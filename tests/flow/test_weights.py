@@ -262,6 +262,29 @@ def test_a_writer_killed_between_shards_leaves_no_half_model_and_its_remains_are
     load_model(tmp_path / "m")
 
 
+def test_a_model_that_a_killed_writer_had_put_aside_is_kept_until_another_stands(
+    tmp_path: Path, model: FlowModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is there after a kill between the two renames.
+    written, aside = save_model(tmp_path / "m", model, SPEC), tmp_path / ".m-0123abcd.old"
+    aside.mkdir()
+    written.rename(aside / "model")
+    others = [tmp_path / name for name in (".m-v2-0123abcd.old", ".m-v2-0123abcd.tmp", "m.tmp")]
+    for other in others:
+        other.mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(weights, "_flush", full)
+    with pytest.raises(OSError, match="no space"):
+        save_model(tmp_path / "m", model, SPEC)
+    monkeypatch.undo()
+    assert load_model(aside / "model")[1] == SPEC
+    save_model(tmp_path / "m", model, SPEC)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "m", *others])
+
+
 def test_two_writers_of_one_folder_do_not_remove_each_others_work(
     tmp_path: Path, model: FlowModel
 ) -> None:

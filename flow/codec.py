@@ -1,8 +1,9 @@
-"""The frozen codec: a causal video VAE between RGB frames and the latents that the flow models.
+"""The frozen codec: a VAE between RGB frames and the latents that the flow models.
 
-The network is diffusers' `AutoencoderKLWan` (imported only when a codec is loaded), at any size: the 704.7M one of
-Wan2.2 or the tiny one that ships here. This file adds what the library leaves open: refusing frame counts that it would
-silently cut, a stream whose cache the caller owns, and the convention between codec latents and model latents.
+The networks are diffusers' (imported only when a codec is loaded), at any size: for video the causal `AutoencoderKLWan` (the
+704.7M one of Wan2.2, or the tiny one that ships here), for images `AutoencoderKL` (the SD VAE). This file adds what the library
+leaves open: refusing frame counts that it would silently cut, causal caches that the caller owns, one digest for the same files
+wherever they come from, and the convention between codec latents and model latents.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
+
+from flow.convention import CodecError, LatentConvention
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CONFIG_NAME = "config.json"
@@ -24,10 +27,6 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # diffusers has no types of its own, and its attributes are not torch's.
 Vae = Any
-
-
-class CodecError(ValueError):
-    """A codec that cannot be loaded, or frames that it cannot take."""
 
 
 def latent_frames(num_frames: int, temporal_factor: int = 4) -> int:
@@ -50,73 +49,6 @@ def video_frames(num_latent_frames: int, temporal_factor: int = 4) -> int:
     return 1 + (num_latent_frames - 1) * temporal_factor
 
 
-@dataclass(frozen=True)
-class LatentConvention:
-    """How codec moments become the latents the flow models, and back.
-
-    `x = ((mean − m)/s + posterior_noise·exp(½ logvar)·ε) · scale_f`, scale 1 for the first frame and
-    `later_frame_scale` after it. The released models use posterior noise (not divided by s) and 0.6; models that we train use
-    the plain standardised mean.
-
-    Attributes:
-        mean, std: m and s per channel, in codec units.
-        later_frame_scale: factor on latent frames after the first.
-        posterior_noise: whether the posterior is sampled.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    later_frame_scale: float = 1.0
-    posterior_noise: bool = False
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
-            raise CodecError(
-                f"latent statistics need as many means as stds, all stds positive; got {len(self.mean)} means, stds {self.std}"
-            )
-
-    def _frame_scale(self, x_BTCHW: Tensor, first_frame: bool) -> Tensor:
-        scale = torch.full((x_BTCHW.shape[1],), self.later_frame_scale, dtype=x_BTCHW.dtype)
-        if first_frame:
-            scale[0] = 1.0
-        return rearrange(scale, "t -> t 1 1 1").to(x_BTCHW.device)
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.tensor(self.mean, dtype=like.dtype, device=like.device)
-        std = torch.tensor(self.std, dtype=like.dtype, device=like.device)
-        return rearrange(mean, "c -> c 1 1"), rearrange(std, "c -> c 1 1")
-
-    def to_model(
-        self,
-        mean_BTCHW: Tensor,
-        logvar_BTCHW: Tensor | None = None,
-        noise_BTCHW: Tensor | None = None,
-    ) -> Tensor:
-        """Model latents [B, T, C, h, w] of codec moments; `noise_BTCHW` is standard normal, needed where the convention
-        samples the posterior."""
-        mean, std = self._statistics(mean_BTCHW)
-        x_BTCHW = (mean_BTCHW - mean) / std
-        if self.posterior_noise:
-            if logvar_BTCHW is None or noise_BTCHW is None:
-                raise CodecError(
-                    "this latent convention samples the posterior: give log-variance and noise"
-                )
-            x_BTCHW = x_BTCHW + torch.exp(0.5 * logvar_BTCHW) * noise_BTCHW
-        return x_BTCHW * self._frame_scale(x_BTCHW, first_frame=True)
-
-    def from_model(self, x_BTCHW: Tensor, first_frame: bool = True) -> Tensor:
-        """Codec latents [B, T, C, h, w] of model latents; `first_frame` says whether frame 0 here is the video's first."""
-        mean, std = self._statistics(x_BTCHW)
-        return x_BTCHW / self._frame_scale(x_BTCHW, first_frame) * std + mean
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LatentConvention:
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
-
-
 def _to_signal(frames_BTHWC: Tensor) -> Tensor:
     return rearrange(frames_BTHWC.float() / 127.5 - 1, "b t h w c -> b c t h w")
 
@@ -127,68 +59,50 @@ def _to_frames(signal_BCTHW: Tensor) -> Tensor:
 
 
 class VideoCodec:
-    """A loaded codec.
+    """A loaded codec for video; `ImageCodec` is its counterpart for single images.
 
     Example: `codec = VideoCodec.load("pipeline/assets/tiny_codec")`, then `mean, logvar = codec.encode(frames)`.
     """
 
-    def __init__(self, vae: Vae, digest: str, convention: LatentConvention | None = None) -> None:
+    def __init__(self, vae: Vae, digest: str) -> None:
         config = vae.config
         self.vae = vae.eval().requires_grad_(False)
         self.digest = digest
         self.spatial_factor = int(config.scale_factor_spatial)
         self.temporal_factor = int(config.scale_factor_temporal)
         self.latent_channels = int(config.z_dim)
-        self.convention = convention or LatentConvention(
-            tuple(config.latents_mean), tuple(config.latents_std)
-        )
+        self.convention = LatentConvention(tuple(config.latents_mean), tuple(config.latents_std))
 
-    @classmethod
-    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> VideoCodec:
-        """From a folder with `config.json` and safetensors, or a hub id such as `Wan-AI/Wan2.2-TI2V-5B-Diffusers`.
+    @staticmethod
+    def load(source: str | Path, device: str | torch.device = "cpu") -> VideoCodec:
+        """The codec in a folder, or in its folder `vae`, or of a hub id such as `Wan-AI/Wan2.2-TI2V-5B-Diffusers`.
+
+        What `config.json` calls its class decides whether it is an `ImageCodec`. Weights are held in fp32.
 
         Raises:
-            CodecError: nothing there, or it is no AutoencoderKLWan, or its weights do not fit its config.
+            CodecError: nothing there, a class that is no codec here, or weights that do not fit their config.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            return cls._from_hub(str(source), device)
-        if not (folder / CONFIG_NAME).is_file() and (folder / "vae" / CONFIG_NAME).is_file():
-            folder = folder / "vae"
-        if not (folder / CONFIG_NAME).is_file() or not (folder / WEIGHTS_NAME).is_file():
-            raise CodecError(f"no codec in {folder}: it needs {CONFIG_NAME} and {WEIGHTS_NAME}")
+        folder = _codec_folder(source)
         from safetensors.torch import load_file
 
         config_bytes = (folder / CONFIG_NAME).read_bytes()
-        vae = build_vae(json.loads(config_bytes))
-        weights = {k: v.float() for k, v in load_file(folder / WEIGHTS_NAME).items()}
+        config = json.loads(config_bytes)
+        with torch.device("meta"):
+            vae = build_vae(config)
+        found = load_file(folder / WEIGHTS_NAME)
+        # Copied even where they are fp32 already: the file may be written over while its codec lives (`train-codec`).
+        weights = {_current_name(k): v.to(torch.float32, copy=True) for k, v in found.items()}
         try:
-            vae.load_state_dict(weights)
+            vae.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise CodecError(f"the weights in {folder} do not fit its config: {error}") from error
+        assert not any(tensor.is_meta for tensor in chain(vae.parameters(), vae.buffers()))
         digest = hashlib.sha256(config_bytes)
         with (folder / WEIGHTS_NAME).open("rb") as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
-        return cls(vae.to(device), digest.hexdigest()[:16])
-
-    @classmethod
-    def _from_hub(cls, name: str, device: str | torch.device) -> VideoCodec:
-        if not HUB_ID.fullmatch(name):
-            raise CodecError(f"unknown codec {name!r}: neither a folder nor a hub id (owner/name)")
-        from diffusers import AutoencoderKLWan
-
-        try:
-            vae = AutoencoderKLWan.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32)
-        except OSError as error:
-            raise CodecError(
-                f"unknown codec {name!r}: no such folder, and no hub gave it ({str(error).splitlines()[0]})"
-            ) from error
-        digest = hashlib.sha256()
-        for key, value in sorted(vae.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.contiguous().view(torch.uint8).numpy().data)
-        return cls(vae.to(device), digest.hexdigest()[:16])
+        kind = ImageCodec if config.get("_class_name") == IMAGE_CLASS else VideoCodec
+        return kind(vae.to(device), digest.hexdigest()[:16])
 
     @property
     def device(self) -> torch.device:
@@ -221,11 +135,20 @@ class VideoCodec:
             mean and log-variance, fp32 [B, k+1, C, H/16, W/16].
         """
         self._check_frames(frames_BTHWC)
-        posterior = self.vae.encode(_to_signal(frames_BTHWC.to(self.device))).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        return rearrange(mean, "b c t h w -> b t c h w"), rearrange(
-            logvar, "b c t h w -> b t c h w"
-        )
+        return self._moments(_to_signal(frames_BTHWC.to(self.device)))
+
+    def _moments(self, signal_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """One frame, then four by four: the causal cache is here and not in the module, so threads may share a codec."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+        vae, step = self.vae, self.temporal_factor
+        if vae.config.patch_size is not None:
+            signal_BCTHW = patchify(signal_BCTHW, patch_size=vae.config.patch_size)
+        cache, hidden = _empty_cache(vae.encoder), []
+        for end in range(1, signal_BCTHW.shape[2] + 1, step):
+            chunk = signal_BCTHW[:, :, max(0, end - step) : end]
+            hidden.append(vae.encoder(chunk, feat_cache=cache, feat_idx=[0]))
+        return _split_moments(vae.quant_conv(torch.cat(hidden, dim=2)), "b c t h w -> b t c h w")
 
     def decode(self, x_BTCHW: Tensor) -> Tensor:
         """uint8 frames [B, 4T-3, H, W, 3] of model latents; the stream run to its end."""
@@ -244,17 +167,15 @@ class CodecStream:
     """
 
     def __init__(self, codec: VideoCodec) -> None:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
-
         self._codec = codec
-        self._unpatchify = unpatchify
-        convolutions = sum(isinstance(m, WanCausalConv3d) for m in codec.vae.decoder.modules())
-        self._cache: list[Any] = [None] * convolutions
+        self._cache = _empty_cache(codec.vae.decoder)
         self._first = True
 
     @torch.inference_mode()
     def push(self, x_BCHW: Tensor) -> Tensor:
         """uint8 frames [B, 1 (first) or 4, H, W, 3] of the next model latent frame [B, C, h, w]."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
         vae = self._codec.vae
         codec_latent = self._codec.convention.from_model(x_BCHW[:, None].float(), self._first)
         signal = vae.post_quant_conv(
@@ -263,27 +184,133 @@ class CodecStream:
         # `first_chunk` reaches the residual shortcuts only when given by name, as the library does.
         out = vae.decoder(signal, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first)
         if vae.config.patch_size is not None:
-            out = self._unpatchify(out, patch_size=vae.config.patch_size)
+            out = unpatchify(out, patch_size=vae.config.patch_size)
         self._first = False
         return _to_frames(out.float())
 
 
+class ImageCodec(VideoCodec):
+    """A codec for single images: a video of one frame, without time. The SD VAE's, 8 pixels to a cell and 4 channels."""
+
+    def __init__(self, vae: Vae, digest: str) -> None:
+        config = vae.config
+        self.vae = vae.eval().requires_grad_(False)
+        self.digest = digest
+        self.spatial_factor = 2 ** (len(config.block_out_channels) - 1)
+        self.temporal_factor = 1
+        self.latent_channels = int(config.latent_channels)
+        shift, scale = config.shift_factor or 0.0, 1 / config.scaling_factor
+        self.convention = LatentConvention(
+            (shift,) * self.latent_channels, (scale,) * self.latent_channels
+        )
+
+    def _check_frames(self, frames_BTHWC: Tensor) -> None:
+        super()._check_frames(frames_BTHWC)
+        if frames_BTHWC.shape[1] != 1:
+            raise CodecError(
+                f"{frames_BTHWC.shape[1]} frames: this codec is for images and takes 1; "
+                "encode videos with an AutoencoderKLWan"
+            )
+
+    def _moments(self, signal_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.vae.encoder(signal_BCTHW[:, :, 0])
+        if self.vae.quant_conv is not None:
+            hidden = self.vae.quant_conv(hidden)
+        return _split_moments(hidden, "b c h w -> b 1 c h w")
+
+    def stream(self) -> ImageStream:
+        return ImageStream(self)
+
+
+class ImageStream(CodecStream):
+    """`CodecStream` of an image codec: a frame in, a frame out, no state."""
+
+    def __init__(self, codec: ImageCodec) -> None:
+        self._codec = codec
+
+    @torch.inference_mode()
+    def push(self, x_BCHW: Tensor) -> Tensor:
+        """uint8 frames [B, 1, H, W, 3] of the model latent [B, C, h, w]."""
+        vae = self._codec.vae
+        latent = self._codec.convention.from_model(x_BCHW[:, None].float())[:, 0]
+        latent = latent.to(self._codec.device)
+        if vae.post_quant_conv is not None:
+            latent = vae.post_quant_conv(latent)
+        return _to_frames(vae.decoder(latent).float()[:, :, None])
+
+
+VIDEO_CLASS = "AutoencoderKLWan"
+IMAGE_CLASS = "AutoencoderKL"
+
+
 def build_vae(config: dict[str, Any]) -> Vae:
-    """An `AutoencoderKLWan` with random weights from its config.
+    """An `AutoencoderKLWan` (where the config names no class) or `AutoencoderKL` with random weights from its config.
 
     Raises:
         CodecError: the config is of another class, or has values the class refuses.
     """
-    from diffusers import AutoencoderKLWan
+    import diffusers
 
-    name = config.get("_class_name", "AutoencoderKLWan")
-    if name != "AutoencoderKLWan":
-        raise CodecError(f"unknown codec class {name!r}; allowed: AutoencoderKLWan")
+    name = config.get("_class_name", VIDEO_CLASS)
+    if name not in (VIDEO_CLASS, IMAGE_CLASS):
+        raise CodecError(f"unknown codec class {name!r}; allowed: {VIDEO_CLASS}, {IMAGE_CLASS}")
     values = {k: v for k, v in config.items() if not k.startswith("_")}
     try:
-        return AutoencoderKLWan(**values)
+        return getattr(diffusers, name)(**values)
     except (TypeError, ValueError) as error:
-        raise CodecError(f"the codec's config does not fit AutoencoderKLWan: {error}") from error
+        raise CodecError(f"the codec's config does not fit {name}: {error}") from error
+
+
+def _codec_folder(source: str | Path) -> Path:
+    """Where a codec's config and weights lie; those of a hub id are fetched, or taken from the hub's local cache."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _from_hub(str(source))
+    if not (folder / CONFIG_NAME).is_file() and (folder / "vae" / CONFIG_NAME).is_file():
+        folder = folder / "vae"
+    if not (folder / CONFIG_NAME).is_file() or not (folder / WEIGHTS_NAME).is_file():
+        raise CodecError(f"no codec in {folder}: it needs {CONFIG_NAME} and {WEIGHTS_NAME}")
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    if not HUB_ID.fullmatch(name):
+        raise CodecError(f"unknown codec {name!r}: neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    wanted = [prefix + file for prefix in ("", "vae/") for file in (CONFIG_NAME, WEIGHTS_NAME)]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except OSError as error:
+        raise CodecError(
+            f"unknown codec {name!r}: no such folder, and no hub gave it ({str(error).splitlines()[0]})"
+        ) from error
+
+
+_OLD_ATTENTION = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
+_NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _current_name(name: str) -> str:
+    """The SD VAE's published files still call the parts of an attention by their first names.
+
+    >>> _current_name("encoder.mid_block.attentions.0.proj_attn.bias")
+    'encoder.mid_block.attentions.0.to_out.0.bias'
+    """
+    return _OLD_ATTENTION.sub(lambda match: f"{match[1]}{_NEW_ATTENTION[match[2]]}.", name)
+
+
+def _empty_cache(network: nn.Module) -> list[Any]:
+    """The causal state of a Wan encoder or decoder before its first frame: a place for each causal convolution."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    return [None for module in network.modules() if isinstance(module, WanCausalConv3d)]
+
+
+def _split_moments(moments: Tensor, order: str) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance, fp32; the log-variance kept within the library's own bounds."""
+    mean, logvar = (rearrange(half.float(), order) for half in moments.chunk(2, dim=1))
+    return mean, logvar.clamp(-30.0, 20.0)
 
 
 def save_codec(vae: Vae, out: Path, *, half: bool = True) -> None:
@@ -292,7 +319,7 @@ def save_codec(vae: Vae, out: Path, *, half: bool = True) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_")}
-    config["_class_name"] = "AutoencoderKLWan"
+    config["_class_name"] = type(vae).__name__
     dtype = torch.float16 if half else torch.float32
     weights = {k: v.detach().to(dtype).contiguous().cpu() for k, v in vae.state_dict().items()}
     save_file(weights, out / WEIGHTS_NAME)

@@ -171,13 +171,13 @@ class FlowConfig:
 
     @classmethod
     def from_released_yaml(
-        cls, path: str | Path, text_dim: int, cells_per_img_size: float = 1.0
+        cls, path: str | Path, text_dim: int, cells_per_img_size: float | None = None
     ) -> FlowConfig:
         """Read the released format: a YAML list of one-key `arguments` (training arguments are ignored).
 
-        `cells_per_img_size` divides `img_size` where it is in pixels (16 for the Wan2.2 codec, 8 for the
-        SD VAE); it only matters where `pt_seq_len` is absent. Structure that this code fixes (`seq_order`,
-        `nvp`, ...) is refused when it is set to anything else.
+        `cells_per_img_size` divides `img_size`; it only matters where `pt_seq_len` is absent. By default, a YAML that names
+        its `vae` counts pixels (16 per cell in a video model, 8 in an image model), one that does not counts cells. Structure
+        that this code fixes (`seq_order`, `nvp`, ...) is refused when it is set to anything else.
         """
         return _from_released(cls, Path(path), text_dim, cells_per_img_size)
 
@@ -221,8 +221,52 @@ _FIXED_RELEASED: dict[str, tuple[object, ...]] = {
     "nvp": (1, True),
     "rope": (1, True),
     "sos": (1, True),
+    "adaln": (0, False),
     "cond_top_only": (1, True),
 }
+
+VIDEO_CELL_PIXELS = 16
+"""Pixels per latent row and column of the released video models' codec, Wan2.2's."""
+IMAGE_CELL_PIXELS = 8
+"""The same of the released image model's codec, the SD VAE."""
+
+
+@dataclass(frozen=True)
+class ReleasedNotes:
+    """What a released YAML says beside the structure; None where it is silent.
+
+    vae: codec's hub id; later_frame_scale: factor on latent frames after the first; text: text encoder's hub id; num_frames,
+    fps: of the training videos (1 frame and 0 fps where it trains on images); img_size: side of a square of the trained area,
+    in pixels where the YAML names a vae.
+    """
+
+    vae: str | None
+    later_frame_scale: float
+    text: str | None
+    num_frames: int
+    fps: float
+    img_size: int | None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> ReleasedNotes:
+        """`ConfigError` where `vae` ("ID" or "ID:SCALE") or `vid_size` ("FRAMES:FPS") cannot be read."""
+        given = _released_arguments(Path(path))
+        vae, _, scale = str(given.get("vae") or "").partition(":")
+        size = given.get("vid_size")
+        frames, _, fps = ("1:0" if size in (None, "none") else str(size)).partition(":")
+        try:
+            return cls(
+                vae=vae or None,
+                later_frame_scale=float(scale or 1.0),
+                text=given.get("text"),
+                num_frames=int(frames),
+                fps=float(fps),
+                img_size=given.get("img_size"),
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"{path}: vae = {given.get('vae')!r}, vid_size = {size!r}: expected ID:SCALE and FRAMES:FPS ({error})"
+            ) from error
 
 
 def _released_arguments(path: Path) -> dict[str, Any]:
@@ -240,7 +284,9 @@ def _released_arguments(path: Path) -> dict[str, Any]:
     return {key: value for row in rows for key, value in row.items()}
 
 
-def _from_released(cls: type[FlowConfig], path: Path, text_dim: int, cells: float) -> FlowConfig:
+def _from_released(
+    cls: type[FlowConfig], path: Path, text_dim: int, cells: float | None
+) -> FlowConfig:
     given = _released_arguments(path)
     for key, allowed in _FIXED_RELEASED.items():
         if key in given and given[key] not in allowed:
@@ -266,9 +312,12 @@ def _from_released(cls: type[FlowConfig], path: Path, text_dim: int, cells: floa
     patch = int(given.get("patch_size", 1))
     if "pt_seq_len" not in given and "img_size" not in given:
         raise ConfigError(f"{path}: one of pt_seq_len and img_size is needed")
+    video = bool(given.get("shallow_block_local", 0))
+    if cells is None:
+        cells = (VIDEO_CELL_PIXELS if video else IMAGE_CELL_PIXELS) if given.get("vae") else 1
     pos_len = given.get("pt_seq_len") or given["img_size"] / cells / patch
     return cls(
-        video=bool(given.get("shallow_block_local", 0)),
+        video=video,
         latent_channels=int(given["channel_size"]),
         patch_size=patch,
         text_len=int(given["txt_size"]),
@@ -317,7 +366,7 @@ def image_3b() -> FlowConfig:
     return FlowConfig(
         video=False,
         latent_channels=4,
-        text_len=256,
+        text_len=128,
         text_dim=2048,
         shallow_width=3072,
         deep_width=3072,
@@ -326,6 +375,8 @@ def image_3b() -> FlowConfig:
         noise_std=0.3,
         pos_len=32.0,
         denoiser=False,
+        denoiser_text=False,
+        denoiser_lookahead="every",
     )
 
 

@@ -1,57 +1,57 @@
-"""Models on disk: our own folders (safetensors + config.json) and released checkpoints (.pth + YAML).
+"""Model folders (safetensors + config.json): written whole or not at all, loaded file by file, imported from released checkpoints.
 
-Knows names, shapes and files. Does not know training state, optimizers or where models come from.
-Nothing is unpickled beyond tensors (`weights_only=True`).
-
-    ValueError
-    └── CheckpointError    a model folder or checkpoint that is not what it says, with names and shapes
+Knows what a folder holds. Does not know training state, optimizers or where models come from. Errors:
+`flow.tensor_files.CheckpointError`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from flow.codec import LatentConvention
 from flow.config import ConfigError, FlowConfig
+from flow.convention import LatentConvention
 from flow.flow import FlowModel
+from flow.released import open_released
+from flow.tensor_files import (
+    FORMAT,
+    CheckpointError,
+    Progress,
+    TensorFolder,
+    check_shapes,
+    write_tensors,
+)
 from flow.text import TextSpec
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-FORMAT = "flowreel-model-1"
-
-_NAMES_SHOWN = 3
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded or written; the message names the tensors or the file."""
 
 
 @dataclass(frozen=True)
 class VideoSpec:
     """The videos a model was trained on.
 
-    num_frames: video frames (4k + 1); height, width: pixels; fps: frames per second.
+    num_frames: video frames (4k + 1; 1 for images); height, width: pixels; fps: frames per second; cell_pixels: pixels per
+    latent row and column (16 for Wan2.2's codec, 8 for the SD VAE).
     """
 
     num_frames: int
     height: int
     width: int
     fps: float
+    cell_pixels: int = 16
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -125,25 +125,34 @@ def save_model(
     `extra`: files or folders to copy in, by name inside the folder (such as {"codec": path}). A model folder
     that is there already is replaced; anything else there is refused with `CheckpointError`.
     """
-    directory = Path(directory).absolute()
     if model.config != spec.flow:
         raise CheckpointError(
             "the spec describes another structure than the model: pass model.config as spec.flow"
         )
+    return write_model(directory, model.state_dict(), spec, extra=extra)
+
+
+def write_model(
+    directory: str | Path,
+    tensors: Mapping[str, Tensor],
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype | None = None,
+    extra: Mapping[str, Path] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """`save_model` of tensors that need not be in memory: those of `Released`, say. They must be `spec.flow`'s, which is not
+    checked here. `dtype`, `progress`: see `write_tensors`.
+    """
+    directory = Path(directory).absolute()
     is_model = (directory / CONFIG_FILE).exists()
     if directory.exists() and not is_model and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(
             f"{directory} holds something that is not a model; choose another folder"
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(
-        tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".tmp", dir=directory.parent)
-    )
-    try:
-        tensors = {
-            name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
-        }
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": FORMAT})
+    with _staging(directory) as staging:
+        write_tensors(staging, tensors, dtype=dtype, progress=progress)
         (staging / CONFIG_FILE).write_text(json.dumps(spec.to_dict(), indent=1) + "\n")
         for name, source in (extra or {}).items():
             copy = shutil.copytree if Path(source).is_dir() else shutil.copy2
@@ -153,9 +162,46 @@ def save_model(
                 _flush(path)
         staging.chmod(0o755)
         _put_in_place(staging, directory)
+    return directory
+
+
+@contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """A folder beside `directory` that is gone afterwards unless it was renamed.
+
+    Its writer holds a lock on it, which dies with the process: what killed writers left is found unlocked and removed.
+    """
+    _sweep(directory, ".tmp")
+    staging = Path(
+        tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".tmp", dir=directory.parent)
+    )
+    handle = _lock(staging)
+    try:
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return directory
+        if handle is not None:
+            os.close(handle)
+
+
+def _sweep(directory: Path, suffix: str) -> None:
+    """Remove the folders with this suffix that killed writers of `directory` left beside it."""
+    ours = re.compile(rf"\.{re.escape(directory.name)}-[a-z0-9_]+{re.escape(suffix)}")
+    for left in directory.parent.iterdir():
+        if ours.fullmatch(left.name) and (handle := _lock(left)) is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open handle that holds the folder's lock, or None where another process has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _flush(path: Path) -> None:
@@ -171,8 +217,9 @@ def _put_in_place(staging: Path, directory: Path) -> None:
     if not directory.exists():
         staging.rename(directory)
     else:
+        # Not `.tmp`: a writer killed here leaves the only model in it, and the next one may fail.
         aside = Path(
-            tempfile.mkdtemp(prefix=f".{directory.name}-old-", suffix=".tmp", dir=directory.parent)
+            tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".old", dir=directory.parent)
         )
         old = aside / "model"
         directory.rename(old)
@@ -184,6 +231,7 @@ def _put_in_place(staging: Path, directory: Path) -> None:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     _flush(directory.parent)
+    _sweep(directory, ".old")
 
 
 def read_spec(directory: str | Path) -> ModelSpec:
@@ -207,118 +255,32 @@ def load_model(
 ) -> tuple[FlowModel, ModelSpec]:
     """A model folder -> (model in eval mode on `device` in `dtype`, spec).
 
-    `CheckpointError` names tensors that are missing, extra or of another shape before any is read.
+    Weights go straight from their files, one after another, to where the model keeps them: no second copy. `CheckpointError`
+    names tensors that are missing, extra or of another shape before any is read.
     """
     spec = read_spec(directory)
-    path = Path(directory) / WEIGHTS_FILE
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            model = _empty_model(spec.flow)
-            names = list(file.keys())
-            _check_tensors(
-                model, {name: tuple(file.get_slice(name).get_shape()) for name in names}, str(path)
-            )
-            tensors = {name: file.get_tensor(name).to(dtype) for name in names}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is cut short or not safetensors: {error}") from error
-    return _filled(model, tensors), spec
+    files = TensorFolder.open(directory)
+    with torch.device("meta"):
+        model = FlowModel(spec.flow)
+    needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    check_shapes(needed, files.shapes, str(directory))
+    for tensors in files.read(device, dtype):
+        model.load_state_dict(tensors, strict=False, assign=True)
+    return model.requires_grad_(True).eval(), spec
 
 
 def import_released(
     weights: str | Path,
     config: str | Path,
     text_dim: int | None = None,
-    cells_per_img_size: float = 1.0,
+    cells_per_img_size: float | None = None,
 ) -> tuple[FlowModel, FlowConfig]:
     """A released `.pth` and its YAML -> (model on CPU in the checkpoint's dtype, configuration).
 
-    `text_dim` is read from the weights where they have a text projection. `cells_per_img_size`: see
-    `FlowConfig.from_released_yaml`. Errors: `CheckpointError` (tensors), `ConfigError` (YAML).
+    Arguments and errors are those of `open_released`; use that, and `write_model`, where the model is larger than memory.
     """
-    try:
-        released = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no checkpoint at {weights}") from error
-    except Exception as error:  # torch raises many kinds for a broken or unsafe file
-        raise CheckpointError(f"{weights} is not a plain tensor checkpoint: {error}") from error
-    if not isinstance(released, dict) or not all(isinstance(v, Tensor) for v in released.values()):
-        raise CheckpointError(f"{weights} is not a map of names to tensors")
-    released = {name: value for name, value in released.items() if not _IGNORED.search(name)}
-    widths = {
-        int(value.shape[1]) for name, value in released.items() if name.endswith("proj_txt.weight")
-    }
-    if len(widths) > 1 or (text_dim is not None and widths - {text_dim}):
-        raise CheckpointError(
-            f"{weights}: text projections read widths {sorted(widths)}, text_dim is {text_dim}"
-        )
-    if not widths and text_dim is None:
-        raise CheckpointError(f"{weights} has no text projection: pass text_dim")
-    found = FlowConfig.from_released_yaml(config, text_dim or widths.pop(), cells_per_img_size)
-    layers = {int(m[1]) for name in released if (m := _DENOISER_LAYER.match(name))}
-    if found.denoiser and layers:
-        found = dataclasses.replace(found, denoiser_layers=max(layers) + 1)
-    tensors = {_our_name(name, found.num_blocks): value for name, value in released.items()}
-    model = _empty_model(found)
-    _check_tensors(
-        model, {name: tuple(value.shape) for name, value in tensors.items()}, str(weights)
-    )
-    return _filled(model, tensors), found
-
-
-_IGNORED = re.compile(r"(^|\.)(var|attn_mask|feat_rope\..*)$")
-_DENOISER_LAYER = re.compile(r"learnable_self_denoiser\.attn_blocks\.(\d+)\.")
-_RENAMED = (
-    (re.compile(r"^learnable_self_denoiser\."), "denoiser."),
-    (re.compile(r"\.sos_embed$"), ".sos"),
-    (re.compile(r"\.attn_blocks\."), ".layers."),
-    (re.compile(r"\.mlp\.main\.0\."), ".mlp.up."),
-    (re.compile(r"\.mlp\.main\.2\."), ".mlp.down."),
-)
-
-
-def _our_name(name: str, num_blocks: int) -> str:
-    """The name of a released tensor in this code."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    if block:
-        index = int(block[1])
-        place = "flow.deep." if index == num_blocks - 1 else f"flow.shallow.{index}."
-        name = place + name[block.end() :]
-    for pattern, ours in _RENAMED:
-        name = pattern.sub(ours, name)
-    return name
-
-
-def _empty_model(config: FlowConfig) -> FlowModel:
+    released = open_released(weights, config, text_dim, cells_per_img_size)
     with torch.device("meta"):
-        return FlowModel(config)
-
-
-def _filled(model: FlowModel, tensors: Mapping[str, Tensor]) -> FlowModel:
-    model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_(True).eval()
-
-
-def _check_tensors(model: FlowModel, given: Mapping[str, tuple[int, ...]], source: str) -> None:
-    needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    wrong = [
-        f"{name} is {list(given[name])}, needs {list(needed[name])}"
-        for name in needed
-        if name in given and given[name] != needed[name]
-    ]
-    problems = {
-        "missing": [f"{name} {list(needed[name])}" for name in needed if name not in given],
-        "unexpected": [f"{name} {list(given[name])}" for name in given if name not in needed],
-        "of another shape": wrong,
-    }
-    found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise CheckpointError(
-            f"{source} does not fit its configuration; tensors {'; '.join(found)}"
-        )
-
-
-def _some(names: list[str]) -> str:
-    more = f" (and {len(names) - _NAMES_SHOWN} more)" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+        model = FlowModel(released.config)
+    model.load_state_dict({k: v.clone() for k, v in released.tensors.items()}, assign=True)
+    return model.requires_grad_(True).eval(), released.config

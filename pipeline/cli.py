@@ -216,9 +216,12 @@ def train(
 def sample(
     model: Annotated[Path, typer.Argument(help="Model folder.")],
     prompt: PromptOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")] = Path(
-        "sample.mp4"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The mp4, or png of one frame, to write; default: sample.mp4."
+        ),
+    ] = None,
     frames: Annotated[
         int | None, typer.Option(min=1, help="Video frames, 4k+1; default: the trained length.")
     ] = None,
@@ -318,11 +321,38 @@ def import_weights(
         int | None,
         typer.Option(min=1, help="Width of a text token; default: read from the weights."),
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="bf16, fp32, or keep: as the checkpoint has them.")
+    ] = "keep",
+    codec: Annotated[
+        str | None, typer.Option(help="Codec's folder or hub id; default: what the YAML names.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="T5's folder or hub id, or 'hashed'; default: what the YAML names."),
+    ] = None,
+    aspect: Annotated[
+        str | None,
+        typer.Option(help="WIDTH:HEIGHT to sample at; default 16:9, or 1:1 if never trained."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model folder at --out.")
+    ] = False,
 ) -> None:
-    """A released checkpoint → safetensors + config.json."""
-    from pipeline.single import import_released_weights
+    """A released checkpoint → sharded safetensors + config.json, in little memory; what is there is whole or not at all."""
+    from pipeline.released import import_released_weights
 
-    import_released_weights(weights, config, out, text_dim)
+    import_released_weights(
+        weights,
+        config,
+        out,
+        text_dim=text_dim,
+        dtype=dtype,
+        codec=codec,
+        text=text,
+        aspect=aspect,
+        overwrite=overwrite,
+    )
 
 
 @app.command()

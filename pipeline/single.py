@@ -1,4 +1,4 @@
-"""The commands that need no cluster, or only their own: sample, score, serve, import-weights.
+"""The commands that need no cluster, or only their own: sample, score, serve.
 
 Each is a few lines over a stage's public function, with what a person at a terminal expects to see.
 """
@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from media.read import read_video
-from media.write import decode_image, encode_mp4
+from media.write import decode_image, encode_mp4, encode_png
 from pipeline.console import Reporter
 from pipeline.evaluate import score_video
 from pipeline.recipes import Recipe
@@ -32,7 +32,7 @@ def sample_video(
     recipe: Recipe,
     model: Path,
     prompt: str,
-    out: Path,
+    out: Path | None,
     *,
     num_frames: int | None,
     seed: int,
@@ -41,10 +41,15 @@ def sample_video(
     image: Path | None,
     certify: bool = False,
 ) -> np.ndarray:
-    """Make one video here and write it; returns its frames, uint8 [T, H, W, 3]."""
+    """Make one video here and write it; returns its frames, uint8 [T, H, W, 3].
+
+    `out` ends in .mp4, or in .png for one frame; by default it is sample.mp4, of an image model sample.png.
+    """
     reporter = Reporter()
     torch.set_num_threads(recipe.serve.resources.threads)
     loaded = load(model, sampler=recipe.sampler)
+    if out is None:
+        out = Path("sample.mp4" if loaded.model.config.video else "sample.png")
     try:
         asked = CreateVideo(
             prompt=prompt,
@@ -63,6 +68,9 @@ def sample_video(
         seed=seed,
         given_first_frame=image is not None,
     )
+    as_png = out.suffix.lower() == ".png"
+    if as_png and request.num_frames > 1:
+        raise VideoFitError(f"{out} holds one frame; {request.num_frames} frames need a .mp4")
     picture = None
     if image is not None:
         picture = decode_image(image.read_bytes(), max_pixels=recipe.serve.limits.image_pixels)
@@ -76,8 +84,11 @@ def sample_video(
 
         video = generate(loaded, request, picture, on_chunk=count, certify=certify)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(encode_mp4(video.frames, fps=video.fps))
-    reporter.console.print(f"{out}: {len(video.frames)} frames at {video.fps:g} fps, seed {seed}")
+    out.write_bytes(
+        encode_png(video.frames[0]) if as_png else encode_mp4(video.frames, fps=video.fps)
+    )
+    said = "an image" if as_png else f"{len(video.frames)} frames at {video.fps:g} fps"
+    reporter.console.print(f"{out}: {said}, seed {seed}")
     for line in describe_sampling(video):
         reporter.console.print(line)
     return video.frames
@@ -172,19 +183,3 @@ def serve_until_interrupted(
         )
         stop.wait()
         reporter.console.print("stopping")
-
-
-def import_released_weights(weights: Path, config: Path, out: Path, text_dim: int | None) -> None:
-    """A released `.pth` and its YAML → a model folder."""
-    from flow.text import TextSpec
-    from flow.weights import ModelSpec, import_released, save_model
-
-    model, flow = import_released(weights, config, text_dim)
-    text = TextSpec("t5", flow.text_len, flow.text_dim, path="google/flan-t5-xl")
-    save_model(
-        out,
-        model,
-        ModelSpec(flow=flow, text=text, codec=None, codec_digest=None, latents=None, video=None),
-    )
-    count = sum(p.numel() for p in model.parameters())
-    Reporter().console.print(f"{out}: {count / 1e6:.2f}M parameters, {flow.num_blocks} blocks")

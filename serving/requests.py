@@ -29,8 +29,8 @@ from serving.config import Limits, Schedule
 
 TEMPORAL_FACTOR = 4
 """Video frames per latent frame after the first, as in Wan2.2's codec and all of its form."""
-SPATIAL_FACTOR = 16
-"""Pixels per latent row and column, likewise."""
+CELL_PIXELS = 16
+"""Pixels per latent row and column, likewise; a model's config.json may say otherwise."""
 
 
 class ServingError(Exception):
@@ -109,9 +109,10 @@ class ModelFacts:
 
     Attributes:
         name: the id under which it is listed and asked for.
-        num_frames: frames of a training clip (4k+1); longer videos are made by sliding context.
+        num_frames: frames of a training clip (4k+1); longer videos are made by sliding context. 1: it makes images.
         height, width: pixels.
         fps: frames per second.
+        cell_pixels: pixels per latent row and column.
     """
 
     name: str
@@ -119,6 +120,7 @@ class ModelFacts:
     height: int
     width: int
     fps: float
+    cell_pixels: int = CELL_PIXELS
 
     @property
     def size(self) -> str:

@@ -45,7 +45,7 @@ from serving.messages import (
     join,
 )
 from serving.requests import (
-    SPATIAL_FACTOR,
+    CELL_PIXELS,
     TEMPORAL_FACTOR,
     Generation,
     InvalidRequest,
@@ -74,7 +74,8 @@ class LoadedModel:
     @property
     def latent_grid(self) -> tuple[int, int]:
         """(h, w) of the latents."""
-        return self.facts.height // SPATIAL_FACTOR, self.facts.width // SPATIAL_FACTOR
+        cell = self.facts.cell_pixels
+        return self.facts.height // cell, self.facts.width // cell
 
 
 def model_facts(spec: ModelSpec, name: str) -> ModelFacts:
@@ -90,7 +91,9 @@ def model_facts(spec: ModelSpec, name: str) -> ModelFacts:
             f"export it with ModelSpec({missing}=...)."
         )
     video = spec.video
-    return ModelFacts(name, video.num_frames, video.height, video.width, float(video.fps))
+    return ModelFacts(
+        name, video.num_frames, video.height, video.width, float(video.fps), video.cell_pixels
+    )
 
 
 def load(
@@ -133,23 +136,26 @@ def load_codec(folder: Path, spec: ModelSpec, device: Device) -> VideoCodec:
             f"The codec at {spec.codec!r} has digest {codec.digest}, but the model was trained on "
             f"latents of {spec.codec_digest}: put that codec back, or train for this one."
         )
-    factors = (codec.spatial_factor, codec.temporal_factor)
-    if factors != (SPATIAL_FACTOR, TEMPORAL_FACTOR):
+    found = (codec.spatial_factor, codec.latent_channels)
+    needed = (spec.video.cell_pixels if spec.video else CELL_PIXELS, spec.flow.latent_channels)
+    if found != needed or (spec.flow.video and codec.temporal_factor != TEMPORAL_FACTOR):
         raise InvalidRequest(
-            f"The codec at {spec.codec!r} shrinks space and time by {factors}; this service is "
-            f"written for {(SPATIAL_FACTOR, TEMPORAL_FACTOR)}, as Wan2.2's codec does."
+            f"The codec at {spec.codec!r} makes {found[1]} channels of {found[0]} pixels and "
+            f"{codec.temporal_factor} frames; the model reads {needed[1]} of {needed[0]} pixels"
+            + (f" and {TEMPORAL_FACTOR} frames." if spec.flow.video else ".")
         )
     if spec.latents is not None:
-        codec.convention = spec.latents
+        codec.convention = spec.latents.with_statistics_of(codec.convention)
     return codec
 
 
 def prompt_text(caption: str, loaded: LoadedModel) -> str:
     """The caption as the model was trained to read it."""
     config, facts = loaded.model.config, loaded.facts
+    fps = facts.fps if config.video else 0.0
     return format_prompt(
         caption,
-        fps=facts.fps if config.prompt_fps else None,
+        fps=fps if config.prompt_fps else None,
         noise_std=config.noise_std if config.prompt_noise else None,
         aspect_ratio=facts.aspect_ratio if config.prompt_aspect else None,
     )

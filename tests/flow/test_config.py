@@ -100,6 +100,7 @@ def test_released_yaml_gives_positions_from_the_image_size_in_cells(tmp_path: Pa
         {"seq_order": "R2L"},
         {"nvp": 0},
         {"rope": 0},
+        {"adaln": 1},
         {"cond_top_only": 0},
         {"blocks": 3},
         {"channels": None},

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from flow.text import TextError, TextSpec, build_text_encoder, format_prompt
+from flow.sizes import SizeError, bucket_size
+from flow.text import (
+    EXTEND_PREFIX,
+    LAST_PREFIX,
+    VIDEO_TO_VIDEO_PREFIX,
+    TextError,
+    TextSpec,
+    build_text_encoder,
+    format_prompt,
+)
+from tests.flow.tiny_t5 import byte_t5
 
 GOLDENS = Path(os.environ.get("FLOWREEL_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens"))
 
@@ -18,11 +30,35 @@ def test_prompts_read_as_the_released_model_was_trained_to_read_them() -> None:
     path = GOLDENS / "conditioning.json"
     if not path.is_file():
         pytest.skip(f"no {path}; set FLOWREEL_GOLDENS")
-    cases = json.loads(path.read_text())["prompts"]
-    assert cases
-    for case in cases:
+    cases = json.loads(path.read_text())
+    # Nothing in the file goes unread: its parts are named here.
+    assert cases.keys() == {"prompts", "sizes", "task_prefixes"}
+    assert len(cases["prompts"]) >= 12
+    for case in cases["prompts"]:
         expected = case.pop("expected")
         assert format_prompt(**case) == expected
+    assert len(cases["sizes"]) >= 72
+    for case in cases["sizes"]:
+        expected = case.pop("height"), case.pop("width")
+        assert bucket_size(**case) == expected, case
+    assert set(cases["task_prefixes"].values()) == {
+        EXTEND_PREFIX,
+        LAST_PREFIX,
+        VIDEO_TO_VIDEO_PREFIX,
+    }
+
+
+def test_task_prefixes_stand_before_the_caption_inside_the_template() -> None:
+    prompt = format_prompt("a cat", fps=8, prefix=EXTEND_PREFIX)
+    assert prompt == "A video with 8 fps:\n(extend) a cat\n"
+
+
+@pytest.mark.parametrize("aspect", ["16/9", "16", "0:1", "a:b", "1:-2"])
+def test_aspects_that_are_none_are_refused(aspect: str) -> None:
+    with pytest.raises(SizeError, match="WIDTH:HEIGHT"):
+        bucket_size(256, aspect, 8)
+    with pytest.raises(SizeError, match="target_size 4"):
+        bucket_size(4, "1:1", 8)
 
 
 def test_hashed_words_are_the_same_everywhere_and_padding_is_zero() -> None:
@@ -69,3 +105,44 @@ def test_t5_is_read_from_a_folder_and_padding_is_zeroed(tmp_path: Path) -> None:
     assert torch.all(text[0, :2].abs().sum(-1) > 0)
     with pytest.raises(TextError, match="vectors of 16"):
         build_text_encoder(TextSpec("t5", 5, 32, path=str(tmp_path)))
+
+
+def test_byte_level_t5_reads_every_prompt_as_the_model_alone_does(tmp_path: Path) -> None:
+    from transformers import T5EncoderModel
+
+    encoder = build_text_encoder(TextSpec("t5", 24, 16, path=str(byte_t5(tmp_path))))
+    texts = ["a red circle", "ein großer Kreis", "", "x" * 90]
+    text = encoder.encode(texts)
+    assert text.shape == (4, 24, 16)
+    assert text.dtype == torch.float32
+    model = T5EncoderModel.from_pretrained(tmp_path).eval()
+    for row, words in enumerate(texts):
+        # ByT5's code: bytes shifted by its three special tokens, an end mark (1) that survives the cut.
+        tokens = [*[byte + 3 for byte in words.encode()][:23], 1]
+        with torch.no_grad():
+            alone = model(torch.tensor([tokens])).last_hidden_state[0]
+        # Padding is masked: alone or padded, with others or not, the same vectors.
+        torch.testing.assert_close(text[row, : len(tokens)], alone, atol=1e-5, rtol=1e-4)
+        assert torch.all(text[row, len(tokens) :] == 0)
+    assert not torch.equal(text[0, 2:4], text[0, 8:10])
+
+
+def test_t5_by_hub_id_comes_from_the_hubs_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "models--google--flan-t5-xl"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    byte_t5(repository / "snapshots" / "0123abc")
+    code = (
+        "from flow.text import TextSpec, build_text_encoder\n"
+        "text = build_text_encoder(TextSpec('t5', 8, 16, path='google/flan-t5-xl')).encode(['a cat'])\n"
+        "print(tuple(text.shape), bool(text[0, 6:].any()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("\n")[0] == "(1, 8, 16) False"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +17,17 @@ import flow.weights as weights
 from flow.codec import LatentConvention
 from flow.config import ConfigError
 from flow.flow import FlowModel
+from flow.tensor_files import TensorFolder, write_tensors
 from flow.text import TextSpec
 from flow.weights import (
     CheckpointError,
     ModelSpec,
     VideoSpec,
-    import_released,
     load_model,
     read_spec,
     save_model,
 )
-from tests.flow.models import TINY, randn, texts, tiny_model
+from tests.flow.models import TINY, randn, texts, tiny_config, tiny_model
 
 SPEC = ModelSpec(
     flow=TINY,
@@ -121,7 +125,7 @@ def test_a_cut_file_and_a_foreign_config_are_refused(tmp_path: Path, model: Flow
     with pytest.raises(CheckpointError, match="cut short"):
         load_model(folder)
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors and no"):
         load_model(folder)
     config = folder / "config.json"
     fields = json.loads(config.read_text())
@@ -141,64 +145,199 @@ def test_a_cut_file_and_a_foreign_config_are_refused(tmp_path: Path, model: Flow
         read_spec(folder)
 
 
-def _released_name(name: str) -> str:
-    """The other direction of the importer, written out here on its own."""
-    name = name.replace("flow.deep.", "blocks.3.").replace("flow.shallow.", "blocks.")
-    name = name.replace("denoiser.", "learnable_self_denoiser.").replace(
-        ".layers.", ".attn_blocks."
+def _sharded(folder: Path, model: FlowModel, shard_bytes: int) -> Path:
+    """A model folder like `save_model`'s, but in shards of so many bytes."""
+    folder.mkdir()
+    write_tensors(folder, model.state_dict(), shard_bytes=shard_bytes)
+    (folder / "config.json").write_text(json.dumps(SPEC.to_dict()))
+    return folder
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 50_000])
+def test_shards_hold_the_same_model_as_one_file(
+    tmp_path: Path, model: FlowModel, shard_bytes: int
+) -> None:
+    whole, _ = load_model(save_model(tmp_path / "whole", model, SPEC))
+    folder = _sharded(tmp_path / "sharded", model, shard_bytes)
+    parts, spec = load_model(folder)
+    assert spec == SPEC
+    assert not (folder / "model.safetensors").exists()
+    assert whole.state_dict().keys() == parts.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value), name
+    # As other tools read the layout: every name in the file that the index says, sizes added up.
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    count = len(set(index["weight_map"].values()))
+    for i, name in enumerate(sorted(set(index["weight_map"].values())), start=1):
+        assert name == f"model-{i:05d}-of-{count:05d}.safetensors"
+        found = load_file(folder / name)
+        assert sorted(found) == sorted(k for k, v in index["weight_map"].items() if v == name)
+        assert len(found) == 1 or sum(v.nbytes for v in found.values()) <= shard_bytes
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in model.state_dict().values())
+
+
+def test_conversion_is_of_floating_point_tensors_and_views_are_written_alone(
+    tmp_path: Path,
+) -> None:
+    base = torch.arange(8.0)
+    tensors = {"a": base[2:5], "b": base[5:], "t": base.view(2, 4).T, "n": torch.arange(3)}
+    seen: list[tuple[int, int]] = []
+    write_tensors(
+        tmp_path,
+        tensors,
+        dtype=torch.bfloat16,
+        shard_bytes=12,
+        progress=lambda done, total: seen.append((done, total)),
     )
-    name = name.replace(".mlp.up.", ".mlp.main.0.").replace(".mlp.down.", ".mlp.main.2.")
-    return name.replace(".sos", ".sos_embed")
+    found = {k: v for part in TensorFolder.open(tmp_path).read() for k, v in part.items()}
+    assert found["n"].dtype == torch.int64
+    for name in ("a", "b", "t"):
+        assert torch.equal(found[name], tensors[name].bfloat16()), name
+    assert seen == [(12, 52), (28, 52), (52, 52)]
+    (tmp_path / "kept").mkdir()
+    write_tensors(tmp_path / "kept", tensors)
+    (found,) = TensorFolder.open(tmp_path / "kept").read()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
 
 
-YAML = """arguments:
-- img_size: 4
-- channel_size: 4
-- txt_size: 6
-- channels: 32
-- head_dim: 32
-- layers_per_block: 1 1 1 2
-- noise_std: 0.3
-- use_softplus: 1
-- use_final_norm: 1
-- soft_clip: 4
-- shallow_block_local: 1
-- learnable_self_denoiser: 1
-- conditional_denoiser: 1
-- temporal_causal: 2
+def test_broken_shards_and_indices_are_named(tmp_path: Path, model: FlowModel) -> None:
+    folder = _sharded(tmp_path / "m", model, 50_000)
+    index, shard = folder / "model.safetensors.index.json", sorted(folder.glob("model-*"))[1]
+    good, text = shard.read_bytes(), index.read_text()
+
+    def refusal() -> str:
+        with pytest.raises(CheckpointError) as refused:
+            load_model(folder)
+        return str(refused.value)
+
+    shard.unlink()
+    assert f"has no {shard.name}" in refusal()
+    shard.write_bytes(good[: len(good) // 2])
+    assert f"{shard.name} is cut short" in refusal()
+    tensors = load_file(sorted(folder.glob("model-*"))[0])
+    save_file(tensors, shard)
+    assert f"{shard.name} lacks tensors that the index puts there: " in refusal()
+    shard.write_bytes(good)
+    fields = json.loads(text)
+    fields["weight_map"]["flow.deep.sos"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(fields))
+    assert "lie in the folder" in refusal()
+    for nonsense in ("{", "[]", '{"weight_map": 3}'):
+        index.write_text(nonsense)
+        assert "is no index of shards" in refusal()
+    index.write_text(text)
+    assert load_model(folder)[1] == SPEC
+
+
+KILLED = """
+import os, signal, sys
+from flow.weights import write_model
+from tests.flow.test_weights import SPEC, tiny_model, torch
+
+def die(done, total):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_model(sys.argv[1], tiny_model(torch.float32).state_dict(), SPEC, progress=die)
 """
 
 
-def test_released_checkpoint_is_imported_with_its_buffers_ignored(
+@pytest.mark.parametrize("before", [False, True])
+def test_a_writer_killed_between_shards_leaves_no_half_model_and_its_remains_are_removed(
+    tmp_path: Path, model: FlowModel, before: bool
+) -> None:
+    if before:
+        save_model(tmp_path / "m", model, SPEC)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "m")],
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "m").exists() == before
+    assert len(list(tmp_path.glob(".m-*.tmp"))) == 1
+    if before:
+        load_model(tmp_path / "m")
+    save_model(tmp_path / "m", model, SPEC)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    load_model(tmp_path / "m")
+
+
+def test_a_model_that_a_killed_writer_had_put_aside_is_kept_until_another_stands(
+    tmp_path: Path, model: FlowModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is there after a kill between the two renames.
+    written, aside = save_model(tmp_path / "m", model, SPEC), tmp_path / ".m-0123abcd.old"
+    aside.mkdir()
+    written.rename(aside / "model")
+    others = [tmp_path / name for name in (".m-v2-0123abcd.old", ".m-v2-0123abcd.tmp", "m.tmp")]
+    for other in others:
+        other.mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(weights, "_flush", full)
+    with pytest.raises(OSError, match="no space"):
+        save_model(tmp_path / "m", model, SPEC)
+    monkeypatch.undo()
+    assert load_model(aside / "model")[1] == SPEC
+    save_model(tmp_path / "m", model, SPEC)
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "m", *others])
+
+
+def test_two_writers_of_one_folder_do_not_remove_each_others_work(
     tmp_path: Path, model: FlowModel
 ) -> None:
-    released = {_released_name(name): value for name, value in model.state_dict().items()}
-    released |= {
-        "var": torch.zeros(1),
-        "blocks.0.attn_mask": torch.zeros(1),
-        "feat_rope.freqs_cos": torch.zeros(1),
-    }
-    torch.save(released, tmp_path / "w.pth")
-    (tmp_path / "c.yaml").write_text(YAML)
-    imported, config = import_released(tmp_path / "w.pth", tmp_path / "c.yaml")
-    assert (config.text_dim, config.denoiser_layers, config.denoiser_lookahead) == (16, 2, "every")
-    assert imported.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(imported.state_dict()[k], v) for k, v in model.state_dict().items())
-    save_model(tmp_path / "m", imported, ModelSpec(flow=config, text=SPEC.text))
-    assert load_model(tmp_path / "m")[1].flow == config
+    def write_another(done: int, total: int) -> None:
+        if done == total and not (tmp_path / "m").exists():
+            save_model(tmp_path / "m", model, SPEC)
 
-    with pytest.raises(CheckpointError, match="text_dim"):
-        import_released(tmp_path / "w.pth", tmp_path / "c.yaml", text_dim=99)
-    del released["blocks.3.sos_embed"]
-    torch.save(released, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"missing: flow\.deep\.sos"):
-        import_released(tmp_path / "w.pth", tmp_path / "c.yaml")
+    weights.write_model(tmp_path / "m", model.state_dict(), SPEC, progress=write_another)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    load_model(tmp_path / "m")
 
 
-def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
-    torch.save({"model": Path("/")}, tmp_path / "w.pth")
-    (tmp_path / "c.yaml").write_text(YAML)
-    with pytest.raises(CheckpointError, match="not a plain tensor checkpoint"):
-        import_released(tmp_path / "w.pth", tmp_path / "c.yaml")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        import_released(tmp_path / "none.pth", tmp_path / "c.yaml")
+LOADING = """
+import sys, threading, time
+from flow.weights import load_model
+
+def anonymous():
+    line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+before, peak, done = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model, _ = load_model(sys.argv[1])
+peak = max(peak, anonymous())
+done.set()
+watcher.join()
+print((peak - before) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("shard_bytes", [16 << 20, 1 << 30])
+def test_loading_and_converting_holds_the_model_once(tmp_path: Path, shard_bytes: int) -> None:
+    wide = tiny_config(deep_width=1024, layers_per_block=(1, 4), denoiser=False)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in FlowModel(wide).state_dict().items()}
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    write_tensors(tmp_path, tensors, shard_bytes=shard_bytes)
+    spec = dataclasses.replace(SPEC, flow=wide)
+    (tmp_path / "config.json").write_text(json.dumps(spec.to_dict()))
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert float(done.stdout) < 1.15, "multiples of the model's own size in fp32"

@@ -1,0 +1,133 @@
+"""Released checkpoints: a `.pth` of tensors under their released names and a YAML, mapped rather than read.
+
+Knows the released names and file formats. Nothing is unpickled beyond tensors (`weights_only=True`), and no tensor's bytes are
+read before somebody asks for them. Does not know our model folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flow.config import FlowConfig, ReleasedNotes
+from flow.flow import FlowModel
+from flow.tensor_files import CheckpointError, check_shapes
+
+_IGNORED = re.compile(r"(^|\.)(var|attn_mask|feat_rope\..*)$")
+_DENOISER_LAYER = re.compile(r"learnable_self_denoiser\.attn_blocks\.(\d+)\.")
+_RENAMED = (
+    ("denoiser.", "learnable_self_denoiser."),
+    ("flow.shallow.", "blocks."),
+    (".layers.", ".attn_blocks."),
+    (".mlp.up.", ".mlp.main.0."),
+    (".mlp.down.", ".mlp.main.2."),
+)
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released checkpoint that fits its configuration.
+
+    tensors: by our names, in our order, still on disk: mapped from the file, so only to be read, for as long as it is left alone.
+    notes: what the YAML says beside the structure.
+    """
+
+    config: FlowConfig
+    tensors: Mapping[str, Tensor]
+    notes: ReleasedNotes
+
+
+def open_released(
+    weights: str | Path,
+    config: str | Path,
+    text_dim: int | None = None,
+    cells_per_img_size: float | None = None,
+) -> Released:
+    """Map a released `.pth` and hold every tensor against its YAML; reads names and shapes only.
+
+    `text_dim` is read from the weights where they have a text projection. `cells_per_img_size`: see
+    `FlowConfig.from_released_yaml`.
+
+    Raises:
+        CheckpointError: not such a file, or tensors that do not fit, all of them in one message.
+        ConfigError: the YAML.
+    """
+    given = {k: v for k, v in _mapped(Path(weights)).items() if not _IGNORED.search(k)}
+    widths = {
+        int(v.shape[1]) for k, v in given.items() if k.endswith("proj_txt.weight") and v.dim() == 2
+    }
+    if len(widths) > 1 or (text_dim is not None and widths - {text_dim}):
+        raise CheckpointError(
+            f"{weights}: text projections read widths {sorted(widths)}, text_dim is {text_dim}"
+        )
+    if not widths and text_dim is None:
+        raise CheckpointError(f"{weights} has no text projection: pass text_dim")
+    found = FlowConfig.from_released_yaml(config, text_dim or widths.pop(), cells_per_img_size)
+    layers = {int(m[1]) for name in given if (m := _DENOISER_LAYER.match(name))}
+    if found.denoiser and layers:
+        found = dataclasses.replace(found, denoiser_layers=max(layers) + 1)
+    with torch.device("meta"):
+        needed = FlowModel(found).state_dict()
+    names = {name: released_name(name, found.num_blocks) for name in needed}
+    check_shapes(
+        {names[name]: tuple(value.shape) for name, value in needed.items()},
+        {name: tuple(value.shape) for name, value in given.items()},
+        str(weights),
+    )
+    tensors = {ours: given[theirs] for ours, theirs in names.items()}
+    return Released(found, tensors, ReleasedNotes.from_yaml(config))
+
+
+def released_name(name: str, num_blocks: int) -> str:
+    """What a tensor of `FlowModel` is called in a released checkpoint.
+
+    >>> released_name("flow.deep.layers.0.mlp.up.weight", 6)
+    'blocks.5.attn_blocks.0.mlp.main.0.weight'
+    """
+    name = name.replace("flow.deep.", f"blocks.{num_blocks - 1}.")
+    for ours, theirs in _RENAMED:
+        name = name.replace(ours, theirs)
+    return f"{name}_embed" if name.endswith(".sos") else name
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth`, mapped from the file."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_ZIP_MAGIC))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CheckpointError(f"no checkpoint at {path}") from error
+    if magic != _ZIP_MAGIC:
+        raise CheckpointError(
+            f"{path} is not a plain tensor checkpoint that can be mapped: it is no zip archive, which torch.save writes since"
+            " version 1.6. If it is an older one, write it again where memory allows: "
+            f'torch.save(torch.load({path.name!r}, map_location="cpu", weights_only=True), "new.pth")'
+        )
+    # A private mapping is charged against memory as if all of it were written, and one larger than that is refused; a shared one
+    # is not, but needs a file that may be written to. Nobody writes: see `Released`.
+    flags = mmap.MAP_SHARED if os.access(path, os.W_OK) else mmap.MAP_PRIVATE
+    try:
+        with torch.serialization.set_default_mmap_options(flags):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for a broken or unsafe file
+        raise CheckpointError(f"{path} is not a plain tensor checkpoint: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(loaded).__name__}, not a map of names to tensors"
+        )
+    strange = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
+    if strange:
+        kind = type(loaded[strange[0]]).__name__
+        raise CheckpointError(
+            f"{path} is not a map of names to tensors: {strange[0]!r} is a {kind}; save the state dict alone"
+        )
+    return loaded

@@ -1,0 +1,208 @@
+"""Named tensors on disk: one safetensors file, or shards with an index beside them as Hugging Face lays them out.
+
+Knows files, shapes and dtypes, and that a tensor may be far larger than what should be in memory twice. Does not know what the
+tensors are for.
+
+    ValueError
+    └── CheckpointError    a model folder or checkpoint that is not what it says, with names and shapes
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FORMAT = "flowreel-model-1"
+
+SHARD_BYTES = 1 << 30
+"""Bytes of one shard, a larger tensor being one of its own: also what a conversion holds in memory."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written, bytes in all)."""
+
+Shape = tuple[int, ...]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded or written; the message names the tensors or the file."""
+
+
+def write_tensors(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write `model.safetensors`, or numbered shards and their index where there is more than `shard_bytes`.
+
+    Tensors mapped from a file are read as they are written: what is held in memory is one converted shard at most, nothing where
+    `dtype` is None or what the tensors have.
+
+    Args:
+        tensors: in the order in which they are to lie on disk.
+        dtype: of floating-point tensors on disk; None keeps each one's own.
+    """
+    shards = _plan(tensors, dtype, shard_bytes)
+    total = sum(_bytes_as(value, dtype) for value in tensors.values())
+    done = 0
+    paths: list[Path] = []
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards, start=1):
+        name = WEIGHTS_FILE
+        if len(shards) > 1:
+            name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        held = {key: _as_written(tensors[key], dtype) for key in names}
+        save_file(held, folder / name, metadata={"format": FORMAT})
+        paths.append(folder / name)
+        weight_map |= dict.fromkeys(names, name)
+        done += sum(value.nbytes for value in held.values())
+        # Before the next shard is made, or two would be held.
+        del held
+        if progress is not None:
+            progress(done, total)
+    if len(shards) > 1:
+        index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index_json, indent=1) + "\n")
+        paths.append(folder / INDEX_FILE)
+    return paths
+
+
+def _plan(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int
+) -> list[list[str]]:
+    """Names of each shard: tensors in order, a new shard where the next would not fit."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, value in tensors.items():
+        size = _bytes_as(value, dtype)
+        if shards[-1] and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _bytes_as(value: Tensor, dtype: torch.dtype | None) -> int:
+    size = dtype.itemsize if dtype is not None and value.is_floating_point() else value.itemsize
+    return value.numel() * size
+
+
+def _as_written(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    value = value.detach()
+    if dtype is not None and value.is_floating_point():
+        value = value.to(dtype)
+    value = value.cpu().contiguous()
+    # A part of a larger storage: safetensors refuses what might be shared.
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+
+
+@dataclass(frozen=True)
+class TensorFolder:
+    """The tensors of a folder that `write_tensors`, or anything that keeps to the same layout, has written.
+
+    files: the names that each file holds; shapes: of all tensors. Nothing has been read yet but headers.
+    """
+
+    path: Path
+    files: Mapping[str, tuple[str, ...]]
+    shapes: Mapping[str, Shape]
+
+    @classmethod
+    def open(cls, path: str | Path) -> TensorFolder:
+        """Read the index and the headers.
+
+        Raises:
+            CheckpointError: no weights, a shard missing, cut short, or without a tensor that the index puts there.
+        """
+        path = Path(path)
+        expected = _expected_files(path)
+        files: dict[str, tuple[str, ...]] = {}
+        shapes: dict[str, Shape] = {}
+        for name, wanted in expected.items():
+            try:
+                with safe_open(path / name, framework="pt") as file:
+                    found = tuple(file.keys())
+                    shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in found}
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{path} has no {name}, which its index names") from error
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{path / name} is cut short or not safetensors: {error}"
+                ) from error
+            if wanted is not None and (gone := sorted(set(wanted) - set(found))):
+                raise CheckpointError(
+                    f"{path / name} lacks tensors that the index puts there: {', '.join(gone)}"
+                )
+            files[name] = found
+        return cls(path, files, shapes)
+
+    def read(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """File by file, its tensors on `device`; floating-point ones in `dtype`, one converted at a time."""
+        for name, keys in self.files.items():
+            with safe_open(self.path / name, framework="pt", device=str(device)) as file:
+                yield {key: _cast(file.get_tensor(key), dtype) for key in keys}
+
+
+def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value if dtype is None or not value.is_floating_point() else value.to(dtype)
+
+
+def _expected_files(path: Path) -> dict[str, tuple[str, ...] | None]:
+    """File names, each with the tensors that an index puts there (None: no index)."""
+    if (path / WEIGHTS_FILE).exists():
+        return {WEIGHTS_FILE: None}
+    index = path / INDEX_FILE
+    if not index.exists():
+        raise CheckpointError(f"{path} has no {WEIGHTS_FILE} and no {INDEX_FILE}")
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        expected: dict[str, tuple[str, ...]] = {}
+        for key, name in weight_map.items():
+            expected[name] = (*expected.get(name, ()), key)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of shards: it needs a `weight_map` of names to files ({error!r})"
+        ) from error
+    if strange := [name for name in expected if Path(name).name != name]:
+        raise CheckpointError(
+            f"{index} names {strange[0]!r}: shards lie in the folder of their index"
+        )
+    return dict(expected)
+
+
+def check_shapes(needed: Mapping[str, Shape], given: Mapping[str, Shape], source: str) -> None:
+    """Refuse what does not fit, every tensor named with the shape it has and the one it needs.
+
+    Raises:
+        CheckpointError: one message for all that are missing, unexpected or of another shape.
+    """
+    problems = {
+        "missing": [f"{name} {list(shape)}" for name, shape in needed.items() if name not in given],
+        "unexpected": [
+            f"{name} {list(shape)}" for name, shape in given.items() if name not in needed
+        ],
+        "of another shape": [
+            f"{name} is {list(given[name])}, needs {list(shape)}"
+            for name, shape in needed.items()
+            if name in given and given[name] != shape
+        ],
+    }
+    found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError(
+            f"{source} does not fit its configuration; tensors {'; '.join(found)}"
+        )

@@ -276,3 +276,18 @@ def test_trained_small_model_gives_its_reference_samples(guidance: float) -> Non
     assert found.max_abs < 1e-2
     if guidance:
         torch.testing.assert_close(u, case["deep_guided"][row], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", ["sliding", "jacobi", "sequential"])
+def test_bf16_weights_sample_with_affine_arithmetic_in_fp32(schedule: str) -> None:
+    """The certificate of the same weights in fp32 shows bf16 rounding in mu and sigma, and nothing worse."""
+    model = tiny_model(torch.bfloat16)
+    text, null = texts(model, dtype=torch.bfloat16)
+    spec = dataclasses.replace(SPEC, schedule=schedule)
+    stream = DeepStream(model.flow, text, null, spec)
+    u = torch.cat([stream.next_frame() for _ in range(spec.num_frames)], dim=1)
+    assert u.dtype == torch.float32
+    assert stream.inverter.caches[0].k_BHSD.dtype == torch.bfloat16
+    exact = tiny_model(torch.bfloat16).float()
+    proof = certificate(exact.flow, u, text.float(), null.float(), spec)
+    assert 1e-6 < proof.max_abs < 0.2

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PREPARE_VERSION = 1
 """Raised when the code changes what a sample becomes."""
@@ -84,6 +86,150 @@ class CapConfig(_Strict):
     )
 
 
+class CaptionConfig(_Strict):
+    """Who writes the synthetic captions, and how. A plain name is a back end with its defaults.
+
+    What decides the words is in `caption_digest`; where an endpoint is, how often it is asked and
+    how long it may take are not: they may change between runs of one output.
+    """
+
+    backend: Literal["measured", "vlm", "vllm", "http"] = Field(
+        default="measured",
+        description="measured: read from the pixels, no weights. vlm: a transformers model in the "
+        "captioning actors. vllm: the same on vLLM, through ray.data.llm (GPUs; extra "
+        "flowreel[vllm]). http: any OpenAI-compatible chat endpoint.",
+    )
+    model: str | None = Field(
+        default=None, description="Folder or hub id (vlm, vllm), or the endpoint's name for it."
+    )
+    revision: str | None = Field(
+        default=None, description="Hub revision of the model: a commit keeps captions repeatable."
+    )
+    prompt: str = Field(
+        default="Describe this video in one or two plain sentences: who or what is seen, what "
+        "happens, where, and how the camera moves. The images are its frames in order.",
+        min_length=1,
+        description="What the model is asked about a clip.",
+    )
+    image_prompt: str = Field(
+        default="Describe this picture in one or two plain sentences: who or what is seen, and "
+        "where.",
+        min_length=1,
+        description="What the model is asked about a clip of one frame.",
+    )
+    frames: int = Field(
+        default=4,
+        ge=1,
+        le=64,
+        description="Frames shown, evenly spaced, first and last among them.",
+    )
+    max_tokens: int = Field(default=96, ge=1, le=4096, description="Longest caption, in tokens.")
+    batch_size: int = Field(
+        default=8,
+        ge=1,
+        le=1024,
+        description="Clips in one call (vlm: every call is padded to it; vllm: rows in a batch).",
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="Precision of the model's weights (vlm, vllm)."
+    )
+    threads: int = Field(
+        default=1, ge=1, le=64, description="CPU threads of a captioning actor (vlm; fixed)."
+    )
+    endpoint: str | None = Field(
+        default=None,
+        description="Base URL of the endpoint, such as http://host:8000/v1 (http).",
+    )
+    api_key_env: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable of the Ray workers that holds the endpoint's bearer key; "
+        "None sends no key.",
+    )
+    requests_in_flight: int = Field(
+        default=8, ge=1, le=1024, description="Requests of one captioning actor at a time (http)."
+    )
+    retries: int = Field(
+        default=5, ge=0, le=100, description="Tries after the first before a caption is given up."
+    )
+    backoff_s: float = Field(
+        default=1.0, gt=0, description="Seconds before the first retry; doubles, at most 60."
+    )
+    request_timeout_s: float = Field(default=60.0, gt=0, description="Seconds for one request.")
+    deadline_s: float = Field(
+        default=300.0, gt=0, description="Seconds for one caption, with all its retries."
+    )
+    max_response_bytes: int = Field(
+        default=1 << 20,
+        ge=1024,
+        description="Largest answer of the endpoint that is read, in bytes.",
+    )
+    give_up_after: int = Field(
+        default=32,
+        ge=1,
+        description="Captions that may fail in a row in one actor before the run stops.",
+    )
+    batch_invariant: bool = Field(
+        default=True,
+        description="vLLM's batch-invariant kernels, so that a caption does not depend on its "
+        "neighbours (H100 or newer); false trades that for speed and older GPUs.",
+    )
+    engine: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further engine arguments of vLLM, such as tensor_parallel_size.",
+    )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_a_plain_url(cls, endpoint: str | None) -> str | None:
+        if endpoint is None:
+            return None
+        try:
+            parts = urlsplit(endpoint)
+            hidden = bool(parts.username or parts.password or parts.query or parts.fragment)
+            known = parts.scheme in ("http", "https") and bool(parts.hostname)
+        except ValueError:
+            hidden, known = False, False
+        if hidden:
+            # The value may hold a secret, so it is not repeated.
+            raise ValueError(
+                "captioner.endpoint holds a user, password, query or fragment; give the plain base "
+                "URL, and the name of an environment variable with the key as api_key_env"
+            )
+        if not known:
+            raise ValueError(
+                f"captioner.endpoint is {endpoint!r}; give a base URL such as http://host:8000/v1"
+            )
+        return endpoint.rstrip("/")
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> CaptionConfig:
+        if self.backend != "measured" and not self.model:
+            what = "the endpoint's name of it" if self.backend == "http" else "a folder or hub id"
+            raise ValueError(f"captioner.backend {self.backend!r} needs captioner.model: {what}")
+        if self.backend == "http" and not self.endpoint:
+            raise ValueError(
+                "captioner.backend 'http' needs captioner.endpoint, such as http://host:8000/v1"
+            )
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """What decides a caption, given the clip; of a model folder, its content."""
+        if self.backend == "measured":
+            return {}
+        names = ["model", "revision", "prompt", "image_prompt", "frames", "max_tokens"]
+        if self.backend in ("vlm", "vllm"):
+            names += ["dtype"]
+        # The shape of a call decides which kernels run, hence the last bits.
+        names += {"vlm": ["batch_size", "threads"], "vllm": ["batch_invariant", "engine"]}.get(
+            self.backend, []
+        )
+        values = {name: getattr(self, name) for name in names}
+        if self.backend != "http" and self.model and Path(self.model).is_dir():
+            values["model"] = folder_identity(Path(self.model))
+        return values
+
+
 class ConcurrencyConfig(_Strict):
     """How much runs at once; None lets the preflight choose from the cluster's CPUs."""
 
@@ -92,6 +238,11 @@ class ConcurrencyConfig(_Strict):
     )
     decoders: int | None = Field(default=None, ge=1, description="Decoding actors.")
     captioners: int | None = Field(default=None, ge=1, description="Captioning actors.")
+    captioner_gpus: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs per captioning actor (vlm, vllm); 0 captions on CPU.",
+    )
     encoders: int | None = Field(default=None, ge=1, description="Codec actors.")
     encoder_gpus: float = Field(
         default=0.0, ge=0, description="GPUs per codec actor; 0 encodes on CPU."
@@ -110,9 +261,9 @@ class PrepareConfig(_Strict):
     seed: int = Field(default=0, ge=0, description="Seed of the window choice.")
     images: bool = Field(default=True, description="Take image–text samples as clips of one frame.")
     filters: FilterConfig = Field(default_factory=FilterConfig, description="What is kept.")
-    captioner: Literal["measured"] = Field(
-        default="measured",
-        description="Who writes the synthetic captions; `measured` needs no weights.",
+    captioner: CaptionConfig = Field(
+        default_factory=CaptionConfig,
+        description="Who writes the synthetic captions: a back end's name, or its settings.",
     )
     keep_logvar: bool = Field(
         default=True, description="Store the posterior log-variance beside the mean."
@@ -133,6 +284,11 @@ class PrepareConfig(_Strict):
         default_factory=ConcurrencyConfig, description="How much runs at once."
     )
 
+    @field_validator("captioner", mode="before")
+    @classmethod
+    def _a_name_is_a_backend(cls, value: Any) -> Any:
+        return {"backend": value} if isinstance(value, str) else value
+
     def latent_settings(self) -> dict[str, Any]:
         """The settings that decide a sample's status and latents, as plain values."""
         values = self.model_dump(mode="json")
@@ -145,8 +301,34 @@ class PrepareConfig(_Strict):
         return digest_of({**self.latent_settings(), "codec": codec})
 
     def caption_digest(self) -> str:
-        """Digest of what decides the synthetic captions, given the clip."""
-        return digest_of({"captioner": self.captioner, "caption_version": 1})
+        """Digest of what decides the synthetic captions, given the clip (reads a model's folder)."""
+        settings = self.captioner.settings()
+        if settings:
+            settings["seed"] = self.seed
+        return digest_of({"captioner": self.captioner.backend, "caption_version": 1, **settings})
+
+
+_SAMPLED_BYTES = 1 << 20
+
+
+def folder_identity(folder: Path) -> str:
+    """What tells one model folder from another without reading all its weights.
+
+    A hash of every file's name and size, of small files whole and of large ones the first and last
+    MiB: training changes weights everywhere. Hidden files (download caches) do not count.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}:{size_bytes}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLED_BYTES))
+            if size_bytes > _SAMPLED_BYTES:
+                file.seek(max(_SAMPLED_BYTES, size_bytes - _SAMPLED_BYTES))
+                digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def digest_of(values: dict[str, Any]) -> str:

@@ -38,7 +38,9 @@ class VlmCaptioner:
 
     def __init__(self, config: CaptionConfig, device: str = "cpu") -> None:
         from transformers import AutoModelForImageTextToText
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         torch.set_num_threads(config.threads)
         self.config = config
         self.name = captioner_name(config)
@@ -79,16 +81,20 @@ class VlmCaptioner:
     def close(self) -> None:
         """Holds nothing but memory."""
 
-    @torch.inference_mode()
-    def _generate(self, clips: Sequence[Frames]) -> list[Written]:
-        """One call; `clips` has `batch_size` clips of one shape."""
+    def inputs(self, clips: Sequence[Frames]) -> Any:
+        """What the model reads of clips of one shape: token ids [B, L], pixels, and so on."""
         prompt = render_prompt(self.processor, self.config, len(clips[0]))
-        inputs = self.processor(
+        return self.processor(
             images=[shown_images(frames, self.config.frames) for frames in clips],
             text=[prompt] * len(clips),
             padding=True,
             return_tensors="pt",
         ).to(self.model.device, self.model.dtype)
+
+    @torch.inference_mode()
+    def _generate(self, clips: Sequence[Frames]) -> list[Written]:
+        """One call; `clips` has `batch_size` clips of one shape."""
+        inputs = self.inputs(clips)
         tokens_BL = self.model.generate(**inputs)
         new_BL = tokens_BL[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_BL, skip_special_tokens=True)

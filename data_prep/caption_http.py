@@ -120,7 +120,7 @@ class HttpCaptioner:
 
     async def _ask(self, body: bytes) -> Written:
         """One request. Raises _Failed, or CaptionerUnavailable where no request can succeed."""
-        url = f"{self.config.endpoint}/chat/completions"
+        url = f"{(self.config.endpoint or '').rstrip('/')}/chat/completions"
         try:
             async with (
                 asyncio.timeout(self.config.request_timeout_s),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -86,12 +87,23 @@ class CapConfig(_Strict):
     )
 
 
+def _is_plain_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        hidden = parts.username or parts.password or parts.query or parts.fragment
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and not hidden
+    except ValueError:
+        return False
+
+
 class CaptionConfig(_Strict):
     """Who writes the synthetic captions, and how. A plain name is a back end with its defaults.
 
     What decides the words is in `caption_digest`; where an endpoint is, how often it is asked and
     how long it may take are not: they may change between runs of one output.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     backend: Literal["measured", "vlm", "vllm", "http"] = Field(
         default="measured",
@@ -142,7 +154,6 @@ class CaptionConfig(_Strict):
     )
     api_key_env: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
         description="Environment variable of the Ray workers that holds the endpoint's bearer key; "
         "None sends no key.",
     )
@@ -179,29 +190,6 @@ class CaptionConfig(_Strict):
         description="Further engine arguments of vLLM, such as tensor_parallel_size.",
     )
 
-    @field_validator("endpoint")
-    @classmethod
-    def _is_a_plain_url(cls, endpoint: str | None) -> str | None:
-        if endpoint is None:
-            return None
-        try:
-            parts = urlsplit(endpoint)
-            hidden = bool(parts.username or parts.password or parts.query or parts.fragment)
-            known = parts.scheme in ("http", "https") and bool(parts.hostname)
-        except ValueError:
-            hidden, known = False, False
-        if hidden:
-            # The value may hold a secret, so it is not repeated.
-            raise ValueError(
-                "captioner.endpoint holds a user, password, query or fragment; give the plain base "
-                "URL, and the name of an environment variable with the key as api_key_env"
-            )
-        if not known:
-            raise ValueError(
-                f"captioner.endpoint is {endpoint!r}; give a base URL such as http://host:8000/v1"
-            )
-        return endpoint.rstrip("/")
-
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> CaptionConfig:
         if self.backend != "measured" and not self.model:
@@ -210,6 +198,19 @@ class CaptionConfig(_Strict):
         if self.backend == "http" and not self.endpoint:
             raise ValueError(
                 "captioner.backend 'http' needs captioner.endpoint, such as http://host:8000/v1"
+            )
+        # What follows may hold a secret, so it is not repeated: these are rules of the whole
+        # section, and its values stay out of error messages.
+        if self.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "captioner.api_key_env is no name of an environment variable; put the key into one "
+                "and give its name here"
+            )
+        if self.endpoint and not _is_plain_url(self.endpoint):
+            raise ValueError(
+                "captioner.endpoint must be a plain base URL such as http://host:8000/v1: http or "
+                "https, no user, password or query; a key goes into the environment variable that "
+                "captioner.api_key_env names"
             )
         return self
 

@@ -47,7 +47,7 @@ class VlmCaptioner:
         self.processor = load_processor(config)
         try:
             model = AutoModelForImageTextToText.from_pretrained(
-                config.model, revision=config.revision, dtype=getattr(torch, config.dtype)
+                config.model, dtype=getattr(torch, config.dtype), **_where(config)
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise CaptionerUnavailable(_cannot_load(config, error)) from error
@@ -127,7 +127,7 @@ def load_processor(config: CaptionConfig) -> Any:
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    where: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    where = _where(config)
     try:
         model_config = AutoConfig.from_pretrained(config.model, **where)
         known = PROCESSOR_MAPPING.get(type(model_config), None)
@@ -149,6 +149,12 @@ def load_processor(config: CaptionConfig) -> Any:
         processor.chat_template = tokenizer.chat_template
     tokenizer.padding_side = "left"
     return processor
+
+
+def _where(config: CaptionConfig) -> dict[str, Any]:
+    """Which files of the model's are read; never code of its own."""
+    revision = {"revision": config.revision} if config.revision else {}
+    return {**revision, "trust_remote_code": False}
 
 
 def _without_video(kind: type) -> Any:

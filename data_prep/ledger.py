@@ -71,7 +71,7 @@ class ShardJob:
     encode: bool = True
     """False where the latents stand and only captions are missing (`data_prep.recaption`)."""
     replaces: str = ""
-    """SHA-256 of the caption file that a captions-only job replaces: each attempt is a job of its own."""
+    """Of a captions-only job: the job whose captions it replaces, so that each try is a job of its own."""
 
     @property
     def digest(self) -> str:
@@ -83,8 +83,7 @@ class ShardJob:
 
 def caption_job(job: ShardJob, done: dict[str, Any]) -> ShardJob:
     """The job as one of captions only, given the manifest that stands."""
-    (entry,) = (entry for entry in done["files"] if entry["kind"] == "captions")
-    return replace(job, encode=False, replaces=entry["sha256"])
+    return replace(job, encode=False, replaces=done["job"])
 
 
 @dataclass
@@ -174,10 +173,9 @@ class Ledger:
         write_atomically(folder / f"{row['number']:08d}.arrow", sink.getvalue())
         self._numbers(job).add(row["number"])
 
-    def staged_row(self, job: ShardJob, number: int) -> dict[str, Any]:
-        """A staged sample, a row of STAGED_SCHEMA."""
-        path = self.staging(job) / f"{number:08d}.arrow"
-        return _read_staged(path, STAGED_SCHEMA.names)
+    def staged_rows(self, job: ShardJob, number: int) -> list[dict[str, Any]]:
+        """What is staged of a sample: rows of STAGED_SCHEMA."""
+        return [_read_staged(self.staging(job) / f"{number:08d}.arrow", STAGED_SCHEMA.names)]
 
     def close_reading(self, job: ShardJob, summary: dict[str, Any]) -> None:
         """Keep what the reader says at the shard's end: `num_samples`, `truncated`, `error`."""

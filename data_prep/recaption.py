@@ -130,7 +130,7 @@ def commit_captions_if_complete(ledger: Ledger, job: ShardJob) -> bool:
     for row in _captions(ledger, done):
         number = keys[row["key"]]
         if number in wanted:
-            row = _replaced(row, ledger.staged_row(job, number) if number in staged else None)
+            row = _replaced(row, ledger.staged_rows(job, number) if number in staged else [])
         rows.append(row)
     entry = ledger.write_captions(job.name, rows)
     files = [e for e in done["files"] if e["kind"] != "captions"]
@@ -140,16 +140,15 @@ def commit_captions_if_complete(ledger: Ledger, job: ShardJob) -> bool:
     return True
 
 
-def _replaced(row: dict[str, Any], fresh: dict[str, Any] | None) -> dict[str, Any]:
-    """A caption row with what this run made of the sample; None: it was not in the shard."""
-    if fresh is not None and fresh["status"] == "kept":
-        return {
-            **row,
-            **{name: fresh[name] for name in ("synthetic", "captioner", "caption_error")},
-        }
+def _replaced(row: dict[str, Any], fresh: list[dict[str, Any]]) -> dict[str, Any]:
+    """A caption row with what this run made of the sample's windows; none: it was not in the shard."""
+    for new in fresh:
+        if new["status"] == "kept" and new["window"] == row["window"]:
+            texts = {name: new[name] for name in ("synthetic", "captioner", "caption_error")}
+            return {**row, **texts}
     code, detail = "not_in_shard", "the source shard holds fewer samples than were prepared"
-    if fresh is not None:
-        code, detail = fresh["reason"], fresh["detail"]
+    if fresh:
+        code, detail = fresh[0]["reason"] or "no_window", fresh[0]["detail"]
     return {**row, "synthetic": "", "captioner": "", "caption_error": f"{code}: {detail}"}
 
 

@@ -145,7 +145,7 @@ def located(config: PrepareConfig) -> PrepareConfig:
 
 def _keep_recipe(config: PrepareConfig, out: Path) -> None:
     """The captioner may change between runs; the recipe beside the data is the latest."""
-    recipe = json.dumps(config.model_dump(mode="json"), indent=1)
+    recipe = json.dumps(located(config).model_dump(mode="json"), indent=1)
     kept = out / "prepare.json"
     if not kept.is_file() or kept.read_text() != recipe:
         write_atomically(kept, recipe.encode())

@@ -159,10 +159,16 @@ class Caption:
     """`CaptionStage` as an actor, a batch at a time, on the GPU where Ray gave it one."""
 
     def __init__(self, config: PrepareConfig) -> None:
-        device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self._stage = CaptionStage(config, device)
+        self._stage: CaptionStage | CaptionerUnavailable
+        try:
+            self._stage = CaptionStage(config, "cuda" if ray.get_gpu_ids() else "cpu")
+        except CaptionerUnavailable as error:
+            # Of what a constructor raises Ray keeps only a traceback's text.
+            self._stage = error
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        if isinstance(self._stage, CaptionerUnavailable):
+            raise self._stage
         for row in self._stage.process_all(batch.to_pylist()):
             yield _table([row])
 

@@ -63,6 +63,8 @@ CAPTION_SCHEMA = pa.schema(
         pa.field("caption", pa.string(), nullable=False),
         pa.field("synthetic", pa.string(), nullable=False),
         pa.field("captioner", pa.string(), nullable=False),
+        # `code: detail` where no synthetic caption could be had, else null.
+        pa.field("caption_error", pa.string()),
     ]
 )
 STATUS_SCHEMA = pa.schema(

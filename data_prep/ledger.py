@@ -22,8 +22,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,21 @@ class ShardJob:
     latent_digest: str
     caption_digest: str
     encode: bool = True
-    """False where the latents stand and only the captions are of another captioner."""
+    """False where the latents stand and only captions are missing (`data_prep.recaption`)."""
+    replaces: str = ""
+    """Of a captions-only job: the job whose captions it replaces, so that each try is a job of its own."""
 
     @property
     def digest(self) -> str:
         """Names the staging folder: other inputs or settings never mix with it."""
         values = [self.fingerprint, self.latent_digest, self.caption_digest, str(self.encode)]
+        values += [self.replaces] if self.replaces else []
         return digest_of({"job": values})
+
+
+def caption_job(job: ShardJob, done: dict[str, Any]) -> ShardJob:
+    """The job as one of captions only, given the manifest that stands."""
+    return replace(job, encode=False, replaces=done["job"])
 
 
 @dataclass
@@ -122,7 +130,8 @@ class Ledger:
                 same = done["fingerprint"] == seen
         if done is not None and same and done["caption_digest"] == caption_digest:
             return None
-        return ShardJob(name, source, seen, latent_digest, caption_digest, not same)
+        job = ShardJob(name, source, seen, latent_digest, caption_digest)
+        return caption_job(job, done) if done is not None and same else job
 
     def is_done(self, job: ShardJob) -> bool:
         """Whether the manifest of exactly this job stands."""
@@ -164,6 +173,10 @@ class Ledger:
         write_atomically(folder / f"{row['number']:08d}.arrow", sink.getvalue())
         self._numbers(job).add(row["number"])
 
+    def staged_rows(self, job: ShardJob, number: int) -> list[dict[str, Any]]:
+        """What is staged of a sample: rows of STAGED_SCHEMA."""
+        return [_read_staged(self.staging(job) / f"{number:08d}.arrow", STAGED_SCHEMA.names)]
+
     def close_reading(self, job: ShardJob, summary: dict[str, Any]) -> None:
         """Keep what the reader says at the shard's end: `num_samples`, `truncated`, `error`."""
         folder = self.staging(job)
@@ -193,16 +206,11 @@ class Ledger:
             heads.append(row)
         heads.sort(key=lambda row: (row["key"].encode(), row["number"]))
         files = [self._write_status(job, heads)]
-        old = self.manifest(job.name)
-        if job.encode:
-            # Without a manifest nobody reads files that are about to be replaced.
-            self.manifest_path(job.name).unlink(missing_ok=True)
+        # Without a manifest nobody reads files that are about to be replaced.
+        self.manifest_path(job.name).unlink(missing_ok=True)
         kept = [row["number"] for row in heads if row["status"] == "kept"]
-        if job.encode:
-            files += self._write_latents(job, kept)
-        elif old is not None:
-            files += [entry for entry in old["files"] if entry["kind"] == "latents"]
-        files.append(self._write_captions(job, kept))
+        files += self._write_latents(job, kept)
+        files.append(self.write_captions(job.name, self._rows(job, kept, CAPTION_SCHEMA)))
         manifest = {
             "shard": job.name,
             "source": job.source,
@@ -217,16 +225,29 @@ class Ledger:
             ),
             "files": files,
         }
-        text = json.dumps(manifest, indent=1, sort_keys=True)
-        write_atomically(self.manifest_path(job.name), text.encode())
+        self.write_manifest(job.name, manifest)
         self._forget(job, files)
 
     def _write_status(self, job: ShardJob, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return self._write("status", f"{job.name}.parquet", iter(rows), STATUS_SCHEMA)
 
-    def _write_captions(self, job: ShardJob, numbers: Sequence[int]) -> dict[str, Any]:
-        rows = self._rows(job, numbers, CAPTION_SCHEMA)
-        return self._write("captions", f"{job.name}.parquet", rows, CAPTION_SCHEMA)
+    def write_captions(self, name: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """A shard's caption file; its entry counts the clips without a synthetic one, by code."""
+        failed: Counter[str] = Counter()
+
+        def counted() -> Iterator[dict[str, Any]]:
+            for row in rows:
+                if row["caption_error"]:
+                    failed[row["caption_error"].partition(":")[0]] += 1
+                yield row
+
+        entry = self._write("captions", f"{name}.parquet", counted(), CAPTION_SCHEMA)
+        return {**entry, "failed": dict(sorted(failed.items()))}
+
+    def write_manifest(self, name: str, manifest: dict[str, Any]) -> None:
+        """Make a shard's files the ones that count. Last of all."""
+        text = json.dumps(manifest, indent=1, sort_keys=True)
+        write_atomically(self.manifest_path(name), text.encode())
 
     def _write_latents(self, job: ShardJob, numbers: Sequence[int]) -> list[dict[str, Any]]:
         by_bucket: dict[str, list[int]] = {}

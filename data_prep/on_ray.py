@@ -14,8 +14,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import ray
@@ -23,10 +24,20 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data.block import Block, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from data_prep.config import PrepareConfig
+from data_prep.caption_vllm import engine_result, engine_row, vllm_gpus, vllm_settings
+from data_prep.captions import CaptionerUnavailable, captioner_name
+from data_prep.config import ConcurrencyConfig, PrepareConfig
 from data_prep.ledger import Ledger, ShardJob
+from data_prep.recaption import numbers_to_skip
 from data_prep.resources import StageResources, describe, plan_resources
-from data_prep.run import PrepareReport, RunPlan, plan_run, report_of
+from data_prep.run import (
+    PrepareReport,
+    RunPlan,
+    located,
+    plan_caption_run,
+    plan_run,
+    report_of,
+)
 from data_prep.stages import (
     ROW_SCHEMA,
     CaptionStage,
@@ -38,6 +49,7 @@ from data_prep.stages import (
     Stage,
     read_rows,
     run_stage,
+    with_caption,
 )
 
 log = logging.getLogger("flowreel.prepare")
@@ -46,6 +58,7 @@ Progress = Callable[[str, int, int | None], None]
 """progress(stage, done, total): stage is "samples" (total None: not known before the end of the
 shards) or "shards"."""
 
+_ROW_NAMES = tuple(ROW_SCHEMA.names)
 _BLOCK_ROWS = 4
 _BLOCK_BYTES = 32 * 2**20
 _DONE_SCHEMA = pa.schema(
@@ -103,7 +116,7 @@ def _read_blocks(job: ShardJob, config: PrepareConfig, out: str) -> Iterator[Blo
         return
     rows: list[Row] = []
     size_bytes = 0
-    for row in read_rows(job, config, ledger.staged_numbers(job)):
+    for row in read_rows(job, config, numbers_to_skip(ledger, job)):
         rows.append(row)
         size_bytes += len(row["media"] or b"")
         if len(rows) >= _BLOCK_ROWS or size_bytes >= _BLOCK_BYTES:
@@ -142,11 +155,22 @@ class Filter(_Operator):
         super().__init__(FilterStage(config))
 
 
-class Caption(_Operator):
-    """`CaptionStage` as an actor."""
+class Caption:
+    """`CaptionStage` as an actor, a batch at a time, on the GPU where Ray gave it one."""
 
     def __init__(self, config: PrepareConfig) -> None:
-        super().__init__(CaptionStage(config))
+        self._stage: CaptionStage | CaptionerUnavailable
+        try:
+            self._stage = CaptionStage(config, "cuda" if ray.get_gpu_ids() else "cpu")
+        except CaptionerUnavailable as error:
+            # Of what a constructor raises Ray keeps only a traceback's text.
+            self._stage = error
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        if isinstance(self._stage, CaptionerUnavailable):
+            raise self._stage
+        for row in self._stage.process_all(batch.to_pylist()):
+            yield _table([row])
 
 
 class Encode(_Operator):
@@ -189,7 +213,15 @@ def build_pipeline(
         ("encode", Encode, (config, plan.codec, skip)),
         ("sink", Sink, (config, str(plan.out), plan.jobs)),
     ]
+    captioner = config.captioner
+    calls = captioner.batch_size if captioner.backend == "vlm" else captioner.requests_in_flight
+    sizes = {} if captioner.backend == "measured" else {"caption": calls}
     for name, operator, arguments in stages:
+        if name not in resources:
+            continue
+        if name == "caption" and captioner.backend == "vllm":
+            rows = caption_with_vllm(rows, config, engines=resources[name].workers)
+            continue
         need = resources[name]
         rows = rows.map_batches(
             operator,
@@ -197,18 +229,56 @@ def build_pipeline(
             compute=ActorPoolStrategy(size=need.workers),
             num_cpus=need.cpus,
             num_gpus=need.gpus or None,
-            batch_size=1 if need.gpus else None,
+            batch_size=sizes.get(name, 1 if need.gpus else None),
             batch_format="pyarrow",
         )
     return rows
 
 
+def caption_with_vllm(rows: Dataset, config: PrepareConfig, *, engines: int) -> Dataset:
+    """The rows captioned by `engines` vLLM engines, a GPU stage of `ray.data.llm`."""
+    processor = vllm_processor(config, engines=engines)
+    name = captioner_name(config.captioner)
+    return processor(rows).map_batches(
+        partial(_captioned, name=name), batch_format="pyarrow", batch_size=None, num_cpus=0.1
+    )
+
+
+def vllm_processor(config: PrepareConfig, *, engines: int) -> Any:
+    """Ray's processor for the captioner's settings; needs the model's processor, not vLLM."""
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    from data_prep.caption_vlm import load_processor, render_prompt
+
+    captioner = config.captioner
+    settings = vllm_settings(captioner, engines=engines, seed=config.seed)
+    tokens = load_processor(captioner)
+    prompts = {n: render_prompt(tokens, captioner, n) for n in range(1, captioner.frames + 1)}
+    share = {"num_cpus": 0.1}
+    return build_processor(
+        vLLMEngineProcessorConfig(**settings),
+        preprocess=lambda row: engine_row(row, captioner, prompts, config.seed),
+        postprocess=lambda row: {name: row.get(name) for name in (*_ROW_NAMES, "generated_text")},
+        preprocess_map_kwargs=share,
+        postprocess_map_kwargs=share,
+    )
+
+
+def _captioned(batch: pa.Table, *, name: str) -> Iterator[pa.Table]:
+    """Rows as the engine leaves them → rows of ROW_SCHEMA with captions."""
+    for row in batch.to_pylist():
+        captioned, written = engine_result(row)
+        row = {column: row.get(column) for column in _ROW_NAMES}
+        yield _table([with_caption(row, written, name) if captioned else row])
+
+
 def prepare(
     config: PrepareConfig,
-    shards: Sequence[str],
+    shards: Sequence[str] | None,
     out: Path,
     codec: Path | str,
     *,
+    only: Literal["captions"] | None = None,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Video shards → latent shards. Ray must be running where anything is left to do.
@@ -218,20 +288,28 @@ def prepare(
 
     Args:
         config: the settings.
-        shards: WebDataset tars, local paths or URIs that pyarrow opens.
+        shards: WebDataset tars, local paths or URIs that pyarrow opens. With `only` None means
+            those that the output was prepared from, where they were.
         out: output folder, read by `data_prep.latents.LatentDataset`.
         codec: folder or hub id for `flow.codec.VideoCodec.load`.
+        only: "captions" writes captions for the latents that stand, where they are missing or of
+            another captioner; latent files are not touched.
         progress: called with (stage, done, total); total is None while unknown.
 
     Raises:
         ShardError: a shard is missing or given twice.
         LedgerError: another run holds the output, or it was prepared with other settings.
         CodecError: the codec cannot be loaded.
+        CaptionerUnavailable: the captioner cannot work; what is done stays, run again to go on.
         ResourceError: the cluster's free CPUs cannot hold the stages.
     """
     begun = time.monotonic()
+    config = located(config)
     with Ledger(Path(out).absolute()).lock():
-        plan = plan_run(config, shards, Path(out), str(codec))
+        if only == "captions":
+            plan = plan_caption_run(config, shards, Path(out))
+        else:
+            plan = plan_run(config, shards or (), Path(out), str(codec))
         samples, startup_s = 0, 0.0
         if plan.jobs:
             samples, first_s = _run(plan, config, progress)
@@ -245,15 +323,23 @@ def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> tup
     """Stream every job through the pipeline; (samples finished, time of the first one)."""
     free = ray.available_resources()
     cpus, gpus = float(free.get("CPU", 0.0)), float(free.get("GPU", 0.0))
+    if config.captioner.backend == "vllm" and find_spec("vllm") is None:
+        raise CaptionerUnavailable("vLLM is not installed; pip install 'flowreel[vllm]'")
+    encodes = any(job.encode for job in plan.jobs)
     resources = plan_resources(
-        cpus, gpus, config.concurrency, encoder_threads=config.encoder_threads
+        cpus,
+        gpus,
+        _captioning(config, encodes=encodes),
+        encoder_threads=config.encoder_threads,
     )
+    if not encodes:
+        del resources["encode"]
     log.info("preparing %d shards on %s", len(plan.jobs), describe(resources, cpus))
     say: Progress = progress or (lambda stage, done, total: None)
     samples, committed, first_s = 0, 0, 0.0
     before = len(plan.names) - len(plan.jobs)
     say("shards", before, len(plan.names))
-    with _quiet_ray_data():
+    with _quiet_ray_data(), _plain_errors():
         pipeline = build_pipeline(plan, config, resources)
         for batch in _done_rows(pipeline):
             for number, is_committed in batch:
@@ -265,6 +351,30 @@ def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> tup
                 if is_committed:
                     say("shards", before + committed, len(plan.names))
     return samples, first_s or time.monotonic()
+
+
+def _captioning(config: PrepareConfig, *, encodes: bool) -> ConcurrencyConfig:
+    """What is asked of the cluster, given the captioner and whether anything is encoded."""
+    wanted = config.concurrency
+    if config.captioner.backend == "vllm":
+        wanted = wanted.model_copy(update={"captioner_gpus": float(vllm_gpus(config.captioner))})
+    if not encodes:
+        wanted = wanted.model_copy(update={"encoders": 1, "encoder_gpus": 0.0})
+    return wanted
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """A captioner's own error instead of Ray's wrapping of it."""
+    try:
+        yield
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, CaptionerUnavailable):
+            found = getattr(found, "cause", None) or found.__cause__
+        if found is None:
+            raise
+        raise CaptionerUnavailable(str(getattr(found, "cause", found))) from None
 
 
 def _done_rows(pipeline: Dataset) -> Iterable[list[tuple[int, bool]]]:

@@ -63,9 +63,10 @@ def plan_resources(
         }
     else:
         free = cpus - 0.3 * shards - 0.2
-        captioners = wanted.captioners or max(1, int(free // 8))
+        captioners = wanted.captioners or (1 if wanted.captioner_gpus else max(1, int(free // 8)))
+        left_gpus = gpus - captioners * wanted.captioner_gpus
         encoders = wanted.encoders or max(
-            1, int(gpus // wanted.encoder_gpus) if wanted.encoder_gpus else int(free * 0.5)
+            1, int(left_gpus // wanted.encoder_gpus) if wanted.encoder_gpus else int(free * 0.5)
         )
         threads = 1 if wanted.encoder_gpus else encoder_threads
         if not wanted.encoders and not wanted.encoder_gpus:
@@ -79,6 +80,8 @@ def plan_resources(
             "encode": StageResources(encoders, float(threads)),
             "sink": StageResources(1, 0.1),
         }
+    if wanted.captioner_gpus:
+        plan["caption"] = plan["caption"]._replace(gpus=wanted.captioner_gpus)
     if wanted.encoder_gpus:
         plan["encode"] = plan["encode"]._replace(gpus=wanted.encoder_gpus)
     _check(plan, cpus, gpus)

@@ -17,6 +17,7 @@ from data_prep.config import PrepareConfig
 from data_prep.inputs import name_shards
 from data_prep.latents import Bucket, DatasetInfo, read_info_values
 from data_prep.ledger import Ledger, ShardJob, sha256_of, write_atomically
+from data_prep.recaption import failed_captions, plan_captions
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class PrepareReport:
     """Wall time of the run."""
     startup_s: float
     """Until the first sample was finished; 0 where nothing was left to do."""
+    captions_failed: dict[str, int] = field(default_factory=dict)
+    """Kept clips without a synthetic caption, by code."""
+    unprepared_shards: tuple[str, ...] = ()
+    """Shards that a captions-only run was given and that have no latents yet."""
 
     @property
     def total(self) -> int:
@@ -69,7 +74,8 @@ class RunPlan:
     codec: str
     """Absolute folder of the codec, or its hub id."""
     out: Path
-    started: dict[str, Any] = field(default_factory=dict)
+    unprepared: tuple[str, ...] = ()
+    """Shards that a captions-only run leaves out: they have no latents."""
 
 
 def absolute_source(source: str) -> str:
@@ -108,11 +114,7 @@ def plan_run(config: PrepareConfig, shards: Sequence[str], out: Path, codec: str
     if not (out / "dataset.json").is_file():
         _begin(config, out, codec, settings)
     latent_digest = read_info_values(out)["prepare_digest"]
-    # The captioner may change between runs; the recipe beside the data is the latest.
-    recipe = json.dumps(config.model_dump(mode="json"), indent=1)
-    kept = out / "prepare.json"
-    if not kept.is_file() or kept.read_text() != recipe:
-        write_atomically(kept, recipe.encode())
+    _keep_recipe(config, out)
     jobs = []
     for name, source in named.items():
         job = ledger.job(name, source, latent_digest, config.caption_digest(), verify=config.verify)
@@ -121,6 +123,32 @@ def plan_run(config: PrepareConfig, shards: Sequence[str], out: Path, codec: str
         else:
             ledger.sweep(name)
     return RunPlan(tuple(named), tuple(jobs), codec, out)
+
+
+def plan_caption_run(config: PrepareConfig, shards: Sequence[str] | None, out: Path) -> RunPlan:
+    """What `--only captions` has to do: see `data_prep.recaption.plan_captions`."""
+    out = out.absolute()
+    sources = None if shards is None else [absolute_source(str(source)) for source in shards]
+    plan = plan_captions(config, sources, out)
+    _keep_recipe(config, out)
+    return RunPlan(plan.names, plan.jobs, codec="", out=out, unprepared=plan.unprepared)
+
+
+def located(config: PrepareConfig) -> PrepareConfig:
+    """The settings with a model folder made absolute: workers have other working folders."""
+    model = config.captioner.model
+    if config.captioner.backend == "http" or not model or not Path(model).is_dir():
+        return config
+    captioner = config.captioner.model_copy(update={"model": str(Path(model).absolute())})
+    return config.model_copy(update={"captioner": captioner})
+
+
+def _keep_recipe(config: PrepareConfig, out: Path) -> None:
+    """The captioner may change between runs; the recipe beside the data is the latest."""
+    recipe = json.dumps(located(config).model_dump(mode="json"), indent=1)
+    kept = out / "prepare.json"
+    if not kept.is_file() or kept.read_text() != recipe:
+        write_atomically(kept, recipe.encode())
 
 
 def _begin(config: PrepareConfig, out: Path, codec: str, settings: dict[str, Any]) -> None:
@@ -150,6 +178,7 @@ def report_of(
     ledger = Ledger(plan.out)
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    failed: Counter[str] = Counter()
     truncated, unreadable, standing = [], {}, 0
     for name in plan.names:
         manifest = ledger.manifest(name)
@@ -158,6 +187,7 @@ def report_of(
         standing += 1
         counts.update(manifest["counts"])
         reasons.update(manifest["reasons"])
+        failed.update(failed_captions(manifest))
         if manifest["truncated"]:
             truncated.append(name)
         if manifest["error"]:
@@ -172,4 +202,6 @@ def report_of(
         samples_now=samples_now,
         seconds=seconds,
         startup_s=startup_s,
+        captions_failed=dict(sorted(failed.items())),
+        unprepared_shards=plan.unprepared,
     )

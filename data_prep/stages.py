@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,12 +26,13 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from data_prep.captions import build_captioner
+from data_prep.captions import CaptionerUnavailable, Written, build_captioner
 from data_prep.clips import ClipTooShort, choose_window, fit_frame
 from data_prep.config import PrepareConfig
 from data_prep.filters import judge_metadata, judge_source
 from data_prep.latents import Bucket, LatentRecord
 from data_prep.ledger import Ledger, ShardJob
+from data_prep.recaption import commit_captions_if_complete
 from data_prep.shards import ShardSummary, read_shard
 from media.errors import DecodeTimeout, ImageTooLarge, MediaError
 from media.read import Clip, VideoInfo, VideoReader
@@ -56,6 +57,7 @@ ROW_SCHEMA = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("synthetic", pa.string()),
         pa.field("captioner", pa.string()),
+        pa.field("caption_error", pa.string()),
         pa.field("frames", pa.large_binary()),
         pa.field("frames_shape", pa.list_(pa.int32())),
         pa.field("pts_s", pa.list_(pa.float64())),
@@ -102,6 +104,8 @@ def run_stage(stage: Stage, row: Row) -> Row:
         return stage.process(row)
     except (MediaError, ClipTooShort) as error:
         return decided(row, "failed", error.reason, str(error))
+    except CaptionerUnavailable:  # no fault of the sample's: the run stops and can be resumed
+        raise
     except Exception as error:  # a sample must not take its block with it; it is counted instead
         name = f"{row['shard']}/{row['key']}"
         log.warning("%s failed in %s", name, type(stage).__name__, exc_info=True)
@@ -230,18 +234,72 @@ class FilterStage:
 
 
 class CaptionStage:
-    """Frames → synthetic caption; the original one stays."""
+    """Frames → synthetic caption; the original one stays.
 
-    def __init__(self, config: PrepareConfig) -> None:
-        self.captioner = build_captioner(config.captioner)
+    A clip that cannot be captioned goes on without, its error recorded; it is captioned by a later
+    `--only captions`. Where many in a row fail, it is not the clips: the run stops.
+    """
+
+    def __init__(self, config: PrepareConfig, device: str = "cpu") -> None:
+        self.captioner = build_captioner(config.captioner, device, seed=config.seed)
+        self.give_up_after = config.captioner.give_up_after
+        self.failed_in_row = 0
 
     def process(self, row: Row) -> Row:
-        """Fills `synthetic` and who wrote it."""
-        text = self.captioner.caption(frames_of(row))
-        return {**row, "synthetic": text, "captioner": self.captioner.name}
+        """Fills `synthetic`, who wrote it, and `caption_error`."""
+        return self.process_all([row])[0]
+
+    def process_all(self, rows: Sequence[Row]) -> list[Row]:
+        """The same for several rows at once; decided and closing rows pass through.
+
+        Raises:
+            CaptionerUnavailable: `give_up_after` clips in a row got no caption.
+        """
+        open_rows = [row for row in rows if not row["status"] and row["number"] >= 0]
+        written = iter(self._written([frames_of(row) for row in open_rows]))
+        filled = []
+        for row in rows:
+            if not row["status"] and row["number"] >= 0:
+                row = with_caption(row, next(written), self.captioner.name)
+                self._count(row)
+            filled.append(row)
+        return filled
 
     def close(self) -> None:
-        """Holds nothing."""
+        self.captioner.close()
+
+    def _written(self, clips: list[np.ndarray]) -> list[Written]:
+        """One result a clip; where a call breaks, each clip is tried alone."""
+        try:
+            return self.captioner.caption_all(clips) if clips else []
+        except CaptionerUnavailable:
+            raise
+        except Exception as error:  # one clip must not take its neighbours with it
+            log.warning("%s failed on %d clips", self.captioner.name, len(clips), exc_info=True)
+            if len(clips) == 1:
+                detail = f"{type(error).__name__}: {error}"
+                return [Written.failed("internal_error", detail)]
+            return [result for frames in clips for result in self._written([frames])]
+
+    def _count(self, row: Row) -> None:
+        error = row["caption_error"]
+        self.failed_in_row = self.failed_in_row + 1 if error else 0
+        if self.failed_in_row >= self.give_up_after:
+            raise CaptionerUnavailable(
+                f"{self.failed_in_row} captions in a row failed, the last with {error!r}; see to "
+                f"the captioner ({self.captioner.name}) and run the same command again, or raise "
+                "captioner.give_up_after"
+            )
+
+
+def with_caption(row: Row, written: Written, captioner: str) -> Row:
+    """The row with what a captioner made of it."""
+    return {
+        **row,
+        "synthetic": written.text,
+        "captioner": captioner,
+        "caption_error": written.error or None,
+    }
 
 
 class EncodeStage:
@@ -305,16 +363,20 @@ class SinkStage:
         if row["number"] < 0:
             self.ledger.close_reading(job, json.loads(row["closing"]))
         else:
+            if not job.encode and not row["status"]:
+                row = decided({**row, "frames": None}, "kept", "", "")
             self.ledger.stage(job, self._staged(row))
-        return self.ledger.commit_if_complete(job)
+        if job.encode:
+            return self.ledger.commit_if_complete(job)
+        return commit_captions_if_complete(self.ledger, job)
 
     def _staged(self, row: Row) -> Row:
         names = ("key", "shard", "number", "status", "reason", "detail")
         staged: Row = {name: row[name] for name in names}
         if row["status"] != "kept":
             return staged
-        captions = {name: row[name] for name in ("caption", "synthetic", "captioner")}
-        staged |= {"window": 0, **captions}
+        texts = ("caption", "synthetic", "captioner", "caption_error")
+        staged |= {"window": 0, **{name: row[name] for name in texts}}
         if row["mean"] is not None:
             staged |= self._record(row).row()
         return staged

@@ -109,13 +109,23 @@ def demo(
 @app.command()
 @user_errors
 def prepare(
-    shards: Annotated[
-        str,
-        typer.Option(help="WebDataset shards: a folder of tars, one tar, or {00000..00099}.tar."),
-    ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for latents, statuses and manifests.")
     ],
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            help="WebDataset shards: a folder of tars, one tar, or {00000..00099}.tar. With --only "
+            "captions: where they are now, by default where they were."
+        ),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="'captions': write captions for the latents that stand, where they are missing or "
+            "the recipe names another captioner; latents are not touched."
+        ),
+    ] = None,
     recipe: RecipeOption = "tiny",
     codec: Annotated[
         str | None, typer.Option(help="'tiny', a folder, or a hub id (recipe: codec).")
@@ -126,14 +136,23 @@ def prepare(
     """Video shards → latent shards: decode, filter, caption, encode. Run again, it does only what is left."""
     from pipeline.recipes import load_recipe, save_recipe
 
+    if only not in (None, "captions"):
+        raise typer.BadParameter(f"{only!r}; allowed: captions", param_hint="--only")
+    if shards is None and only is None:
+        raise typer.BadParameter("missing; give the shards to prepare", param_hint="--shards")
     loaded = load_recipe(recipe, [*(set_ or []), *([f"codec={codec}"] if codec else [])])
-    paths = _find_shards(shards)
+    paths = _find_shards(shards) if shards else None
     from pipeline.cluster import local_or_given
     from pipeline.console import Reporter
-    from pipeline.stages import prepare_latents, shards_to_do
+    from pipeline.stages import caption_again, captions_to_do, prepare_latents, shards_to_do
 
-    with local_or_given(loaded.cluster, address, needed=shards_to_do(loaded, paths, out) > 0):
-        prepare_latents(loaded, paths, out, Reporter())
+    if only == "captions":
+        with local_or_given(loaded.cluster, address, needed=captions_to_do(loaded, paths, out) > 0):
+            caption_again(loaded, paths, out, Reporter())
+    else:
+        left = shards_to_do(loaded, paths or [], out)
+        with local_or_given(loaded.cluster, address, needed=left > 0):
+            prepare_latents(loaded, paths or [], out, Reporter())
     save_recipe(loaded, out / "recipe.yaml")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep.captions import measure
+from data_prep.caption_measured import measure
 from data_prep.latents import LatentDataset
 from data_prep.moving_shapes import COLOURS, MOTIONS, SHAPES, TONES, random_spec, render_clip
 from flow.codec import VideoCodec

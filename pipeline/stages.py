@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.moving_shapes import COLOURS, write_world
 from data_prep.on_ray import prepare
-from data_prep.run import PrepareReport, plan_run
+from data_prep.run import PrepareReport, plan_caption_run, plan_run
 from flow.codec import latent_frames, video_frames
 from pipeline.client import Request, Video, VideoClient
 from pipeline.cluster import local_or_given
@@ -64,19 +65,69 @@ def prepare_latents(
     recipe: Recipe, shards: list[str], out: Path, reporter: Reporter
 ) -> PrepareReport:
     """Video shards → latent shards, on Ray Data; prints what became of every sample."""
-    done = {"shards": 0, "samples": 0}
     with reporter.progress("preparing") as update:
-
-        def show(stage: str, count: int, _total: int | None) -> None:
-            done[stage] = count
-            update(done["shards"], len(shards), f"shards, {done['samples']} samples")
-
-        report = prepare(recipe.prepare, shards, out, recipe.codec_source, progress=show)
+        report = prepare(
+            recipe.prepare, shards, out, recipe.codec_source, progress=_samples(update)
+        )
     rows = [[status, reason, str(count)] for status, reason, count in report.rows()]
     reporter.table(f"{report.total} samples", ["status", "reason", "samples"], rows)
     if report.samples_now == 0:
         reporter.console.print("  nothing to do: every shard was prepared before")
+    _say_captions(report, reporter)
     return report
+
+
+def caption_again(
+    recipe: Recipe, shards: list[str] | None, out: Path, reporter: Reporter
+) -> PrepareReport:
+    """Captions for latents that stand, from the recipe's captioner; latents are not touched."""
+    with reporter.progress("captioning") as update:
+        report = prepare(
+            recipe.prepare,
+            shards,
+            out,
+            recipe.codec_source,
+            only="captions",
+            progress=_samples(update),
+        )
+    kept, failed = report.counts.get("kept", 0), sum(report.captions_failed.values())
+    reporter.console.print(f"  {kept - failed} of {kept} clips have a synthetic caption")
+    if report.samples_now == 0:
+        reporter.console.print("  nothing to do: every caption was written before")
+    if report.unprepared_shards:
+        names = ", ".join(report.unprepared_shards[:5])
+        reporter.console.print(
+            f"  {len(report.unprepared_shards)} shards have no latents yet ({names}): prepare them first"
+        )
+    _say_captions(report, reporter)
+    return report
+
+
+def _samples(update: Callable[[int, int, str], None]) -> Callable[[str, int, int | None], None]:
+    """The progress of preparing as one line."""
+    done = {"shards": 0, "samples": 0, "of": 0}
+
+    def show(stage: str, count: int, total: int | None) -> None:
+        done[stage] = count
+        done["of"] = total or done["of"]
+        update(done["shards"], done["of"], f"shards, {done['samples']} samples")
+
+    return show
+
+
+def _say_captions(report: PrepareReport, reporter: Reporter) -> None:
+    if report.captions_failed:
+        total = sum(report.captions_failed.values())
+        codes = ", ".join(f"{code} {n}" for code, n in report.captions_failed.items())
+        reporter.console.print(
+            f"  {total} kept clips have no synthetic caption ({codes}); `flowreel prepare --only "
+            "captions` tries them again"
+        )
+
+
+def captions_to_do(recipe: Recipe, shards: list[str] | None, out: Path) -> int:
+    """How many shards `caption_again` would still have to caption."""
+    return len(plan_caption_run(recipe.prepare, shards, out).jobs)
 
 
 def shards_to_do(recipe: Recipe, shards: list[str], out: Path) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from data_prep.config import PrepareConfig
 from data_prep.ledger import Ledger
-from data_prep.run import PrepareReport, RunPlan, plan_run, report_of
+from data_prep.recaption import numbers_to_skip
+from data_prep.run import PrepareReport, RunPlan, plan_caption_run, plan_run, report_of
 from data_prep.stages import (
     CaptionStage,
     DecodeStage,
@@ -17,6 +18,7 @@ from data_prep.stages import (
     FilterStage,
     Row,
     SinkStage,
+    Stage,
     read_rows,
     run_stage,
 )
@@ -25,16 +27,17 @@ from data_prep.stages import (
 def finished_rows(plan: RunPlan, config: PrepareConfig) -> Iterator[Row]:
     """Every row of the plan after all stages but the sink."""
     skip = frozenset(job.name for job in plan.jobs if not job.encode)
-    stages = [
+    stages: list[Stage] = [
         DecodeStage(config),
         FilterStage(config),
         CaptionStage(config),
-        EncodeStage(config, plan.codec, skip),
     ]
+    if plan.codec:
+        stages.append(EncodeStage(config, plan.codec, skip))
     ledger = Ledger(plan.out)
     try:
         for job in plan.jobs:
-            for row in read_rows(job, config, ledger.staged_numbers(job)):
+            for row in read_rows(job, config, numbers_to_skip(ledger, job)):
                 for stage in stages:
                     row = run_stage(stage, row)
                 yield row
@@ -54,6 +57,24 @@ def prepare_locally(
 ) -> PrepareReport:
     """Like `prepare`, in this process: rows shuffled by a seed, or stopped after so many."""
     plan = plan_run(config, shards, out, str(codec))
+    return _run(plan, config, shuffle, stop_after)
+
+
+def caption_locally(
+    config: PrepareConfig,
+    shards: list[str] | None,
+    out: Path,
+    *,
+    shuffle: int | None = None,
+    stop_after: int | None = None,
+) -> PrepareReport:
+    """Like `prepare` with `only="captions"`, in this process."""
+    return _run(plan_caption_run(config, shards, out), config, shuffle, stop_after)
+
+
+def _run(
+    plan: RunPlan, config: PrepareConfig, shuffle: int | None, stop_after: int | None
+) -> PrepareReport:
     sink = SinkStage(config, str(plan.out), plan.jobs)
     rows = list(finished_rows(plan, config))
     if shuffle is not None:

@@ -135,7 +135,8 @@ def test_new_captions_do_not_need_new_latents(
     before = digests(tmp_path)
     monkeypatch.setattr(PrepareConfig, "caption_digest", lambda self: "another captioner")
     monkeypatch.setattr(
-        "data_prep.captions.MeasuredCaptioner.caption", lambda self, frames: "Something else."
+        "data_prep.caption_measured.MeasuredCaptioner.caption",
+        lambda self, frames: "Something else.",
     )
 
     def encode(*_: object) -> None:

@@ -56,6 +56,16 @@ def test_missing_paths_are_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing half-written"
 
 
+def test_only_captions_needs_an_output_to_caption(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    line = refused("prepare", "--only", "captions", "--out", out)
+    assert "no latent dataset" in line
+    done = flowreel("prepare", "--only", "latents", "--out", out)
+    assert done.returncode == 2
+    assert "allowed: captions" in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
 def test_an_unknown_codec_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(b"\0" * 10240)
     out = tmp_path / "out"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.config import digest_of
 from pipeline.recipes import RecipeError, load_recipe, recipe_names, save_recipe
 
 
@@ -23,6 +24,22 @@ def tiny_text() -> str:
     import pipeline.recipes
 
     return (pipeline.recipes.RECIPES / "tiny.yaml").read_text()
+
+
+def test_a_captioner_is_a_name_or_a_section(tmp_path: Path) -> None:
+    default = load_recipe("tiny").prepare
+    path = tmp_path / "recipe.yaml"
+    section = "captioner: {backend: measured}"
+    assert section in tiny_text()
+    path.write_text(tiny_text().replace(section, "captioner: measured"))
+    assert load_recipe(str(path)).prepare == default
+    assert default.caption_digest() == digest_of({"captioner": "measured", "caption_version": 1})
+    chosen = ["prepare.captioner.backend=vlm", "prepare.captioner.model=owner/name"]
+    assert load_recipe("tiny", chosen).prepare.captioner.model == "owner/name"
+    message = refusal(tmp_path, tiny_text(), ["prepare.captioner.backend=vlm"])
+    assert "needs captioner.model" in message
+    message = refusal(tmp_path, tiny_text(), ["prepare.captioner.bakend=vlm"])
+    assert "did you mean backend?" in message
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data_prep.captions import MeasuredCaptioner, build_captioner, measure, rotational_moments
+from data_prep.caption_measured import MeasuredCaptioner, measure, rotational_moments
 from data_prep.moving_shapes import random_spec, render_clip, render_image
 
 
@@ -62,7 +62,7 @@ def test_moments_of_sharp_shapes_are_the_ideal_ones(
 
 def test_captions_are_sentences_about_what_is_there() -> None:
     spec = random_spec(4, colour="blue", shape="circle", motion="up", tone="dark")
-    captioner = build_captioner("measured")
+    captioner = MeasuredCaptioner()
     assert captioner.caption(render_clip(spec, 17, 8.0)) == (
         "A blue circle moves up over a dark background."
     )
@@ -80,8 +80,3 @@ def test_scenes_without_a_coloured_thing_get_a_plain_sentence() -> None:
     assert "fast motion" in caption(noise)
     red = np.broadcast_to(np.array([220, 30, 30], dtype=np.uint8), (5, 32, 32, 3))
     assert "red" in caption(red)
-
-
-def test_an_unknown_captioner_is_refused() -> None:
-    with pytest.raises(ValueError, match="allowed: measured"):
-        build_captioner("vlm")

@@ -374,7 +374,9 @@ def _plain_errors() -> Iterator[None]:
             found = getattr(found, "cause", None) or found.__cause__
         if found is None:
             raise
-        raise CaptionerUnavailable(str(getattr(found, "cause", found))) from None
+        # Ray adds advice on retries below the captioner's own line.
+        words = str(getattr(found, "cause", found)).splitlines()[0]
+        raise CaptionerUnavailable(words) from None
 
 
 def _done_rows(pipeline: Dataset) -> Iterable[list[tuple[int, bool]]]:

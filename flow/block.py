@@ -64,15 +64,18 @@ class AffineBlock(nn.Module):
         self, s_BLC: Tensor, rope: Rope, text_BJE: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """mu and sigma [B, L, C] of every token given the true tokens before it."""
-        start = self.sos.to(s_BLC.dtype).expand(len(s_BLC), -1, -1)
-        h_BLW = self.embed(torch.cat([start, s_BLC[:, :-1]], dim=1))
-        text_len = 0
-        if text_BJE is not None and self.proj_txt is not None:
-            text_len = text_BJE.shape[1]
-            h_BLW = torch.cat([self.embed_text(text_BJE), h_BLW], dim=1)
+        h_BLW, text_len = self.read(s_BLC, text_BJE)
         for layer in self.layers:
             h_BLW = layer(h_BLW, rope)
         return self.affine(h_BLW[:, text_len:])
+
+    def read(self, s_BLC: Tensor, text_BJE: Tensor | None = None) -> tuple[Tensor, int]:
+        """What the layers are given, [text, sos, s_1 .. s_{L-1}] embedded: ([B, J + L, W], J)."""
+        start = self.sos.to(s_BLC.dtype).expand(len(s_BLC), -1, -1)
+        h_BLW = self.embed(torch.cat([start, s_BLC[:, :-1]], dim=1))
+        if text_BJE is None or self.proj_txt is None:
+            return h_BLW, 0
+        return torch.cat([self.embed_text(text_BJE), h_BLW], dim=1), text_BJE.shape[1]
 
     def embed(self, s_BLC: Tensor) -> Tensor:
         """Tokens (sos among them) -> [B, L, W] in the compute dtype."""

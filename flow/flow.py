@@ -10,6 +10,7 @@ N tokens per frame, J text tokens, E text width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ from flow.denoiser import Denoiser
 from flow.inverse import Work, invert_block
 from flow.rope import Rope, RopeCache
 from flow.tokens import frame_sequence, patchify, unpatchify
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+"""½ ln 2π: what a dimension of the standard normal prior adds to -log p whatever its value."""
 
 DENOISE_STEP = 0.3
 """x = x_noisy - DENOISE_STEP · s: the scale the denoiser's target is expressed in (DESIGN section 3)."""
@@ -50,6 +54,10 @@ class FlowOutput(NamedTuple):
         """Mean of `nats`: nats per dimension. Its floor for data smoothed by σ is ½ + ln σ on average."""
         return self.nats().mean()
 
+    def log_prob(self) -> Tensor:
+        """Log-density of every video in nats [B], fp64, with the constant: -½ ln 2π of each dimension."""
+        return -(self.nats().double() + LOG_SQRT_2PI).flatten(1).sum(1)
+
 
 class DeepShallowFlow(nn.Module):
     """f_D ∘ f_S of arXiv 2511.20462: shallow blocks inside frames, then one deep block over all of them."""
@@ -73,22 +81,27 @@ class DeepShallowFlow(nn.Module):
         Differentiable in parameters and in x: x.grad of the mean loss times x.numel() is -∇ log p.
         Without text the deep block reads tokens only; text is ignored where the model reads none.
         """
-        stages = [*self._stages(self._tokens(x), text_BJE)]
+        stages = [*self._stages(self.tokens(x), text_BJE)]
         # Sharding hooks refuse views among a root's outputs.
         log_dets = [log_det.clone() for _, log_det in stages]
         return FlowOutput(stages[-1][0].clone(), torch.stack(log_dets).sum(0), log_dets)
 
     def block_outputs(self, x: Tensor, text_BJE: Tensor | None = None) -> list[Tensor]:
         """Tokens [B,T,H,W,C] before the first block and after each one, in raster order."""
-        u_BTHWC = self._tokens(x)
+        u_BTHWC = self.tokens(x)
         return [u_BTHWC, *(u for u, _ in self._stages(u_BTHWC, text_BJE))]
 
     def shallow_forward(self, x: Tensor) -> Tensor:
         """Latents -> u, the tokens between shallow stack and deep block [B,T,H,W,C]."""
-        u_BTHWC = self._tokens(x)
+        return self.shallow_stack(self.tokens(x))[0]
+
+    def shallow_stack(self, u_BTHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent tokens of any frames -> (u, log|det| per element), both [B,T,H,W,C] in raster order."""
+        total = torch.zeros_like(u_BTHWC)
         for index in range(len(self.shallow)):
-            u_BTHWC, _ = self._shallow_stage(index, u_BTHWC)
-        return u_BTHWC
+            u_BTHWC, log_det = self._shallow_stage(index, u_BTHWC)
+            total = total + log_det
+        return u_BTHWC, total
 
     @torch.no_grad()
     def shallow_inverse(
@@ -152,7 +165,7 @@ class DeepShallowFlow(nn.Module):
         z, log_det = (rearrange(y, "(b t) n c -> b t n c", b=batch) for y in pair)
         return _restored(z, grid, flipped), _restored(log_det, grid, flipped)
 
-    def _tokens(self, x: Tensor) -> Tensor:
+    def tokens(self, x: Tensor) -> Tensor:
         """Checked and patchified latents; an image becomes a clip of one frame."""
         config = self.config
         x_BTCHW = x.unsqueeze(1) if x.dim() == 4 else x

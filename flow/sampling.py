@@ -21,6 +21,8 @@ from torch import Tensor
 
 from flow.flow import SHALLOW_TOLERANCE, DeepShallowFlow, FlowModel
 from flow.inverse import Inverter, Steps, Work
+from flow.likelihood import FrameWindow
+from flow.score import tweedie
 from flow.sliding import Window, slide
 from flow.tokens import frame_sequence, patchify
 
@@ -329,8 +331,11 @@ def _batch_of(*tensors: Tensor | None) -> int:
 class FrameStream:
     """Shallow inverse and denoiser over a video that arrives as u frames.
 
-    denoiser "learned" runs the model's denoiser (its stream keeps its own caches, so outputs may come later), "none"
-    gives the noisy latents the flow models.
+    denoiser "learned" runs the model's denoiser (its stream keeps its own caches, so outputs may come later); "score"
+    goes forward and backward through the flow, which takes the whole clip: all frames come at `finish`; "none" gives
+    the noisy latents the flow models.
+
+    windows: for "score" of a video longer than the deep block's window, `SampleSpec.windows` of how it was made.
     """
 
     def __init__(
@@ -341,17 +346,21 @@ class FrameStream:
         *,
         shallow_tolerance: float = SHALLOW_TOLERANCE,
         sequential: bool = False,
+        windows: Sequence[FrameWindow] | None = None,
     ) -> None:
-        if denoiser not in ("learned", "none"):
-            raise SampleError(f"denoiser = {denoiser!r}: must be 'learned' or 'none'")
+        if denoiser not in ("learned", "score", "none"):
+            raise SampleError(f"denoiser = {denoiser!r}: must be 'learned', 'score' or 'none'")
         if denoiser == "learned" and model.denoiser is None:
-            raise SampleError("denoiser = 'learned': this model has none; ask for 'none'")
+            raise SampleError(
+                "denoiser = 'learned': this model has none; ask for 'score' or 'none'"
+            )
         self.model, self.shallow_tolerance, self.sequential = model, shallow_tolerance, sequential
         self.work = [Work() for _ in model.flow.shallow]
         """What each shallow block took so far."""
-        self._denoiser = None
+        self.denoiser, self._text, self._windows = denoiser, text_BJE, windows
+        self._stream = None
         if denoiser == "learned" and model.denoiser is not None:
-            self._denoiser = model.denoiser.stream(text_BJE)
+            self._stream = model.denoiser.stream(text_BJE)
         self._noisy: list[Tensor] = []
 
     def push(self, u_BTHWC: Tensor) -> list[Tensor]:
@@ -364,16 +373,23 @@ class FrameStream:
         )
         out: list[Tensor] = []
         for x_BCHW in x_BTCHW.unbind(1):
-            if self._denoiser is None:
+            if self.denoiser == "none":
                 out.append(x_BCHW)
-            else:
-                self._noisy.append(x_BCHW)
-                out += self._clean(self._denoiser.push(x_BCHW))
+                continue
+            self._noisy.append(x_BCHW)
+            if self._stream is not None:
+                out += self._clean(self._stream.push(x_BCHW))
         return out
 
     def finish(self) -> list[Tensor]:
         """No frame follows: the clean latent frames still owed."""
-        return [] if self._denoiser is None else self._clean(self._denoiser.finish())
+        if self._stream is not None:
+            return self._clean(self._stream.finish())
+        if not self._noisy:
+            return []
+        x_BTCHW, self._noisy = torch.stack(self._noisy, dim=1), []
+        clean = tweedie(self.model.flow, x_BTCHW, self._text, windows=self._windows)
+        return list(clean.unbind(1))
 
     def _clean(self, answers: list[Tensor]) -> list[Tensor]:
         ready, self._noisy = self._noisy[: len(answers)], self._noisy[len(answers) :]
@@ -394,7 +410,8 @@ def sample(
     """Latents [B, T, C, h, w] of one video (or of a batch, with `noise`).
 
     first_frame [B, 1, C, h, w]: a given first latent frame, already carrying the model's noise. `counters` is
-    filled with what it took. Tolerance 0 makes the shallow blocks exact too.
+    filled with what it took. Tolerance 0 makes the shallow blocks exact too. denoiser: "learned", "score" or "none", see
+    `FrameStream`.
     """
     with torch.no_grad():
         first_u = None if first_frame is None else model.flow.shallow_forward(first_frame)
@@ -405,6 +422,7 @@ def sample(
         denoiser,
         shallow_tolerance=SHALLOW_TOLERANCE if spec.tolerance else 0.0,
         sequential=spec.schedule == "sequential",
+        windows=[*spec.windows()],
     )
     # Nobody waits for the first frame here, so the shallow blocks take all frames as one batch.
     u_BTHWC = torch.cat([deep.next_frame() for _ in range(spec.num_frames)], dim=1)

@@ -2,7 +2,8 @@
 
 Nats per dimension of σ-noised latents, without the constant ½ ln 2π, like the training loss. Noise
 is seeded per (draw, place), so that two models, or one model with true and with shuffled captions,
-are scored on the very same numbers. Knows nothing of training state, Ray or files other than a
+are scored on the very same numbers. A mean clearly under the noise floor ½ + ln σ, where no density can be, warns
+(`flow.likelihood.NoiseFloorWarning`). Knows nothing of training state, Ray or files other than a
 latent dataset.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from data_prep.latents import Bucket, LatentDataset
 from flow.codec import LatentConvention
 from flow.config import FlowConfig
+from flow.likelihood import check_noise_floor
 from flow.text import TextEncoder
 from training.config import TrainConfig
 from training.data import LatentStore, Prompts, noised_latents
@@ -160,6 +162,9 @@ def evaluate_nats(
 
     Raises:
         EvaluationError: empty split, or unknown `captions`.
+
+    Warns:
+        NoiseFloorWarning: the mean is clearly under ½ + ln σ; the message names likely causes.
     """
     bucket, ids = evaluation_ids(dataset, max_clips)
     store = LatentStore(dataset, cache_bytes=1 << 30)
@@ -182,7 +187,15 @@ def evaluate_nats(
                 draw=draw,
                 device=torch.device(device),
             )
-    return _estimate(nats, ids)
+    found = _estimate(nats, ids)
+    check_noise_floor(
+        found.mean,
+        found.standard_error,
+        config.noise_std,
+        num_elements=nats.size * store.load(ids[:1]).mean_BTCHW.numel(),
+        what=f"{len(ids)} clips of the {dataset.split} split",
+    )
+    return found
 
 
 def _channel_moments(dataset: LatentDataset, sigma: float, max_clips: int) -> tuple[Tensor, Tensor]:
@@ -261,7 +274,7 @@ class HeldOut:
         """Mean nats per dimension over clips and draws; every worker gets the same number.
 
         All workers run the flow equally often, as sharded weights ask of them: short shares are
-            padded and not counted.
+            padded and not counted. The first worker warns where the mean is clearly under the noise floor.
         """
         share = -(-len(self.ids) // parallel.world)
         places = [parallel.rank * share + i for i in range(share)]
@@ -288,4 +301,14 @@ class HeldOut:
                 total += float((nats * counted[start : start + size]).sum())
         values = torch.tensor([total, counted.sum()], dtype=torch.float64, device=parallel.device)
         total, count = parallel.sum(values).tolist()
-        return total / (count * self.config.eval_draws)
+        mean = total / (count * self.config.eval_draws)
+        if parallel.is_first:
+            numbers = self.store.load(self.ids[:1]).mean_BTCHW.numel()
+            check_noise_floor(
+                mean,
+                math.nan,
+                self.flow.noise_std,
+                num_elements=round(count) * self.config.eval_draws * numbers,
+                what=f"{round(count)} held-out clips",
+            )
+        return float(mean)

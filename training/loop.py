@@ -19,6 +19,7 @@ import torch
 from data_prep.latents import LatentDataset
 from flow.config import FlowConfig
 from flow.flow import FlowModel
+from flow.likelihood import noise_floor
 from flow.text import TextSpec, build_text_encoder
 from training.checkpoint import (
     Checkpoint,
@@ -33,7 +34,6 @@ from training.data import BatchMaker, LatentStore, Prompts
 from training.evaluation import HeldOut
 from training.history import HISTORY_NAME, History
 from training.metrics import step_cost
-from training.objective import noise_floor
 from training.parallel import Parallel, join_workers, shard_model
 from training.sampler import Sampler, StepPlan
 from training.step import StepMetrics, TrainStep

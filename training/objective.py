@@ -9,7 +9,6 @@ Shapes: x [B, T, C, h, w] (or [B, C, h, w] in image models), text [B, J, D].
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +16,6 @@ from torch import Tensor, nn
 
 DENOISE_SCALE = 0.3
 """x = x_noisy − 0.3·s(x_noisy) (arXiv 2511.20462, flow-score matching)."""
-
-
-def noise_floor(sigma: float) -> float:
-    """½ + ln σ: no model's mean loss on σ-noised data can be lower (entropy of the noise, ½ ln 2π
-    left out).
-
-    >>> round(noise_floor(0.3), 3)
-    -0.704
-    """
-    return 0.5 + math.log(sigma)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from data_prep.latents import LatentDataset
-from flow.flow import FlowModel
+from flow.flow import DeepShallowFlow, FlowModel
+from flow.likelihood import NoiseFloorWarning, noise_floor
 from flow.text import build_text_encoder
-from tests.training.world import TEXT, small_flow, write_dataset
-from training.evaluation import EvaluationError, evaluate_nats, gaussian_nats_per_dim
-from training.objective import noise_floor
+from tests.training.world import TEXT, small_config, small_flow, write_dataset
+from training.data import Prompts
+from training.evaluation import EvaluationError, HeldOut, evaluate_nats, gaussian_nats_per_dim
+from training.parallel import Parallel
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +75,31 @@ def test_unknown_captions_and_empty_splits_are_refused(root: Path, tmp_path: Pat
     # The one clip's key happens to be held out.
     with pytest.raises(EvaluationError, match=r"train split .* is empty"):
         evaluate_nats(flow, LatentDataset(few, "train"), encoder, small_flow())
+
+
+def leaky_flow() -> DeepShallowFlow:
+    """A flow whose deep block sees the token it predicts and has learnt to copy it."""
+    flow = FlowModel(small_flow()).flow
+
+    def copied(s_BLC: Tensor, rope: object, text: object = None) -> tuple[Tensor, Tensor]:
+        return 0.95 * s_BLC, torch.full_like(s_BLC, 0.1)
+
+    flow.deep.predict = copied  # type: ignore[method-assign, assignment]
+    return flow
+
+
+def test_a_leak_of_causality_is_under_the_floor_and_warned_of(root: Path) -> None:
+    held_out, encoder = LatentDataset(root, "held_out"), build_text_encoder(TEXT)
+    with pytest.warns(NoiseFloorWarning, match=r"held_out split.*a block sees the token"):
+        found = evaluate_nats(leaky_flow(), held_out, encoder, small_flow(), draws=2)
+    assert found.mean < noise_floor(0.3) - 1
+
+
+def test_training_warns_of_the_floor_on_its_first_worker_alone(root: Path) -> None:
+    prompts = Prompts(build_text_encoder(TEXT), small_flow(), 8.0)
+    during = HeldOut.open(root, prompts, small_flow(), small_config(eval_clips=8, eval_draws=1))
+    one = Parallel(0, 1, torch.device("cpu"), None)
+    with pytest.warns(NoiseFloorWarning, match="8 held-out clips"):
+        during.mean_nats(leaky_flow(), one)
+    during.mean_nats(leaky_flow(), Parallel(1, 2, torch.device("cpu"), None))
+    during.mean_nats(FlowModel(small_flow()).flow, one)

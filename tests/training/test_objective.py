@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flow.flow import FlowModel, FlowOutput
+from flow.likelihood import noise_floor
 from tests.training.world import small_flow
-from training.objective import denoiser_backward, flow_backward, noise_floor
+from training.objective import denoiser_backward, flow_backward
 
 
 class GaussianFlow(nn.Module):

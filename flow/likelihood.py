@@ -138,6 +138,8 @@ def likelihood(
     chunk_tokens: tokens in one pass; shallow blocks take whole frames, at least one. windows: how a video longer
     than the trained length is seen, see `SampleSpec.windows`; each frame then is conditioned on what its window
     shows of the past, as when it is sampled. By default the deep block sees all frames at once.
+
+    Raises: LikelihoodError for windows or chunks that cannot be; ValueError for latents that do not fit the flow.
     """
     if chunk_tokens < 1:
         raise LikelihoodError(f"chunk_tokens = {chunk_tokens}: must be at least 1")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TextIO, TypeVar
 
 import typer
 
@@ -259,13 +260,20 @@ def sample(
     image: Annotated[
         Path | None, typer.Option(help="First frame to continue: png, jpg or webp.")
     ] = None,
+    denoiser: Annotated[
+        str | None,
+        typer.Option(
+            help="learned, score (forward and backward through the flow, whole clip) or none; default the recipe's."
+        ),
+    ] = None,
     recipe: RecipeOption = "tiny",
     set_: SetOption = None,
 ) -> None:
     """One video in this process, frame for frame what `flowreel serve` would send."""
     from pipeline.recipes import load_recipe
 
-    loaded = load_recipe(recipe, set_)
+    chosen = [f"sampler.denoiser={denoiser}"] if denoiser else []
+    loaded = load_recipe(recipe, [*(set_ or []), *chosen])
     from pipeline.single import sample_video
 
     sample_video(
@@ -292,11 +300,35 @@ def score(
     prompt: PromptOption,
     draws: Annotated[int, typer.Option(min=2, max=1024, help="Seeded noise draws.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    per_frame: Annotated[
+        bool, typer.Option("--per-frame/--no-per-frame", help="A table of the latent frames.")
+    ] = True,
+    per_token: Annotated[
+        Path | None,
+        typer.Option(help="Write every token: .png, a heat map over the frames, or .npz, numbers."),
+    ] = None,
 ) -> None:
-    """How likely the model finds a video: nats per dimension, mean ± standard error over seeded noise draws."""
+    """How likely the model finds a video: negative log-likelihood and training loss, in nats and bits per dimension, of
+    the video and of each frame; mean ± standard error over seeded noise draws.
+    """
     from pipeline.single import score_file
 
-    score_file(model, video, prompt, draws=draws, seed=seed)
+    score_file(
+        model, video, prompt, draws=draws, seed=seed, per_frame=per_frame, per_token=per_token
+    )
+
+
+@app.command()
+@user_errors
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    data: Annotated[Path, typer.Option(help="Folder of latents that `flowreel prepare` wrote.")],
+    draws: Annotated[int, typer.Option(min=2, max=1024, help="Noise draws per clip.")] = 4,
+) -> None:
+    """Held-out loss in nats per dimension with true and with shuffled captions, beside a Gaussian and the noise floor."""
+    from pipeline.single import evaluate_model
+
+    evaluate_model(model, data, draws=draws)
 
 
 @app.command()
@@ -419,8 +451,25 @@ def _find_shards(pattern: str) -> list[str]:
     return find_shards(pattern)
 
 
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our warnings are worded for users: one line, without the place in the code."""
+    if category.__module__.split(".")[0] in OURS:
+        typer.echo(f"flowreel: warning: {message}", err=True)
+    else:
+        said = warnings.formatwarning(message, category, filename, lineno, line)
+        typer.echo(said, err=True, nl=False)
+
+
 def main() -> Any:
     """Entry point. CPU libraries keep to the threads that each stage asks for."""
+    warnings.showwarning = show_warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return app()
 

@@ -6,17 +6,17 @@ Runs in one process on the exported model and the prepared latents. Knows nothin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data_prep.caption_measured import measure
 from data_prep.latents import LatentDataset
 from data_prep.moving_shapes import COLOURS, MOTIONS, SHAPES, TONES, random_spec, render_clip
 from flow.codec import VideoCodec
+from flow.flow import LOG_SQRT_2PI
+from flow.likelihood import noise_floor
 from flow.text import build_text_encoder
 from flow.weights import load_model
 from training.codec import measure as measure_codec
@@ -70,7 +70,8 @@ def colour_accuracy(videos: list[tuple[str, np.ndarray]]) -> float:
 def likelihoods(model_dir: Path, latents: Path, *, draws: int) -> dict[str, float]:
     """Held-out nats per dimension (no ½ ln 2π): with true captions, shuffled ones, and of the best per-channel Gaussian.
 
-    Every estimate is a mean over the same clips and seeded noise draws; `*_stderr` is over the draws.
+    Every estimate is a mean over the same clips and seeded noise draws; `*_stderr` is over the draws. An `nll` has ½ ln 2π.
+    A mean clearly under the noise floor warns (`NoiseFloorWarning`).
     """
     model, spec = load_model(model_dir)
     encoder = build_text_encoder(spec.text)
@@ -86,9 +87,10 @@ def likelihoods(model_dir: Path, latents: Path, *, draws: int) -> dict[str, floa
     return {
         "held_out_nats_per_dim": true.mean,
         "held_out_stderr": true.standard_error,
+        "held_out_nll_bits_per_dim": (true.mean + LOG_SQRT_2PI) / math.log(2),
         "shuffled_caption_nats_per_dim": shuffled.mean,
         "gaussian_nats_per_dim": gaussian.mean,
-        "noise_floor_nats_per_dim": 0.5 + math.log(spec.flow.noise_std),
+        "noise_floor_nats_per_dim": noise_floor(spec.flow.noise_std),
         "held_out_clips": len(true.ids),
         "noise_draws": draws,
     }
@@ -103,59 +105,3 @@ def codec_quality(codec_source: str | Path, num_frames: int, fps: float) -> floa
         CODEC_CLIPS,
         num_frames,
     )["psnr_db"]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Exact log-density of one video's σ-smoothed latents, in nats per dimension.
-
-    mean, stderr: negative log-likelihood without ½ ln 2π, over seeded noise draws; `mean_with_constant` has it.
-    """
-
-    mean: float
-    stderr: float
-    draws: tuple[float, ...]
-    floor: float
-    dims: int
-
-    @property
-    def mean_with_constant(self) -> float:
-        return self.mean + 0.5 * math.log(2 * math.pi)
-
-
-def score_video(
-    model_dir: Path,
-    frames: np.ndarray,
-    prompt: str,
-    *,
-    draws: int = 8,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Score:
-    """How likely a model finds a video given a prompt.
-
-    Args:
-        frames: uint8 [T, H, W, 3] at the model's size and frame rate, T = 4k+1.
-        draws: seeded draws of the σ-noise that the flow's latents carry.
-    """
-    from serving.session import load, prompt_text
-
-    loaded = load(model_dir)
-    assert loaded.codec is not None
-    assert loaded.text_encoder is not None
-    mean, logvar = loaded.codec.encode(torch.from_numpy(frames)[None])
-    text = loaded.text_encoder.encode([prompt_text(prompt, loaded)])
-    sigma = loaded.model.config.noise_std
-    results = []
-    for draw in range(draws):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
-        posterior = torch.randn(mean.shape, generator=generator)
-        x_BTCHW = loaded.codec.convention.to_model(mean, logvar, posterior)
-        noisy = x_BTCHW + sigma * torch.randn(x_BTCHW.shape, generator=generator)
-        with torch.inference_mode():
-            results.append(float(loaded.model.flow(noisy, text).loss()))
-        if progress is not None:
-            progress(draw + 1, draws)
-    values = np.asarray(results)
-    stderr = float(values.std(ddof=1) / math.sqrt(draws)) if draws > 1 else math.nan
-    return Score(float(values.mean()), stderr, tuple(results), 0.5 + math.log(sigma), mean.numel())

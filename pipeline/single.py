@@ -1,4 +1,4 @@
-"""The commands that need no cluster, or only their own: sample, score, serve.
+"""The commands that need no cluster, or only their own: sample, score, evaluate, serve.
 
 Each is a few lines over a stage's public function, with what a person at a terminal expects to see.
 """
@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from media.read import read_video
 from media.write import decode_image, encode_mp4, encode_png
 from pipeline.console import Reporter
-from pipeline.evaluate import score_video
+from pipeline.evaluate import likelihoods
 from pipeline.recipes import Recipe
+from pipeline.score import check_per_token_path, score_video, write_per_token
 from serving.messages import GeneratedVideo
 from serving.requests import CreateVideo, Generation, from_validation
 from serving.session import generate, load
@@ -112,10 +113,21 @@ def describe_sampling(video: GeneratedVideo) -> list[str]:
     return lines
 
 
-def score_file(model: Path, video: Path, prompt: str, *, draws: int, seed: int) -> None:
-    """Print how likely the model finds a video file."""
+def score_file(
+    model: Path,
+    video: Path,
+    prompt: str,
+    *,
+    draws: int,
+    seed: int,
+    per_frame: bool = True,
+    per_token: Path | None = None,
+) -> None:
+    """Print how likely the model finds a video file, as a whole and frame by frame; per_token: a file for all tokens."""
     from flow.weights import read_spec
 
+    if per_token is not None:
+        check_per_token_path(per_token)
     spec = read_spec(model)
     if spec.video is None:
         raise VideoFitError(f"{model} is no video model, so it cannot score a video")
@@ -132,13 +144,30 @@ def score_file(model: Path, video: Path, prompt: str, *, draws: int, seed: int) 
             seed=seed,
             progress=lambda done, total: update(done, total, "draws"),
         )
-    print_ = reporter.console.print
-    print_(
-        f"nats per dimension  {score.mean:.4f} ± {score.stderr:.4f}  (mean ± standard error over {draws} noise draws)"
-    )
-    print_(f"with ½ ln 2π        {score.mean_with_constant:.4f}")
-    print_(f"floor ½ + ln σ      {score.floor:.4f}  (no model is below it on average)")
-    print_(f"{score.dims} dimensions, {len(frames)} frames, seed {seed}")
+    for line in score.lines():
+        reporter.console.print(line, soft_wrap=True)
+    if per_frame:
+        columns = ["latent", "frames", "nll nats/dim", "nll bits/dim", "loss nats/dim"]
+        reporter.table("each frame given those before it", columns, score.frame_rows())
+    if per_token is not None:
+        write_per_token(per_token, score, frames, prompt)
+        reporter.console.print(f"every token: {per_token}", soft_wrap=True)
+
+
+def evaluate_model(model: Path, latents: Path, *, draws: int) -> None:
+    """Print held-out likelihoods of a model beside their baselines."""
+    found = likelihoods(model, latents, draws=draws)
+    rows = [
+        ["held out, true captions", f"{found['held_out_nats_per_dim']:.4f} ± {found['held_out_stderr']:.4f}"],
+        ["held out, shuffled captions", f"{found['shuffled_caption_nats_per_dim']:.4f}"],
+        ["best Gaussian per channel", f"{found['gaussian_nats_per_dim']:.4f}"],
+        ["noise floor ½ + ln σ", f"{found['noise_floor_nats_per_dim']:.4f}"],
+    ]  # fmt: skip
+    reporter = Reporter()
+    clips = f"{found['held_out_clips']:.0f} clips, {draws} noise draws"
+    reporter.table(clips, ["loss (½ ln 2π left out)", "nats/dim"], rows)
+    bits = found["held_out_nll_bits_per_dim"]
+    reporter.console.print(f"nll {bits:.4f} bits/dim (held out, true captions, ½ ln 2π included)")
 
 
 def fit_video(path: Path, num_frames: int, height: int, width: int, fps: float) -> np.ndarray:

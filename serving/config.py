@@ -52,8 +52,10 @@ class Sampler(BaseModel):
         ge=1,
         description="latent frames read again when a long video slides on; by default half of it",
     )
-    denoiser: Literal["learned", "none"] = Field(
-        default="learned", description="what takes the noise of σ away"
+    denoiser: Literal["learned", "score", "none"] = Field(
+        default="learned",
+        description="what takes the noise of σ away; 'score' goes forward and backward through the whole flow over "
+        "the whole clip: `flowreel sample` has it, the service, whose decoder holds no deep block, refuses it",
     )
 
 

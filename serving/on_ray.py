@@ -332,6 +332,12 @@ def serve_model(
         with serve_model("runs/demo/model", data_dir="runs/demo/served", port=0) as app:
             print(app.url)
     """
+    if sampler is not None and sampler.denoiser == "score":
+        raise ServeStartError(
+            "sampler.denoiser = 'score' needs the whole clip and the whole flow in one process, and a service streams "
+            "from a decoder without the deep block: serve with 'learned' or 'none', or use "
+            "`flowreel sample --denoiser score`"
+        )
     if not ray.is_initialized():
         raise ServeStartError("Ray is not initialised; call ray.init(...) before serve_model.")
     if serve.status().proxies:

@@ -283,7 +283,9 @@ class DecoderSession:
         self.request = request
         self._loaded = loaded
         self._dtype = next(loaded.model.parameters()).dtype
-        denoiser = "none" if loaded.model.denoiser is None else loaded.sampler.denoiser
+        denoiser = loaded.sampler.denoiser
+        if denoiser == "learned" and loaded.model.denoiser is None:
+            denoiser = "none"
         text_1LD = opening.text.unpack(loaded.device).to(self._dtype)
         # As in `flow.sampling.sample`: who asks for an exact inverse means the shallow one too.
         self._latents = FrameStream(
@@ -292,6 +294,7 @@ class DecoderSession:
             denoiser,
             shallow_tolerance=SHALLOW_TOLERANCE if loaded.sampler.tolerance else 0.0,
             sequential=request.schedule == "sequential",
+            windows=[*sample_spec(request, loaded).windows()],
         )
         self._codec = loaded.codec.stream()
         self._next_index = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = (
-    "demo", "prepare", "train-codec", "train", "sample", "score", "serve", "import-weights", "submit", "doctor",
+    "demo", "prepare", "train-codec", "train", "sample", "score", "evaluate", "serve", "import-weights", "submit", "doctor",
 )  # fmt: skip
 
 
@@ -51,6 +51,7 @@ def test_missing_paths_are_named(tmp_path: Path) -> None:
     assert "no-shards" in refused("prepare", "--shards", "no-shards", "--out", out)
     assert "no-model" in refused("sample", "no-model", "--prompt", "x", "--out", f"{out}.mp4")
     assert "no-model" in refused("score", "no-model", "no.mp4", "--prompt", "x")
+    assert "no-model" in refused("evaluate", "no-model", "--data", "no-data")
     assert "no-recipe" in refused("submit", "no-recipe", "--address", "http://127.0.0.1:1")
     assert "no-data" in refused("train", "--data", "no-data", "--out", out)
     assert not list(tmp_path.iterdir()), "nothing half-written"

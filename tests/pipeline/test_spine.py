@@ -142,7 +142,7 @@ def test_sample_makes_the_served_video_frame_for_frame(run: Path, tmp_path: Path
     assert np.array_equal(frames, served_frames(run, next(run.glob("text-to-video-000*.mp4"))))
 
 
-def test_score_prints_a_mean_with_its_standard_error(run: Path) -> None:
+def test_score_prints_a_mean_with_its_standard_error(run: Path, tmp_path: Path) -> None:
     video = next(run.glob("text-to-video-000*.mp4"))
     command = (
         "score",
@@ -154,11 +154,13 @@ def test_score_prints_a_mean_with_its_standard_error(run: Path) -> None:
         "3",
     )
     said = flowreel(*command).stdout
-    match = re.search(r"nats per dimension\s+(-?\d+\.\d+) ± (\d+\.\d+)", said)
+    match = re.search(r"loss\s+(-?\d+\.\d+) ± (\d+\.\d+) nats/dim", said)
     assert match is not None, said
     assert float(match.group(1)) > 0.5 + np.log(0.3)
-    again = flowreel(*command).stdout
-    assert again.splitlines()[-4:] == said.splitlines()[-4:], "seeded draws give the same score"
+    picture = tmp_path / "surprise.png"
+    again = flowreel(*command, "--per-token", str(picture)).stdout
+    assert picture.stat().st_size > 10_000
+    assert again.splitlines()[-7:-1] == said.splitlines()[-6:], "seeded draws give the same score"
 
 
 def test_prepare_and_train_run_again_do_nothing(run: Path) -> None:

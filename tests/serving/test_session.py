@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from flow.sampling import frame_noise, sample
+from serving.config import Sampler
+from serving.on_ray import serve_model
 from serving.requests import FrameCountError, Generation, InvalidRequest
 from serving.session import (
     Chunk,
@@ -22,8 +25,10 @@ from serving.session import (
     fit_image,
     generate,
     load,
+    prompt_text,
     sample_spec,
 )
+from serving.stage import ServeStartError
 from tests.serving.conftest import FPS, SIZE, TRAINED_FRAMES
 
 
@@ -59,6 +64,33 @@ def test_both_schedules_make_the_video(loaded: LoadedModel) -> None:
         for name in ("jacobi", "sequential")
     )
     assert np.abs(jacobi - sequential).mean() < 2
+
+
+@pytest.mark.parametrize("num_frames", [TRAINED_FRAMES, 2 * TRAINED_FRAMES + 7])
+def test_score_denoising_takes_the_whole_video_and_the_windows_it_was_made_in(
+    loaded: LoadedModel, num_frames: int
+) -> None:
+    request = ask(num_frames=num_frames)
+    by_score = replace(loaded, sampler=Sampler(denoiser="score"))
+    deep = DeepSession(by_score, request)
+    decoder = DecoderSession(by_score, request, deep.opening)
+    assert all(len(decoder.push(frame).frames) == 0 for frame in deep)
+    frames = decoder.finish().frames
+    assert loaded.codec is not None
+    assert loaded.text_encoder is not None
+    text, null = loaded.text_encoder.encode([prompt_text(p, loaded) for p in (request.prompt, "")])
+    spec = sample_spec(request, loaded)
+    x = sample(loaded.model, text[None], null[None], spec, denoiser="score")
+    codec = loaded.codec.stream()
+    expected = np.concatenate([codec.push(x_BCHW)[0].numpy() for x_BCHW in x.unbind(1)])
+    assert frames.shape == (num_frames, SIZE, SIZE, 3)
+    assert np.abs(frames.astype(int) - expected).max() <= 2
+    assert (generate(loaded, request).frames != frames).any()
+
+
+def test_a_service_refuses_score_denoising_and_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ServeStartError, match="flowreel sample --denoiser score"):
+        serve_model(tmp_path, data_dir=tmp_path, sampler=Sampler(denoiser="score"))
 
 
 @pytest.mark.parametrize("num_frames", [0, 8, 10])

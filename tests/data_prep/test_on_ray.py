@@ -211,14 +211,15 @@ def test_an_endpoint_that_refuses_stops_a_run_on_ray_with_its_own_words(
         asked = config.model_copy(update={"captioner": captioner})
         endpoint.behave = lambda e, r, body: JSONResponse({"error": "who?"}, status_code=401)
         with pytest.raises(CaptionerUnavailable, match="answered 401") as caught:
-            prepare(asked, world, tmp_path, codec_dir)
+            prepare(asked, world, tmp_path / "out", codec_dir)
         assert type(caught.value) is CaptionerUnavailable
         assert "\n" not in str(caught.value)
         endpoint.behave = lambda e, r, body: None
-        assert prepare(asked, world, tmp_path, codec_dir).captions_failed == {}
+        assert prepare(asked, world, tmp_path / "out", codec_dir).captions_failed == {}
         lost = captioner.model_copy(update={"api_key_env": "FLOWREEL_NO_SUCH_KEY"})
+        other = config.model_copy(update={"captioner": lost})
         with pytest.raises(CaptionerUnavailable, match="FLOWREEL_NO_SUCH_KEY"):
-            prepare(config.model_copy(update={"captioner": lost}), world, tmp_path, codec_dir)
+            prepare(other, world, tmp_path / "other", codec_dir)
 
 
 CAPTION_DRIVER = """

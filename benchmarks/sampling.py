@@ -31,7 +31,8 @@ from flow.certificate import certificate
 from flow.flow import DeepShallowFlow
 from flow.inverse import Inverter
 from flow.packed import can_pack
-from flow.sampling import Counters, DeepStream, SampleSpec
+from flow.sampling import DeepStream
+from flow.spec import Counters, SampleSpec
 from flow.tokens import frame_sequence, patchify
 from flow.weights import import_released
 

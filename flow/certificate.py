@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flow.flow import DeepShallowFlow
 from flow.guidance import guide_pair
-from flow.sampling import Noise, SampleSpec, frame_noise
+from flow.sampling import Noise, frame_noise
+from flow.spec import SampleSpec
 from flow.tokens import frame_sequence, patchify
 
 

@@ -9,11 +9,8 @@ Shapes: B batch, T latent frames, C channels, h, w latent cells, H, W tokens, J 
 from __future__ import annotations
 
 import hashlib
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -24,14 +21,11 @@ from flow.inverse import Inverter, Steps, Work
 from flow.likelihood import FrameWindow
 from flow.score import tweedie
 from flow.sliding import Window, slide
+from flow.spec import Counters, SampleError, SampleSpec
 from flow.tokens import frame_sequence, patchify
 
 Noise = Callable[[int], Tensor]
 """Frame index -> prior noise of that frame as a latent [B, C, h, w]."""
-
-
-class SampleError(ValueError):
-    """A sampling request that cannot be met; the message names the field, its value and the rule."""
 
 
 def frame_noise(seed: int, n: int, shape: Sequence[int]) -> Tensor:
@@ -44,141 +38,6 @@ def frame_noise(seed: int, n: int, shape: Sequence[int]) -> Tensor:
 def batch_noise(seeds: Sequence[int], shape: Sequence[int]) -> Noise:
     """Noise of several videos sampled as one batch, each from its own seed."""
     return lambda n: torch.stack([frame_noise(seed, n, shape) for seed in seeds])
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleSpec:
-    """What to sample and how; checked when made (`SampleError`)."""
-
-    num_frames: int
-    """Latent frames T of the whole video."""
-    grid: tuple[int, int]
-    """Latent cells (h, w)."""
-    seed: int = 0
-    guidance: float = 0.0
-    """Weight w >= 0; above 0 both a text and a null text are needed."""
-    schedule: Literal["jacobi", "sliding", "sequential"] = "sliding"
-    block_size: int = 16
-    """Tokens that Jacobi solves together in a frame without a frame before it."""
-    later_block_factor: int = 4
-    """How many times larger blocks are in later frames, which start warm. Blocks never cross frames."""
-    tolerance: float = 1e-3
-    """Squared change of a sweep over squared tokens at which a block is done; 0 asks for the exact solution of
-    every schedule."""
-    slide_tokens: int = 44
-    """Tokens of the sliding window (at most a frame). It crosses frames, but never the windows of a long video."""
-    cold_slide_tokens: int = 24
-    """The same while the first frame is made: with poor start values a long window is wasted."""
-    token_tolerance: float = 0.065
-    """Root mean square of a token's residual r = (s - mu)/sigma - z at which the sliding window accepts it."""
-    cold_token_tolerance: float = 0.02
-    """The same while the first frame is made, whose errors all later frames read."""
-    window_frames: int | None = None
-    """Latent frames that the deep block sees at once; None for all of them."""
-    context_frames: int = 1
-    """Last frames of a full window that the next window re-reads."""
-
-    def __post_init__(self) -> None:
-        for key in (
-            "num_frames",
-            "block_size",
-            "later_block_factor",
-            "context_frames",
-            "slide_tokens",
-            "cold_slide_tokens",
-        ):
-            self._require(
-                key,
-                type(getattr(self, key)) is int and getattr(self, key) >= 1,
-                "an int of at least 1",
-            )
-        self._require(
-            "grid", len(self.grid) == 2 and min(self.grid) >= 1, "two positive numbers (h, w)"
-        )
-        for key in ("guidance", "tolerance", "token_tolerance", "cold_token_tolerance"):
-            value = getattr(self, key)
-            self._require(key, math.isfinite(value) and value >= 0, "finite and not negative")
-        self._require(
-            "schedule",
-            self.schedule in ("jacobi", "sliding", "sequential"),
-            "'jacobi', 'sliding' or 'sequential'",
-        )
-        if self.window_frames is not None and self.window_frames < self.num_frames:
-            self._require(
-                "context_frames",
-                self.context_frames < self.window_frames,
-                f"less than window_frames ({self.window_frames})",
-            )
-
-    def _require(self, key: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise SampleError(f"{key} = {getattr(self, key)!r}: must be {rule}")
-
-    @property
-    def window(self) -> int:
-        """Frames of one window, at most the whole video."""
-        return min(self.window_frames or self.num_frames, self.num_frames)
-
-    def window_start(self, n: int) -> int:
-        """First frame (context included) of the window in which frame n is made."""
-        if n < self.window:
-            return 0
-        step = self.window - self.context_frames
-        return (1 + (n - self.window) // step) * step
-
-    def windows(self) -> Iterator[tuple[int, int, int]]:
-        """(first frame in sight, first new frame, end) of every window of the video."""
-        new = 0
-        while new < self.num_frames:
-            start = self.window_start(new)
-            end = min(start + self.window, self.num_frames)
-            yield start, new, end
-            new = end
-
-
-@dataclass
-class Counters:
-    """What sampling took: the deep block frame by frame as this stream made them, the shallow blocks in all."""
-
-    per_frame: list[Work] = field(default_factory=list)
-    """The deep block's work, one entry per frame."""
-    seconds: list[float] = field(default_factory=list, compare=False)
-    """From the start of a frame to its end, the time in which others shared its passes included."""
-    tokens_per_frame: int = 0
-    shallow: list[Work] = field(default_factory=list)
-    """Work of each shallow block, the first block of the flow first; all frames of a call count as one pass."""
-
-    @property
-    def iterations(self) -> int:
-        """Passes through the deep block."""
-        return sum(work.iterations for work in self.per_frame)
-
-    @property
-    def token_evaluations(self) -> int:
-        """Token positions in those passes; a guided pair counts once."""
-        return sum(work.evaluations for work in self.per_frame)
-
-    @property
-    def prefilled(self) -> int:
-        """Known positions (text, context) read in parallel."""
-        return sum(work.prefilled for work in self.per_frame)
-
-    @property
-    def evaluations_per_token(self) -> float:
-        """`token_evaluations` over the tokens made: 1 for `sequential`."""
-        made = sum(work.iterations > 0 for work in self.per_frame) * self.tokens_per_frame
-        return self.token_evaluations / made if made else 0.0
-
-    @property
-    def ms_per_iteration(self) -> float:
-        """Milliseconds of a pass through the deep block, everything around it included."""
-        return 1e3 * sum(self.seconds) / self.iterations if self.iterations else 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens made per second of the deep block."""
-        seconds = sum(self.seconds)
-        return len(self.per_frame) * self.tokens_per_frame / seconds if seconds else 0.0
 
 
 class DeepStream:

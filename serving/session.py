@@ -29,7 +29,8 @@ from flow.certificate import Certificate, certificate
 from flow.codec import VideoCodec
 from flow.flow import SHALLOW_TOLERANCE, FlowModel
 from flow.inverse import Work
-from flow.sampling import Counters, DeepStream, FrameStream, SampleSpec, frame_noise
+from flow.sampling import DeepStream, FrameStream, frame_noise
+from flow.spec import Counters, SampleSpec
 from flow.text import TextEncoder, build_text_encoder, format_prompt
 from flow.weights import ModelSpec, load_model
 from serving.config import Sampler

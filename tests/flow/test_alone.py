@@ -42,7 +42,8 @@ for path in sorted(pathlib.Path("flow").glob("*.py")):
 
 import torch
 from flow.convention import LatentConvention
-from flow.sampling import SampleSpec, sample
+from flow.sampling import sample
+from flow.spec import SampleSpec
 from flow.text import build_text_encoder, format_prompt
 from flow.weights import load_model
 

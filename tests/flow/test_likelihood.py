@@ -23,7 +23,7 @@ from flow.likelihood import (
     noisy_likelihood,
     over_draws,
 )
-from flow.sampling import SampleSpec
+from flow.spec import SampleSpec
 from tests.flow.models import randn, texts, tiny_config, tiny_model
 
 STRUCTURES: dict[str, dict[str, object]] = {

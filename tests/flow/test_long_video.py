@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flow.sampling import DeepStream, FrameStream, SampleSpec
+from flow.sampling import DeepStream, FrameStream
+from flow.spec import SampleSpec
 from tests.flow.models import texts, tiny_model
 
 TRAINED_FRAMES = 3

@@ -11,16 +11,8 @@ from torch import Tensor
 
 from flow.certificate import certificate
 from flow.flow import FlowModel
-from flow.sampling import (
-    Counters,
-    DeepStream,
-    FrameStream,
-    SampleError,
-    SampleSpec,
-    batch_noise,
-    frame_noise,
-    sample,
-)
+from flow.sampling import DeepStream, FrameStream, batch_noise, frame_noise, sample
+from flow.spec import Counters, SampleError, SampleSpec
 from flow.weights import import_released
 from tests.flow.models import TRAINED, randn, texts, tiny_model
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from flow.flow import FlowModel
 from flow.likelihood import likelihood
-from flow.sampling import DeepStream, FrameStream, SampleError, SampleSpec, sample
+from flow.sampling import DeepStream, FrameStream, sample
 from flow.score import score, tweedie
+from flow.spec import SampleError, SampleSpec
 from tests.flow.models import randn, texts, tiny_config, tiny_model
 
 STRUCTURES: dict[str, dict[str, object]] = {

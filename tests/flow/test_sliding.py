@@ -13,8 +13,9 @@ from flow.certificate import certificate
 from flow.flow import FlowModel
 from flow.inverse import Inverter
 from flow.packed import can_pack
-from flow.sampling import DeepStream, SampleSpec, batch_noise
+from flow.sampling import DeepStream, batch_noise
 from flow.sliding import Window, slide, suggest
+from flow.spec import SampleSpec
 from flow.weights import import_released
 from tests.flow.models import TRAINED, randn, shaken, texts, tiny_model
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flow.flow import FlowModel
-from flow.sampling import DeepStream, SampleSpec
+from flow.sampling import DeepStream
+from flow.spec import SampleSpec
 from flow.together import StreamBatch, evaluate_together, next_frames
 from tests.flow.models import texts, tiny_model
 

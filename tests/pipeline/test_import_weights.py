@@ -85,7 +85,8 @@ def test_image_release_becomes_a_model_that_paints_through_the_sd_vae(
         painted = np.asarray(picture)
     assert painted.shape == (32, 32, 3)
     # The same by hand: the noise, the flow's inverse, the convention, the library's own decoder.
-    from flow.sampling import SampleSpec, sample
+    from flow.sampling import sample
+    from flow.spec import SampleSpec
 
     loaded = load(tmp_path / "model")
     assert loaded.text_encoder is not None

@@ -34,10 +34,10 @@ from data_prep.resources import StageResources, describe, plan_resources
 from data_prep.run import (
     PrepareReport,
     RunPlan,
-    located,
-    plan_caption_run,
     StageFigures,
     finish_run,
+    located,
+    plan_caption_run,
     plan_run,
     report_of,
 )

@@ -195,10 +195,12 @@ def manifests(root: Path) -> list[Path]:
 
 
 def manifests_digest(root: Path) -> str:
-    """Hex SHA-256 of the manifests: names and contents, in order."""
+    """Hex SHA-256 of what the manifests say of latent and caption files (their own digests among it), in order."""
     digest = hashlib.sha256(f"index {INDEX_VERSION}".encode())
     for path in manifests(root):
-        digest.update(f"\n{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
+        manifest = json.loads(path.read_text())
+        files = [entry for entry in manifest["files"] if entry["kind"] in ("latents", "captions")]
+        digest.update(json.dumps([manifest["shard"], files], sort_keys=True).encode())
     return digest.hexdigest()
 
 

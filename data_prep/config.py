@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 """Raised when the code changes what a sample becomes."""
 
 
@@ -272,6 +272,12 @@ class PrepareConfig(_Strict):
     encoder_threads: int = Field(
         default=1, ge=1, le=64, description="CPU threads of the codec (fixed)."
     )
+    duplicate_bits: int | None = Field(
+        default=None,
+        ge=0,
+        le=14,
+        description="Mask clips whose perceptual hash is within so many of 256 bits of an earlier clip's; None masks nothing.",
+    )
     caps: CapConfig = Field(default_factory=CapConfig, description="Limits on one sample.")
     deadline_s: float = Field(
         default=30.0,
@@ -293,7 +299,7 @@ class PrepareConfig(_Strict):
     def latent_settings(self) -> dict[str, Any]:
         """The settings that decide a sample's status and latents, as plain values."""
         values = self.model_dump(mode="json")
-        for name in ("captioner", "deadline_s", "verify", "concurrency"):
+        for name in ("captioner", "deadline_s", "verify", "concurrency", "duplicate_bits"):
             del values[name]
         return {"prepare_version": PREPARE_VERSION, **values}
 

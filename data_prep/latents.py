@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from data_prep.index import Place
     from flow.codec import LatentConvention
 
 FORMAT_VERSION = 1
@@ -54,6 +55,7 @@ LATENT_SCHEMA = pa.schema(
         pa.field("fps", pa.float32(), nullable=False),
         pa.field("bucket", pa.string(), nullable=False),
         pa.field("codec", pa.string(), nullable=False),
+        pa.field("look", pa.binary()),  # perceptual hash, data_prep.duplicates
     ]
 )
 CAPTION_SCHEMA = pa.schema(
@@ -129,6 +131,8 @@ class LatentRecord:
     """[t, C, h, w] posterior log-variance, or None where only the mean is kept."""
     codec: str
     """Digest of the codec that made the moments."""
+    look: bytes | None = None
+    """Perceptual hash of the frames (`data_prep.duplicates`)."""
 
     def row(self) -> dict[str, Any]:
         """The record as a row of LATENT_SCHEMA."""
@@ -146,6 +150,7 @@ class LatentRecord:
             "fps": self.fps,
             "bucket": str(self.bucket),
             "codec": self.codec,
+            "look": self.look,
         }
 
 
@@ -246,28 +251,17 @@ class LatentBatch:
     ids: list[str]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a record lies."""
-
-    path: Path
-    group: int
-    row: int
-    """In its row group."""
-    caption: str
-    synthetic: str
-
-
 @dataclass
 class LatentDataset:
     """Random access to the records of a prepared dataset.
 
-    The index (ids and captions) is held in memory; moments are read by row group and the last few
-    groups are kept. An id is `SHARD/KEY/WINDOW`. Shards without a manifest are not seen.
+    Ids are held in memory; where a record lies is looked up in the memory-mapped index (`data_prep.index`), moments and captions
+    are read by row group, and the last few groups are kept. An id is `SHARD/KEY/WINDOW`. Shards without a manifest are not seen.
 
     Args:
         root: the folder that `prepare` wrote.
         split: "train", "held_out" (keys whose hash is 0 mod 16) or "all".
+        duplicates: "skip" leaves out what `duplicates.parquet` masks, "keep" does not.
 
     Raises:
         LatentDatasetError: no dataset there, or of another version.
@@ -276,54 +270,40 @@ class LatentDataset:
     root: Path
     split: Split = "train"
     cached_groups: int = 256
+    duplicates: Literal["skip", "keep"] = "skip"
     info: DatasetInfo = field(init=False)
     buckets: dict[Bucket, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
+        from data_prep.duplicates import masked_ids
+        from data_prep.index import LatentIndex
+
         if self.split not in ("train", "held_out", "all"):
             raise LatentDatasetError(f"split is {self.split!r}; use train, held_out or all")
         self.root = Path(self.root)
         self.info = DatasetInfo.read(self.root)
-        self._places: dict[str, _Place] = {}
-        self._groups: OrderedDict[tuple[Path, int], list[dict[str, Any]]] = OrderedDict()
-        self._files: dict[Path, pq.ParquetFile] = {}
+        self.index = LatentIndex.open(self.root)
+        self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._masked = masked_ids(self.root) if self.duplicates == "skip" else frozenset()
         self.buckets = {}
-        for manifest in sorted((self.root / "manifests").glob("*.json")):
-            self._index_shard(json.loads(manifest.read_text()))
-        for ids in self.buckets.values():
-            ids.sort()
+        for name, ids in self.index.ids(self.split).items():
+            if seen := [i for i in ids if i not in self._masked]:
+                self.buckets[Bucket.parse(name)] = seen
         self.buckets = dict(sorted(self.buckets.items()))
 
     def __len__(self) -> int:
-        return len(self._places)
-
-    def _index_shard(self, manifest: dict[str, Any]) -> None:
-        shard = manifest["shard"]
-        captions: dict[tuple[str, int], tuple[str, str]] = {}
-        for entry in manifest["files"]:
-            path = self.root / entry["path"]
-            if entry["kind"] == "captions":
-                for row in pq.read_table(path).to_pylist():
-                    captions[row["key"], row["window"]] = (row["caption"], row["synthetic"])
-        for entry in manifest["files"]:
-            if entry["kind"] != "latents":
-                continue
-            path = self.root / entry["path"]
-            ids = self.buckets.setdefault(Bucket.parse(entry["bucket"]), [])
-            for group, place, row in _keys(path):
-                if self.split != "all" and is_held_out(row["key"]) != (self.split == "held_out"):
-                    continue
-                name = f"{shard}/{row['key']}/{row['window']}"
-                texts = captions[row["key"], row["window"]]
-                self._places[name] = _Place(path, group, place, *texts)
-                ids.append(name)
-            if not ids:
-                del self.buckets[Bucket.parse(entry["bucket"])]
+        return sum(len(ids) for ids in self.buckets.values())
 
     def captions(self, name: str) -> tuple[str, str]:
         """Original and synthetic caption of an id."""
+        return self._texts(self._place(name))
+
+    def get(self, name: str) -> LatentRecord:
+        """The whole record of an id, as it is stored."""
         place = self._place(name)
-        return place.caption, place.synthetic
+        with pq.ParquetFile(self.root / place.path) as file:
+            return read_record(file.read_row_group(place.group), place.row)
 
     def load(self, ids: Sequence[str]) -> LatentBatch:
         """The records of `ids`, all of one bucket, in the order given.
@@ -337,7 +317,8 @@ class LatentDataset:
 
         if not ids:
             raise LatentDatasetError("no ids to load; give at least one")
-        rows = [self._row(self._place(name)) for name in ids]
+        places = [self._place(name) for name in ids]
+        rows = [self._row(place) for place in places]
         shapes = {tuple(row["shape"]) for row in rows}
         if len(shapes) > 1:
             raise LatentDatasetError(
@@ -345,49 +326,79 @@ class LatentDataset:
             )
         means = np.stack([_moments(row, "mean") for row in rows])
         logvars = np.stack([_moments(row, "logvar") for row in rows])
-        places = [self._place(name) for name in ids]
+        texts = [self._texts(place) for place in places]
         return LatentBatch(
             mean_BTCHW=torch.from_numpy(means),
             logvar_BTCHW=torch.from_numpy(logvars),
-            captions=[place.caption for place in places],
-            synthetic=[place.synthetic for place in places],
+            captions=[original for original, _ in texts],
+            synthetic=[synthetic for _, synthetic in texts],
             ids=list(ids),
         )
 
-    def _place(self, name: str) -> _Place:
-        place = self._places.get(name)
+    def _place(self, name: str) -> Place:
+        shard, _, rest = name.partition("/")
+        key, _, window = rest.rpartition("/")
+        place = None
+        if window.isdigit() and name not in self._masked and self._is_ours(key):
+            place = self.index.find(key, int(window), shard)
         if place is None:
             raise LatentDatasetError(
                 f"no record {name!r} in the {self.split} split of {self.root}; ids are in .buckets"
             )
         return place
 
-    def _row(self, place: _Place) -> dict[str, Any]:
-        key = (place.path, place.group)
+    def _is_ours(self, key: str) -> bool:
+        return self.split == "all" or is_held_out(key) == (self.split == "held_out")
+
+    def _texts(self, place: Place) -> tuple[str, str]:
+        group = self._group(place.caption_path, place.caption_group, ("caption", "synthetic"))
+        original, synthetic = (
+            group[name][place.caption_row].as_py() for name in group.schema.names
+        )
+        return original, synthetic
+
+    def _row(self, place: Place) -> dict[str, Any]:
+        group = self._group(place.path, place.group, ("shape", "mean", "logvar"))
+        return dict(group.slice(place.row, 1).to_pylist()[0])
+
+    def _group(self, path: str, group: int, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a row group, from the cache where it is there."""
+        key = (path, group)
         if key not in self._groups:
-            if place.path not in self._files:
+            if path not in self._files:
                 while len(self._files) >= _OPEN_FILES:
                     self._files.pop(next(iter(self._files))).close()
-                self._files[place.path] = pq.ParquetFile(place.path)
-            table = self._files[place.path].read_row_group(
-                place.group, columns=["shape", "mean", "logvar"]
-            )
-            self._groups[key] = table.to_pylist()
+                self._files[path] = pq.ParquetFile(self.root / path)
+            self._groups[key] = self._files[path].read_row_group(group, columns=list(columns))
             while len(self._groups) > self.cached_groups:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
-        return self._groups[key][place.row]
+        return self._groups[key]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_groups": OrderedDict(), "_files": {}}
 
 
-def _keys(path: Path) -> Iterable[tuple[int, int, dict[str, Any]]]:
-    """(row group, row in it, key and window) of every record of a file."""
-    with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            rows = file.read_row_group(group, columns=["key", "window"]).to_pylist()
-            yield from ((group, place, row) for place, row in enumerate(rows))
+def read_record(group: pa.Table, row: int) -> LatentRecord:
+    """A row of a row group of LATENT_SCHEMA as a record."""
+    values = group.slice(row, 1).to_pylist()[0]
+    moments = {
+        name: np.frombuffer(values[name], dtype="<f2").reshape(values["shape"])
+        for name in ("mean", "logvar")
+        if values[name] is not None
+    }
+    return LatentRecord(
+        key=values["key"],
+        window=values["window"],
+        number=values["number"],
+        bucket=Bucket.parse(values["bucket"]),
+        fps=values["fps"],
+        pts_s=values["pts_s"],
+        mean=moments["mean"],
+        logvar=moments.get("logvar"),
+        codec=values["codec"],
+        look=values["look"],
+    )
 
 
 def _moments(row: dict[str, Any], name: str) -> npt.NDArray[np.float32]:

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,12 +34,15 @@ from data_prep.resources import StageResources, describe, plan_resources
 from data_prep.run import (
     PrepareReport,
     RunPlan,
+    StageFigures,
+    finish_run,
     located,
     plan_caption_run,
     plan_run,
     report_of,
 )
 from data_prep.stages import (
+    PAYLOAD,
     ROW_SCHEMA,
     CaptionStage,
     DecodeStage,
@@ -59,8 +63,9 @@ Progress = Callable[[str, int, int | None], None]
 shards) or "shards"."""
 
 _ROW_NAMES = tuple(ROW_SCHEMA.names)
-_BLOCK_ROWS = 4
-_BLOCK_BYTES = 32 * 2**20
+_BLOCK_BYTES = 16 * 2**20
+"""Ray Data puts together what an operator yields up to this size, and splits what is larger. Every block costs five tasks, some ten
+milliseconds of scheduling each; what a block holds is in flight, and is made again, when a run is killed."""
 _DONE_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.string()),
@@ -110,7 +115,7 @@ class ShardSource(Datasource):
 
 
 def _read_blocks(job: ShardJob, config: PrepareConfig, out: str) -> Iterator[Block]:
-    """Small blocks, so that the first sample is decoded while the last is still being read."""
+    """Blocks of a few megabytes, so that the first sample is decoded while the last is still being read."""
     ledger = Ledger(Path(out))
     if ledger.is_done(job):
         return
@@ -119,7 +124,7 @@ def _read_blocks(job: ShardJob, config: PrepareConfig, out: str) -> Iterator[Blo
     for row in read_rows(job, config, numbers_to_skip(ledger, job)):
         rows.append(row)
         size_bytes += len(row["media"] or b"")
-        if len(rows) >= _BLOCK_ROWS or size_bytes >= _BLOCK_BYTES:
+        if size_bytes >= _BLOCK_BYTES:
             yield _table(rows)
             rows, size_bytes = [], 0
     if rows:
@@ -131,14 +136,35 @@ def _table(rows: Sequence[Row]) -> pa.Table:
 
 
 class _Operator:
-    """A stage as Ray Data wants it: one row at a time in, one table a row out."""
+    """A stage as Ray Data wants it: a block of rows in, the same rows out in one block.
+
+    One table a row would cost Ray Data a millisecond each to put together again, and frames that a stage only reads are not copied.
+    """
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for row in batch.to_pylist():
-            yield _table([run_stage(self._stage, row)])
+        rows = _rows(batch)
+        done = [run_stage(self._stage, row) for row in rows]
+        columns = {}
+        for field in ROW_SCHEMA:
+            values = [row[field.name] for row in done]
+            same = field.name in PAYLOAD and all(
+                new is old[field.name] for new, old in zip(values, rows, strict=True)
+            )
+            columns[field.name] = batch[field.name] if same else pa.array(values, field.type)
+        yield pa.table(columns, schema=ROW_SCHEMA)
+
+
+def _rows(batch: pa.Table) -> list[Row]:
+    """The rows of a block; frames and moments are views of the block's own memory."""
+    views = [name for name in PAYLOAD if name != "media"]
+    rows: list[Row] = batch.drop_columns(views).to_pylist()
+    for name in views:
+        for row, value in zip(rows, batch[name], strict=True):
+            row[name] = memoryview(value.as_buffer()) if value.is_valid else None
+    return rows
 
 
 class Decode(_Operator):
@@ -169,8 +195,7 @@ class Caption:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         if isinstance(self._stage, CaptionerUnavailable):
             raise self._stage
-        for row in self._stage.process_all(batch.to_pylist()):
-            yield _table([row])
+        yield _table(list(self._stage.process_all(batch.to_pylist())))
 
 
 class Encode(_Operator):
@@ -188,10 +213,12 @@ class Sink:
         self._stage = SinkStage(config, out, jobs)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        taken = []
         for row in batch.to_pylist():
             done = {name: row[name] for name in ("shard", "number", "status", "reason")}
             done["committed"] = self._stage.accept(row)
-            yield pa.Table.from_pylist([done], schema=_DONE_SCHEMA)
+            taken.append(done)
+        yield pa.Table.from_pylist(taken, schema=_DONE_SCHEMA)
 
 
 def build_pipeline(
@@ -311,16 +338,24 @@ def prepare(
         else:
             plan = plan_run(config, shards or (), Path(out), str(codec))
         samples, startup_s = 0, 0.0
+        stages: tuple[StageFigures, ...] = ()
         if plan.jobs:
-            samples, first_s = _run(plan, config, progress)
+            samples, first_s, stages = _run(plan, config, progress)
             startup_s = max(0.0, first_s - begun)
+        finish_run(plan, config)
         return report_of(
-            plan, samples_now=samples, seconds=time.monotonic() - begun, startup_s=startup_s
+            plan,
+            samples_now=samples,
+            seconds=time.monotonic() - begun,
+            startup_s=startup_s,
+            stages=stages,
         )
 
 
-def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> tuple[int, float]:
-    """Stream every job through the pipeline; (samples finished, time of the first one)."""
+def _run(
+    plan: RunPlan, config: PrepareConfig, progress: Progress | None
+) -> tuple[int, float, tuple[StageFigures, ...]]:
+    """Stream every job through the pipeline; (samples finished, time of the first one, what each stage did)."""
     free = ray.available_resources()
     cpus, gpus = float(free.get("CPU", 0.0)), float(free.get("GPU", 0.0))
     if config.captioner.backend == "vllm" and find_spec("vllm") is None:
@@ -339,7 +374,7 @@ def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> tup
     samples, committed, first_s = 0, 0, 0.0
     before = len(plan.names) - len(plan.jobs)
     say("shards", before, len(plan.names))
-    with _quiet_ray_data(), _plain_errors():
+    with _our_ray_data(), _plain_errors():
         pipeline = build_pipeline(plan, config, resources)
         for batch in _done_rows(pipeline):
             for number, is_committed in batch:
@@ -350,7 +385,30 @@ def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> tup
                     say("samples", samples, None)
                 if is_committed:
                     say("shards", before + committed, len(plan.names))
-    return samples, first_s or time.monotonic()
+        stages = tuple(_figures(pipeline, resources))
+    return samples, first_s or time.monotonic(), stages
+
+
+def _figures(pipeline: Dataset, resources: dict[str, StageResources]) -> Iterator[StageFigures]:
+    """What Ray Data measured of each operator; the stages and its operators are in the same order."""
+    summaries, operators = [pipeline.get_stats_summary()], list[Any]()
+    while summaries:
+        summary = summaries.pop()
+        summaries += summary.parents
+        operators = [*summary.operators_stats, *operators]
+    if len(operators) != len(resources):
+        return  # an engine of ray.data.llm brings operators of its own
+    for (name, need), operator in zip(resources.items(), operators, strict=True):
+        if operator.wall_time is None:
+            return
+        yield StageFigures(
+            name=name,
+            workers=need.workers,
+            busy_s=operator.wall_time.sum,
+            span_s=operator.latest_end_time - operator.earliest_start_time,
+            rows=int(operator.output_num_rows.sum),
+            bytes_out=int(operator.output_size_bytes.sum),
+        )
 
 
 def _captioning(config: PrepareConfig, *, encodes: bool) -> ConcurrencyConfig:
@@ -385,16 +443,24 @@ def _done_rows(pipeline: Dataset) -> Iterable[list[tuple[int, bool]]]:
 
 
 @contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data's own bars and notices off while we run; the caller draws from `progress`."""
+def _our_ray_data() -> Iterator[None]:
+    """Blocks of our size, and Ray Data's own bars and notices off while we run; the caller draws from `progress`."""
     context = DataContext.get_current()
-    names = ("enable_progress_bars", "print_on_execution_start")
-    before = {name: getattr(context, name) for name in names}
+    settings = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "target_max_block_size": _BLOCK_BYTES,
+        # A thread for every task that asks the kernel for its memory.
+        "memory_usage_poll_interval_s": None,
+        # Only warns that a codec is larger than its actor's share of memory.
+        "issue_detectors_config": replace(context.issue_detectors_config, detectors=[]),
+    }
+    before = {name: getattr(context, name) for name in settings}
     # The second says only that the bars are off.
     quiet = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
     levels = {name: logging.getLogger(name).level for name in quiet}
-    for name in names:
-        setattr(context, name, False)
+    for name, value in settings.items():
+        setattr(context, name, value)
     for name, level in quiet.items():
         logging.getLogger(name).setLevel(level)
     try:

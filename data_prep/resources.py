@@ -55,7 +55,8 @@ def plan_resources(
             "sink": 1,
             "decode": wanted.decoders or 1,
             "caption": wanted.captioners or 1,
-            "encode": wanted.encoders or 1,
+            # An encoder for every core: encoding is the bulk, and what else runs takes its turn by time-sharing.
+            "encode": wanted.encoders or (1 if wanted.encoder_gpus else max(1, int(cpus))),
         }
         plan = {
             stage: StageResources(counts[stage], _share(cpus * share / counts[stage]))

@@ -14,10 +14,31 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import PrepareConfig
+from data_prep.duplicates import MASK_NAME, write_mask
+from data_prep.index import LatentIndex
 from data_prep.inputs import name_shards
 from data_prep.latents import Bucket, DatasetInfo, read_info_values
 from data_prep.ledger import Ledger, ShardJob, sha256_of, write_atomically
 from data_prep.recaption import failed_captions, plan_captions
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """What a stage did in this run."""
+
+    name: str
+    workers: int
+    busy_s: float
+    """Seconds its workers spent inside the stage, added up."""
+    span_s: float
+    """From the start of its first block to the end of its last."""
+    rows: int
+    bytes_out: int
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the stage's span that a worker was busy, mean over the workers: the fullest stage holds up the rest."""
+        return self.busy_s / (self.workers * self.span_s) if self.span_s > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,8 @@ class PrepareReport:
     """Kept clips without a synthetic caption, by code."""
     unprepared_shards: tuple[str, ...] = ()
     """Shards that a captions-only run was given and that have no latents yet."""
+    stages: tuple[StageFigures, ...] = ()
+    """In order; empty where nothing was left to do."""
 
     @property
     def total(self) -> int:
@@ -171,8 +194,22 @@ def _begin(config: PrepareConfig, out: Path, codec: str, settings: dict[str, Any
     write_atomically(out / "dataset.json", json.dumps(values, indent=1, sort_keys=True).encode())
 
 
+def finish_run(plan: RunPlan, config: PrepareConfig) -> None:
+    """What is made of all shards together, once they stand: the index, and the mask of near-duplicates where one is wanted."""
+    LatentIndex.open(plan.out)
+    if config.duplicate_bits is None:
+        (plan.out / MASK_NAME).unlink(missing_ok=True)
+    else:
+        write_mask(plan.out, config.duplicate_bits)
+
+
 def report_of(
-    plan: RunPlan, *, samples_now: int, seconds: float, startup_s: float
+    plan: RunPlan,
+    *,
+    samples_now: int,
+    seconds: float,
+    startup_s: float,
+    stages: tuple[StageFigures, ...] = (),
 ) -> PrepareReport:
     """Add up the manifests of the run's shards."""
     ledger = Ledger(plan.out)
@@ -204,4 +241,5 @@ def report_of(
         startup_s=startup_s,
         captions_failed=dict(sorted(failed.items())),
         unprepared_shards=plan.unprepared,
+        stages=stages,
     )

@@ -29,6 +29,7 @@ import pyarrow as pa
 from data_prep.captions import CaptionerUnavailable, Written, build_captioner
 from data_prep.clips import ClipTooShort, choose_window, fit_frame
 from data_prep.config import PrepareConfig
+from data_prep.duplicates import perceptual_hash
 from data_prep.filters import judge_metadata, judge_source
 from data_prep.latents import Bucket, LatentRecord
 from data_prep.ledger import Ledger, ShardJob
@@ -68,9 +69,11 @@ ROW_SCHEMA = pa.schema(
         pa.field("logvar", pa.large_binary()),
         pa.field("latent_shape", pa.list_(pa.int32())),
         pa.field("codec", pa.string()),
+        pa.field("look", pa.binary()),
     ]
 )
-_PAYLOAD = ("media", "frames", "mean", "logvar")
+PAYLOAD = ("media", "frames", "mean", "logvar")
+"""Columns of ROW_SCHEMA that hold bytes by the megabyte; buffers of any kind in a row."""
 _RETRY_DEADLINE = 3.0
 
 
@@ -92,7 +95,7 @@ def decided(row: Row, status: str, reason: str, detail: str) -> Row:
     steady = re.sub(r" ?\b0x[0-9a-f]+", "", detail)[:300]
     row = {**row, "status": status, "reason": reason, "detail": steady}
     if status != "kept":
-        row.update(dict.fromkeys(_PAYLOAD))
+        row.update(dict.fromkeys(PAYLOAD))
     return row
 
 
@@ -340,6 +343,7 @@ class EncodeStage:
             "logvar": logvar.tobytes() if self.config.keep_logvar else None,
             "latent_shape": list(mean.shape),
             "codec": self.codec.digest,
+            "look": perceptual_hash(frames_of(row)),
         }
         return decided(row, "kept", "", "")
 
@@ -401,6 +405,7 @@ class SinkStage:
             mean=mean,
             logvar=moments["logvar"],
             codec=row["codec"],
+            look=row["look"],
         )
 
 

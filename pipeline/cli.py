@@ -438,6 +438,53 @@ def submit(
 
 @app.command()
 @user_errors
+def inspect(
+    data: Annotated[Path, typer.Argument(help="Folder of latents that `flowreel prepare` wrote.")],
+    page: Annotated[
+        Path | None, typer.Option(help="The HTML page; default: inspect.html in that folder.")
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=0, max=200, help="Thumbnails of kept, and as many of not kept.")
+    ] = 24,
+    codec: Annotated[
+        str, typer.Option(help="The codec that made the latents: 'tiny', a folder, or a hub id.")
+    ] = "tiny",
+) -> None:
+    """What a dataset holds: tables here, and a page with pictures of what was kept and what was not."""
+    from pipeline.console import Reporter
+    from pipeline.inspection import inspect as run_inspect
+    from pipeline.recipes import TINY_CODEC
+
+    source = str(TINY_CODEC) if codec == "tiny" else codec
+    run_inspect(data, page, source, pictures, Reporter())
+
+
+@app.command()
+@user_errors
+def export(
+    data: Annotated[Path, typer.Argument(help="Folder of latents that `flowreel prepare` wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the tars.")],
+    shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a tar.")] = 1024,
+    split: Annotated[str, typer.Option(help="all, train or held_out.")] = "all",
+) -> None:
+    """Latents as WebDataset tars. Killed, run it again: tars that stand are not written anew."""
+    from data_prep.export import export_webdataset
+    from pipeline.console import Reporter
+
+    reporter = Reporter()
+    with reporter.progress("exporting") as update:
+        paths = export_webdataset(
+            data,
+            out,
+            shard_bytes=shard_mb * 10**6,
+            split=split,  # type: ignore[arg-type]
+            progress=lambda done, total: update(done, total, "records"),
+        )
+    reporter.console.print(f"{len(paths)} tars  {out}", soft_wrap=True)
+
+
+@app.command()
+@user_errors
 def doctor() -> None:
     """Check this machine: what Flowreel needs, what it found, what to do about it."""
     from pipeline.doctor import examine

@@ -10,7 +10,14 @@ from pathlib import Path
 from data_prep.config import PrepareConfig
 from data_prep.ledger import Ledger
 from data_prep.recaption import numbers_to_skip
-from data_prep.run import PrepareReport, RunPlan, plan_caption_run, plan_run, report_of
+from data_prep.run import (
+    PrepareReport,
+    RunPlan,
+    finish_run,
+    plan_caption_run,
+    plan_run,
+    report_of,
+)
 from data_prep.stages import (
     CaptionStage,
     DecodeStage,
@@ -81,6 +88,7 @@ def _run(
         random.Random(shuffle).shuffle(rows)
     for row in rows[:stop_after]:
         sink.accept(row)
+    finish_run(plan, config)
     return report_of(plan, samples_now=len(rows), seconds=1.0, startup_s=0.0)
 
 

@@ -147,7 +147,7 @@ def test_new_captions_do_not_need_new_latents(
     assert report.counts == {"kept": 11}
     after = digests(tmp_path)
     changed = {name.split("/")[0] for name in after if after[name] != before.get(name)}
-    assert changed == {"captions", "manifests"}
+    assert changed == {"captions", "manifests", "index.arrow"}
     from data_prep.latents import LatentDataset
 
     dataset = LatentDataset(tmp_path, "all")

@@ -65,7 +65,7 @@ def test_only_captions_gives_what_a_whole_run_with_that_captioner_gives(
     assert (report.shards_done_now, report.total, report.captions_failed) == (3, 11, {})
     after = digests(out)
     changed = {name.split("/")[0] for name in after if after[name] != before.get(name)}
-    assert changed == {"captions", "manifests", "prepare.json"}
+    assert changed == {"captions", "manifests", "prepare.json", "index.arrow"}
     assert stamps(out, "latents", "status") == times
     assert not any((out / "staging").iterdir())
     for name, digest in digests(whole).items():

@@ -7,8 +7,9 @@
     ROOT/status/SHARD.parquet          one row per sample that went in, kept or not
 
 A shard counts only once its manifest stands. Captions and latents are separate files, so that
-new captions never need new latents. Knows nothing of Ray, of decoding, or of the flow; torch is
-imported only when tensors are asked for.
+new captions never need new latents. ROOT is a local folder or one in an object store
+(`data_prep.storage`), of which a reader takes the row groups that it needs. Knows nothing of Ray, of
+decoding, or of the flow; torch is imported only when tensors are asked for.
 
     LatentDatasetError(ValueError)   no dataset here, another version, an unknown id
 """
@@ -27,6 +28,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from data_prep.storage import Location, map_at_once, open_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,7 +204,7 @@ class DatasetInfo:
         }
 
     @classmethod
-    def read(cls, root: Path) -> DatasetInfo:
+    def read(cls, root: Location) -> DatasetInfo:
         """From `root/dataset.json`. Raises LatentDatasetError where there is none to read."""
         from flow.codec import LatentConvention
 
@@ -217,17 +220,18 @@ class DatasetInfo:
         )
 
 
-def read_info_values(root: Path) -> dict[str, Any]:
+def read_info_values(root: Location) -> dict[str, Any]:
     """`root/dataset.json` as plain values, its version checked; without torch."""
-    path = Path(root) / "dataset.json"
-    if not path.is_file():
+    folder = open_folder(root)
+    try:
+        values = json.loads(folder.read("dataset.json"))
+    except FileNotFoundError as error:
         raise LatentDatasetError(
-            f"no latent dataset in {root}: dataset.json is missing; prepare one"
-        )
-    values = json.loads(path.read_text())
+            f"no latent dataset in {folder.where()}: dataset.json is missing; prepare one"
+        ) from error
     if values.get("version") != FORMAT_VERSION:
         raise LatentDatasetError(
-            f"{path} has format version {values.get('version')!r}; "
+            f"{folder.where('dataset.json')} has format version {values.get('version')!r}; "
             f"this code reads {FORMAT_VERSION}. Prepare the shards again"
         )
     return dict(values)
@@ -250,7 +254,8 @@ class LatentBatch:
 class _Place:
     """Where a record lies."""
 
-    path: Path
+    path: str
+    """Of the Parquet file, relative to the dataset."""
     group: int
     row: int
     """In its row group."""
@@ -266,14 +271,15 @@ class LatentDataset:
     groups are kept. An id is `SHARD/KEY/WINDOW`. Shards without a manifest are not seen.
 
     Args:
-        root: the folder that `prepare` wrote.
+        root: the folder that `prepare` wrote, a path or a URI such as s3://bucket/latents.
         split: "train", "held_out" (keys whose hash is 0 mod 16) or "all".
 
     Raises:
         LatentDatasetError: no dataset there, or of another version.
+        StorageError: the disk or store fails.
     """
 
-    root: Path
+    root: Location
     split: Split = "train"
     cached_groups: int = 256
     info: DatasetInfo = field(init=False)
@@ -282,14 +288,15 @@ class LatentDataset:
     def __post_init__(self) -> None:
         if self.split not in ("train", "held_out", "all"):
             raise LatentDatasetError(f"split is {self.split!r}; use train, held_out or all")
-        self.root = Path(self.root)
+        self.folder = open_folder(self.root)
         self.info = DatasetInfo.read(self.root)
         self._places: dict[str, _Place] = {}
-        self._groups: OrderedDict[tuple[Path, int], list[dict[str, Any]]] = OrderedDict()
-        self._files: dict[Path, pq.ParquetFile] = {}
+        self._groups: OrderedDict[tuple[str, int], list[dict[str, Any]]] = OrderedDict()
+        self._files: dict[str, pq.ParquetFile] = {}
         self.buckets = {}
-        for manifest in sorted((self.root / "manifests").glob("*.json")):
-            self._index_shard(json.loads(manifest.read_text()))
+        manifests = self.folder.names("manifests")
+        for shard in map_at_once(self._read_shard, manifests, self.folder.threads):
+            self._index_shard(*shard)
         for ids in self.buckets.values():
             ids.sort()
         self.buckets = dict(sorted(self.buckets.items()))
@@ -297,28 +304,36 @@ class LatentDataset:
     def __len__(self) -> int:
         return len(self._places)
 
-    def _index_shard(self, manifest: dict[str, Any]) -> None:
-        shard = manifest["shard"]
-        captions: dict[tuple[str, int], tuple[str, str]] = {}
+    def _read_shard(self, base: str) -> tuple[dict[str, Any], list[dict[str, Any]], list[_Keys]]:
+        """A shard's manifest, its captions, and the keys of each of its latent files."""
+        manifest = json.loads(self.folder.read(f"manifests/{base}"))
+        captions: list[dict[str, Any]] = []
+        keys: list[_Keys] = []
         for entry in manifest["files"]:
-            path = self.root / entry["path"]
-            if entry["kind"] == "captions":
-                for row in pq.read_table(path).to_pylist():
-                    captions[row["key"], row["window"]] = (row["caption"], row["synthetic"])
-        for entry in manifest["files"]:
-            if entry["kind"] != "latents":
-                continue
-            path = self.root / entry["path"]
-            ids = self.buckets.setdefault(Bucket.parse(entry["bucket"]), [])
-            for group, place, row in _keys(path):
+            with self.folder.failing("read", entry["path"]):
+                if entry["kind"] == "captions":
+                    with self.folder.open(entry["path"]) as file:
+                        captions += pq.read_table(file).to_pylist()
+                elif entry["kind"] == "latents":
+                    with self.folder.open(entry["path"]) as file:
+                        keys.append((Bucket.parse(entry["bucket"]), entry["path"], _keys(file)))
+        return manifest, captions, keys
+
+    def _index_shard(
+        self, manifest: dict[str, Any], texts: list[dict[str, Any]], keys: list[_Keys]
+    ) -> None:
+        captions = {(r["key"], r["window"]): (r["caption"], r["synthetic"]) for r in texts}
+        for bucket, path, places in keys:
+            ids = self.buckets.setdefault(bucket, [])
+            for group, place, row in places:
                 if self.split != "all" and is_held_out(row["key"]) != (self.split == "held_out"):
                     continue
-                name = f"{shard}/{row['key']}/{row['window']}"
-                texts = captions[row["key"], row["window"]]
-                self._places[name] = _Place(path, group, place, *texts)
+                name = f"{manifest['shard']}/{row['key']}/{row['window']}"
+                found = captions[row["key"], row["window"]]
+                self._places[name] = _Place(path, group, place, *found)
                 ids.append(name)
             if not ids:
-                del self.buckets[Bucket.parse(entry["bucket"])]
+                del self.buckets[bucket]
 
     def captions(self, name: str) -> tuple[str, str]:
         """Original and synthetic caption of an id."""
@@ -358,7 +373,7 @@ class LatentDataset:
         place = self._places.get(name)
         if place is None:
             raise LatentDatasetError(
-                f"no record {name!r} in the {self.split} split of {self.root}; ids are in .buckets"
+                f"no record {name!r} in the {self.split} split of {self.folder.where()}; ids are in .buckets"
             )
         return place
 
@@ -367,11 +382,13 @@ class LatentDataset:
         if key not in self._groups:
             if place.path not in self._files:
                 while len(self._files) >= _OPEN_FILES:
-                    self._files.pop(next(iter(self._files))).close()
-                self._files[place.path] = pq.ParquetFile(place.path)
-            table = self._files[place.path].read_row_group(
-                place.group, columns=["shape", "mean", "logvar"]
-            )
+                    self._files.pop(next(iter(self._files))).close(force=True)
+                # Of a store's file the footer comes now, and of its row groups each when it is wanted.
+                self._files[place.path] = pq.ParquetFile(self.folder.open(place.path))
+            with self.folder.failing("read", place.path):
+                table = self._files[place.path].read_row_group(
+                    place.group, columns=["shape", "mean", "logvar"]
+                )
             self._groups[key] = table.to_pylist()
             while len(self._groups) > self.cached_groups:
                 self._groups.popitem(last=False)
@@ -382,12 +399,16 @@ class LatentDataset:
         return {**self.__dict__, "_groups": OrderedDict(), "_files": {}}
 
 
-def _keys(path: Path) -> Iterable[tuple[int, int, dict[str, Any]]]:
+_Keys = tuple[Bucket, str, list[tuple[int, int, dict[str, Any]]]]
+"""Bucket and path of a file of latents, and (row group, row in it, key and window) of every record."""
+
+
+def _keys(source: pa.NativeFile) -> list[tuple[int, int, dict[str, Any]]]:
     """(row group, row in it, key and window) of every record of a file."""
-    with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            rows = file.read_row_group(group, columns=["key", "window"]).to_pylist()
-            yield from ((group, place, row) for place, row in enumerate(rows))
+    with pq.ParquetFile(source, pre_buffer=True) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        rows = iter(file.read(columns=["key", "window"]).to_pylist())
+    return [(group, row, next(rows)) for group, size in enumerate(sizes) for row in range(size)]
 
 
 def _moments(row: dict[str, Any], name: str) -> npt.NDArray[np.float32]:

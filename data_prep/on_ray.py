@@ -27,9 +27,9 @@ from ray.data.datasource import Datasource, ReadTask
 from data_prep.caption_vllm import engine_result, engine_row, vllm_gpus, vllm_settings
 from data_prep.captions import CaptionerUnavailable, captioner_name
 from data_prep.config import ConcurrencyConfig, PrepareConfig
-from data_prep.ledger import Ledger, ShardJob
+from data_prep.ledger import Ledger, LedgerError, ShardJob
 from data_prep.recaption import numbers_to_skip
-from data_prep.resources import StageResources, describe, plan_resources
+from data_prep.resources import ResourceError, StageResources, describe, plan_resources
 from data_prep.run import (
     PrepareReport,
     RunPlan,
@@ -38,6 +38,7 @@ from data_prep.run import (
     plan_run,
     report_of,
 )
+from data_prep.shards import ShardError
 from data_prep.stages import (
     ROW_SCHEMA,
     CaptionStage,
@@ -51,6 +52,7 @@ from data_prep.stages import (
     run_stage,
     with_caption,
 )
+from data_prep.storage import Location, StorageError, absolute
 
 log = logging.getLogger("flowreel.prepare")
 
@@ -59,6 +61,11 @@ Progress = Callable[[str, int, int | None], None]
 shards) or "shards"."""
 
 _ROW_NAMES = tuple(ROW_SCHEMA.names)
+_FREED_S = 30.0
+"""How long a killed run may take to give its CPUs back, in seconds."""
+_BLOCK_TARGET_BYTES = 1
+"""Ray Data would gather rows up to 128 MiB before it passes them on: whole shards of small clips, all
+lost with the process that gathers them. So each finished row is a block of its own."""
 _BLOCK_ROWS = 4
 _BLOCK_BYTES = 32 * 2**20
 _DONE_SCHEMA = pa.schema(
@@ -79,11 +86,11 @@ class ShardSource(Datasource):
     never become a task, staged samples are not emitted again.
     """
 
-    def __init__(self, jobs: Sequence[ShardJob], config: PrepareConfig, out: Path) -> None:
+    def __init__(self, jobs: Sequence[ShardJob], config: PrepareConfig, out: Location) -> None:
         super().__init__()
         self._jobs = list(jobs)
         self._config = config
-        self._out = str(out)
+        self._ledger = Ledger(out)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Not known before the shards are read."""
@@ -95,10 +102,22 @@ class ShardSource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """One task per shard, whatever parallelism Ray asks for: a tar is read front to back."""
+        """One task per shard, whatever parallelism Ray asks for: a tar is read front to back.
+
+        What is staged is looked up here, once: a task that Ray repeats must give the same blocks
+        again, of which Ray drops as many as it had.
+        """
+        started = set(self._ledger.folder.folders("staging"))
         return [
             ReadTask(
-                partial(_read_blocks, job, self._config, self._out),
+                partial(
+                    _read_blocks,
+                    job,
+                    self._config,
+                    numbers_to_skip(self._ledger, job)
+                    if job.name in started or not job.encode
+                    else set(),
+                ),
                 BlockMetadata(
                     num_rows=None, size_bytes=None, input_files=[job.source], exec_stats=None
                 ),
@@ -109,14 +128,11 @@ class ShardSource(Datasource):
         ]
 
 
-def _read_blocks(job: ShardJob, config: PrepareConfig, out: str) -> Iterator[Block]:
+def _read_blocks(job: ShardJob, config: PrepareConfig, skip: set[int]) -> Iterator[Block]:
     """Small blocks, so that the first sample is decoded while the last is still being read."""
-    ledger = Ledger(Path(out))
-    if ledger.is_done(job):
-        return
     rows: list[Row] = []
     size_bytes = 0
-    for row in read_rows(job, config, numbers_to_skip(ledger, job)):
+    for row in read_rows(job, config, skip):
         rows.append(row)
         size_bytes += len(row["media"] or b"")
         if len(rows) >= _BLOCK_ROWS or size_bytes >= _BLOCK_BYTES:
@@ -182,10 +198,19 @@ class Encode(_Operator):
 
 
 class Sink:
-    """`SinkStage` as the run's only writer; says what it took."""
+    """`SinkStage` as the run's only writer; says what it took.
+
+    It holds the right to write itself: where its run was killed, it may live on for a moment.
+    """
 
     def __init__(self, config: PrepareConfig, out: str, jobs: tuple[ShardJob, ...]) -> None:
+        self._held = contextlib.ExitStack()
         self._stage = SinkStage(config, out, jobs)
+        self._held.enter_context(self._stage.ledger.writing())
+
+    def __del__(self) -> None:
+        # Ray deletes an operator that ends in peace; a killed one's lock ends with its process.
+        self._held.close()
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.to_pylist():
@@ -211,7 +236,7 @@ def build_pipeline(
         ("filter", Filter, (config,)),
         ("caption", Caption, (config,)),
         ("encode", Encode, (config, plan.codec, skip)),
-        ("sink", Sink, (config, str(plan.out), plan.jobs)),
+        ("sink", Sink, (config, plan.out, plan.jobs)),
     ]
     captioner = config.captioner
     calls = captioner.batch_size if captioner.backend == "vlm" else captioner.requests_in_flight
@@ -275,7 +300,7 @@ def _captioned(batch: pa.Table, *, name: str) -> Iterator[pa.Table]:
 def prepare(
     config: PrepareConfig,
     shards: Sequence[str] | None,
-    out: Path,
+    out: Location,
     codec: Path | str,
     *,
     only: Literal["captions"] | None = None,
@@ -290,7 +315,7 @@ def prepare(
         config: the settings.
         shards: WebDataset tars, local paths or URIs that pyarrow opens. With `only` None means
             those that the output was prepared from, where they were.
-        out: output folder, read by `data_prep.latents.LatentDataset`.
+        out: output folder, path or URI, read by `data_prep.latents.LatentDataset`.
         codec: folder or hub id for `flow.codec.VideoCodec.load`.
         only: "captions" writes captions for the latents that stand, where they are missing or of
             another captioner; latent files are not touched.
@@ -302,14 +327,15 @@ def prepare(
         CodecError: the codec cannot be loaded.
         CaptionerUnavailable: the captioner cannot work; what is done stays, run again to go on.
         ResourceError: the cluster's free CPUs cannot hold the stages.
+        StorageError: the disk or the store failed; run the same command again when it is well.
     """
     begun = time.monotonic()
     config = located(config)
-    with Ledger(Path(out).absolute()).lock():
+    with Ledger(absolute(out)).lock():
         if only == "captions":
-            plan = plan_caption_run(config, shards, Path(out))
+            plan = plan_caption_run(config, shards, out)
         else:
-            plan = plan_run(config, shards or (), Path(out), str(codec))
+            plan = plan_run(config, shards or (), out, str(codec))
         samples, startup_s = 0, 0.0
         if plan.jobs:
             samples, first_s = _run(plan, config, progress)
@@ -321,17 +347,10 @@ def prepare(
 
 def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> tuple[int, float]:
     """Stream every job through the pipeline; (samples finished, time of the first one)."""
-    free = ray.available_resources()
-    cpus, gpus = float(free.get("CPU", 0.0)), float(free.get("GPU", 0.0))
     if config.captioner.backend == "vllm" and find_spec("vllm") is None:
         raise CaptionerUnavailable("vLLM is not installed; pip install 'flowreel[vllm]'")
     encodes = any(job.encode for job in plan.jobs)
-    resources = plan_resources(
-        cpus,
-        gpus,
-        _captioning(config, encodes=encodes),
-        encoder_threads=config.encoder_threads,
-    )
+    cpus, resources = _resources(config, _captioning(config, encodes=encodes))
     if not encodes:
         del resources["encode"]
     log.info("preparing %d shards on %s", len(plan.jobs), describe(resources, cpus))
@@ -363,18 +382,41 @@ def _captioning(config: PrepareConfig, *, encodes: bool) -> ConcurrencyConfig:
     return wanted
 
 
+def _resources(
+    config: PrepareConfig, wanted: ConcurrencyConfig
+) -> tuple[float, dict[str, StageResources]]:
+    """Free CPUs, and the stages on them; what a run killed just now still holds is waited for."""
+    deadline = time.monotonic() + _FREED_S
+    while True:
+        free = ray.available_resources()
+        cpus, gpus = float(free.get("CPU", 0.0)), float(free.get("GPU", 0.0))
+        total = float(ray.cluster_resources().get("CPU", 0.0))
+        late = time.monotonic() >= deadline
+        try:
+            plan = plan_resources(cpus, gpus, wanted, encoder_threads=config.encoder_threads)
+        except ResourceError:
+            if late:
+                raise
+        else:
+            # On a share of a busy cluster one can work, but not on crumbs of an idle one.
+            if late or cpus >= min(total, 1.0):
+                return cpus, plan
+        time.sleep(0.5)
+
+
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """A captioner's own error instead of Ray's wrapping of it."""
+    """An error of ours that stops a run as it was raised, instead of Ray's wrapping of it."""
+    ours = (CaptionerUnavailable, StorageError, LedgerError, ShardError)
     try:
         yield
     except Exception as error:
         found: BaseException | None = error
-        while found is not None and not isinstance(found, CaptionerUnavailable):
+        while found is not None and type(found) not in ours and not isinstance(found, LedgerError):
             found = getattr(found, "cause", None) or found.__cause__
         if found is None:
             raise
-        raise CaptionerUnavailable(str(getattr(found, "cause", found))) from None
+        raise found from None
 
 
 def _done_rows(pipeline: Dataset) -> Iterable[list[tuple[int, bool]]]:
@@ -386,13 +428,18 @@ def _done_rows(pipeline: Dataset) -> Iterable[list[tuple[int, bool]]]:
 def _quiet_ray_data() -> Iterator[None]:
     """Ray Data's own bars and notices off while we run; the caller draws from `progress`."""
     context = DataContext.get_current()
-    names = ("enable_progress_bars", "print_on_execution_start")
-    before = {name: getattr(context, name) for name in names}
+    quieter = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "raise_original_map_exception": True,
+        "target_max_block_size": _BLOCK_TARGET_BYTES,
+    }
+    before = {name: getattr(context, name) for name in quieter}
     # The second says only that the bars are off.
     quiet = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
     levels = {name: logging.getLogger(name).level for name in quiet}
-    for name in names:
-        setattr(context, name, False)
+    for name, value in quieter.items():
+        setattr(context, name, value)
     for name, level in quiet.items():
         logging.getLogger(name).setLevel(level)
     try:

@@ -110,7 +110,10 @@ def demo(
 @user_errors
 def prepare(
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for latents, statuses and manifests.")
+        str,
+        typer.Option(
+            "--out", "-o", help="Folder for latents, statuses and manifests; path or s3:// URI."
+        ),
     ],
     shards: Annotated[
         str | None,
@@ -153,7 +156,7 @@ def prepare(
         left = shards_to_do(loaded, paths or [], out)
         with local_or_given(loaded.cluster, address, needed=left > 0):
             prepare_latents(loaded, paths or [], out, Reporter())
-    save_recipe(loaded, out / "recipe.yaml")
+    save_recipe(loaded, out)
 
 
 @app.command("train-codec")
@@ -203,7 +206,10 @@ def train_codec_command(
 @app.command()
 @user_errors
 def train(
-    data: Annotated[Path, typer.Option(help="Folder of latents that `flowreel prepare` wrote.")],
+    data: Annotated[
+        str,
+        typer.Option(help="Folder of latents that `flowreel prepare` wrote; path or s3:// URI."),
+    ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for checkpoints, model and MLflow store.")
     ],
@@ -226,7 +232,7 @@ def train(
     reporter = Reporter()
     with local_or_given(loaded.cluster, address, needed=training_to_do(loaded, data, out)):
         result = run_train(loaded, data, out, reporter)
-    save_recipe(loaded, out / "recipe.yaml")
+    save_recipe(loaded, out)
     reporter.console.print(f"model  {result.model_dir}")
 
 

@@ -85,7 +85,8 @@ class _Lease:
         self.beat += 1
         pid = os.getpid()
         holder = {"host": socket.gethostname(), "machine": _machine(), "pid": str(pid)}
-        holder |= {"started": _started(pid), "beat": str(self.beat)}
+        # Of one length always: a reader may ask for the size before, and the content after, a renewal.
+        holder |= {"started": _started(pid), "beat": f"{self.beat:010d}"}
         self.folder.write(f"{self.name}/{self.base}", json.dumps(holder).encode())
         self._renewed_s = begun_s
 

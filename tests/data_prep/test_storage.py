@@ -224,7 +224,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(store: Store) -> Non
 @pytest.mark.usefixtures("quick_lease")
 def test_a_lease_of_another_machine_ends_when_it_is_not_renewed(store: Store) -> None:
     folder = open_folder(store.uri("afar"))
-    holder = {"host": "x", "machine": "afar", "pid": "1", "started": "1", "beat": "7"}
+    holder = {"host": "x", "machine": "afar", "pid": "1", "started": "1", "beat": "107"}
     folder.write("lock/other.json", json.dumps(holder).encode())
     begun = time.monotonic()
     with folder.lock("lock"):

@@ -237,6 +237,12 @@ class ConcurrencyConfig(_Strict):
     shards_in_flight: int = Field(
         default=2, ge=1, description="Input shards read at the same time."
     )
+    block_bytes: int = Field(
+        default=16 * 2**20,
+        ge=1,
+        description="What passes from stage to stage at once. A block costs some tens of milliseconds of scheduling; "
+        "what it holds is made again when a run is killed. 1 passes every sample by itself.",
+    )
     decoders: int | None = Field(default=None, ge=1, description="Decoding actors.")
     captioners: int | None = Field(default=None, ge=1, description="Captioning actors.")
     captioner_gpus: float = Field(

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterator
 from itertools import combinations
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from data_prep.index import manifests, manifests_digest
+from data_prep.storage import Folder
 
 MASK_NAME = "duplicates.parquet"
 HASH_BITS = 256
@@ -136,21 +135,18 @@ def _candidates(
         yield order[rows - lag], order[rows]
 
 
-def write_mask(root: Path, max_bits: int) -> int:
+def write_mask(folder: Folder, max_bits: int) -> int:
     """Mask every record that has an earlier one (by key, window, shard) within `max_bits`; returns how many.
 
     A function of the manifests and `max_bits` alone; does nothing where the mask that stands was made from the same. Images are
     compared with images, clips with clips.
     """
-    from data_prep.ledger import write_atomically
-
-    made_from = hashlib.sha256(f"{manifests_digest(root)} {max_bits}".encode()).hexdigest()
-    path = root / MASK_NAME
-    if path.is_file():
-        metadata = pq.read_schema(path).metadata or {}
-        if metadata.get(b"made_from") == made_from.encode():
-            return int(pq.read_metadata(path).num_rows)
-    records = sorted(_hashed(root))
+    made_from = hashlib.sha256(f"{manifests_digest(folder)} {max_bits}".encode()).hexdigest()
+    if folder.exists(MASK_NAME):
+        with folder.open(MASK_NAME) as source, pq.ParquetFile(source) as file:
+            if (file.schema_arrow.metadata or {}).get(b"made_from") == made_from.encode():
+                return int(file.metadata.num_rows)
+    records = sorted(_hashed(folder))
     rows = []
     for images in (False, True):
         kind = [record for record in records if record.is_image == images]
@@ -163,7 +159,7 @@ def write_mask(root: Path, max_bits: int) -> int:
     )
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"made_from": made_from}), sink)
-    write_atomically(path, sink.getvalue())
+    folder.write(MASK_NAME, sink.getvalue())
     return len(table)
 
 
@@ -176,15 +172,15 @@ def _near(records: list[Hashed], max_bits: int) -> list[tuple[int, tuple[int, in
     return sorted(near_earlier(hashes, np.asarray(owners), max_bits).items())
 
 
-def _hashed(root: Path) -> Iterator[Hashed]:
+def _hashed(folder: Folder) -> Iterator[Hashed]:
     """Every record that has a hash."""
-    for path in manifests(root):
-        manifest: dict[str, Any] = json.loads(path.read_text())
+    for manifest in manifests(folder):
         for entry in manifest["files"]:
             if entry["kind"] != "latents":
                 continue
             is_image = entry["bucket"].startswith("1x")
-            table = pq.read_table(root / entry["path"], columns=["key", "window", "look"])
+            with folder.open(entry["path"]) as source:
+                table = pq.read_table(source, columns=["key", "window", "look"])
             for row in table.to_pylist():
                 if row["look"]:
                     yield Hashed(
@@ -192,10 +188,10 @@ def _hashed(root: Path) -> Iterator[Hashed]:
                     )
 
 
-def masked_ids(root: Path) -> frozenset[str]:
+def masked_ids(folder: Folder) -> frozenset[str]:
     """Ids (`SHARD/KEY/WINDOW`) that the mask names; none where there is no mask."""
-    path = root / MASK_NAME
-    if not path.is_file():
+    if not folder.exists(MASK_NAME):
         return frozenset()
-    rows = pq.read_table(path, columns=["shard", "key", "window"]).to_pylist()
+    with folder.open(MASK_NAME) as source:
+        rows = pq.read_table(source, columns=["shard", "key", "window"]).to_pylist()
     return frozenset(f"{row['shard']}/{row['key']}/{row['window']}" for row in rows)

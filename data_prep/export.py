@@ -27,8 +27,9 @@ import numpy as np
 from data_prep.config import digest_of
 from data_prep.index import manifests_digest
 from data_prep.latents import LatentDataset, Split
-from data_prep.ledger import write_atomically
+from data_prep.locations import Location
 from data_prep.shards import write_shard
+from data_prep.storage import write_atomically
 
 
 class ExportError(ValueError):
@@ -36,7 +37,7 @@ class ExportError(ValueError):
 
 
 def export_webdataset(
-    root: Path,
+    root: Location,
     out: Path,
     *,
     shard_bytes: int = 2**30,
@@ -46,8 +47,8 @@ def export_webdataset(
     """Write the tars and return their paths; what `duplicates.parquet` masks is left out.
 
     Args:
-        root: the folder that `prepare` wrote.
-        out: folder of the tars.
+        root: the folder that `prepare` wrote, a path or a URI.
+        out: local folder of the tars.
         shard_bytes: size of a tar; one record at least.
         split: "train", "held_out" or "all".
         progress: called with (records done, records in all).
@@ -59,7 +60,7 @@ def export_webdataset(
     dataset = LatentDataset(root, split)
     ids = [name for names in dataset.buckets.values() for name in names]
     made_from = {
-        "manifests": manifests_digest(root), "ids": digest_of({"ids": ids}), "shard_bytes": shard_bytes, "split": split
+        "manifests": manifests_digest(dataset.folder), "ids": digest_of({"ids": ids}), "shard_bytes": shard_bytes, "split": split
     }  # fmt: skip
     note = out / "export.json"
     if note.is_file() and json.loads(note.read_text()) != made_from:

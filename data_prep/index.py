@@ -12,16 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from data_prep.locations import Location, StorageError, is_uri
+from data_prep.storage import Folder, map_at_once, open_folder
 
 if TYPE_CHECKING:
     from data_prep.latents import LatentRecord
@@ -84,8 +85,8 @@ class LatentIndex:
     Columns are zero-copy views of the mapped file: opening costs the manifests' digest, not memory.
     """
 
-    def __init__(self, root: Path, table: pa.Table) -> None:
-        self.root = root
+    def __init__(self, folder: Folder, table: pa.Table) -> None:
+        self.folder = folder
         values = json.loads(table.schema.metadata[b"flowreel"])
         self.files = tuple(IndexedFile(**entry) for entry in values["files"])
         self._count = len(table)
@@ -93,22 +94,23 @@ class LatentIndex:
         self._columns = {name: table[name].to_numpy() for name in _SCHEMA.names if name != "key"}
 
     @classmethod
-    def open(cls, root: Path) -> LatentIndex:
-        """Map `root/index.arrow`, made first where it is missing or other manifests than its own stand there."""
-        root, digest = Path(root), manifests_digest(root)
-        path = root / INDEX_NAME
-        table = _mapped(path)
+    def open(cls, root: Location) -> LatentIndex:
+        """Map `root/index.arrow`, made first where it is missing or other manifests than its own stand there. From an
+        object store it is read whole."""
+        folder = open_folder(root)
+        digest = manifests_digest(folder)
+        table = _mapped(folder)
         if table is None or json.loads(table.schema.metadata[b"flowreel"])["digest"] != digest:
-            table = _build(root, digest)
+            table = _build(folder, digest)
             try:
-                _write(path, table)
-            except OSError as error:
-                # A dataset on a read-only disk is read as well, only not as quickly opened.
-                log.warning("%s is not kept (%s); it stays in memory", path, error.strerror)
-        return cls(root, table)
+                folder.write(INDEX_NAME, _serialized(table))
+            except StorageError as error:
+                # A dataset that may not be written to is read as well, only not as quickly opened.
+                log.warning("the index stays in memory: %s", error)
+        return cls(folder, table)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LatentIndex.open, (self.root,)
+        return LatentIndex.open, (self.folder.location,)
 
     def __len__(self) -> int:
         return self._count
@@ -139,8 +141,10 @@ class LatentIndex:
 
         place = self.find(key, window, shard)
         if place is None:
-            raise LatentDatasetError(f"no record of key {key!r}, window {window}, in {self.root}")
-        with pq.ParquetFile(self.root / place.path) as file:
+            raise LatentDatasetError(
+                f"no record of key {key!r}, window {window}, in {self.folder.where()}"
+            )
+        with self.folder.open(place.path) as source, pq.ParquetFile(source) as file:
             return read_record(file.read_row_group(place.group), place.row)
 
     def _places(self, key: str, window: int) -> Iterator[Place]:
@@ -189,16 +193,17 @@ class LatentIndex:
         return {bucket: sorted(ids) for bucket, ids in by_bucket.items()}
 
 
-def manifests(root: Path) -> list[Path]:
-    """The manifests of the finished shards, in order."""
-    return sorted((root / "manifests").glob("*.json"))
+def manifests(folder: Folder) -> Iterator[dict[str, Any]]:
+    """What the finished shards' manifests say, in the order of their names."""
+    names = [f"manifests/{name}" for name in folder.names("manifests")]
+    for data in map_at_once(folder.read, names, folder.threads):
+        yield json.loads(data)
 
 
-def manifests_digest(root: Path) -> str:
+def manifests_digest(folder: Folder) -> str:
     """Hex SHA-256 of what the manifests say of latent and caption files (their own digests among it), in order."""
     digest = hashlib.sha256(f"index {INDEX_VERSION}".encode())
-    for path in manifests(root):
-        manifest = json.loads(path.read_text())
+    for manifest in manifests(folder):
         files = [entry for entry in manifest["files"] if entry["kind"] in ("latents", "captions")]
         digest.update(json.dumps([manifest["shard"], files], sort_keys=True).encode())
     return digest.hexdigest()
@@ -208,39 +213,35 @@ def _bucket(hashed: int, count: int) -> int:
     return ((hashed >> 32) * count) >> 32
 
 
-def _mapped(path: Path) -> pa.Table | None:
-    """The table of an index file, or None where there is none of this version."""
-    if not path.is_file():
+def _mapped(folder: Folder) -> pa.Table | None:
+    """The table of the index file, or None where there is none of this version."""
+    if not folder.exists(INDEX_NAME):
         return None
+    if is_uri(folder.location):
+        source = pa.BufferReader(folder.read(INDEX_NAME))
+    else:
+        source = pa.memory_map(f"{folder.location}/{INDEX_NAME}")
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(source).read_all()
     except pa.ArrowInvalid:
         return None
     ours = (table.schema.metadata or {}).get(b"flowreel")
     return table if ours and table.schema.equals(_SCHEMA) else None
 
 
-def _write(path: Path, table: pa.Table) -> None:
-    """Under another name, synced, then renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            with pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _serialized(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
 
 
-def _build(root: Path, digest: str) -> pa.Table:
+def _build(folder: Folder, digest: str) -> pa.Table:
     """Read the keys of every file that a manifest names, and sort them by hash."""
     files: list[IndexedFile] = []
     parts: list[pa.Table] = []
-    for path in manifests(root):
-        manifest = json.loads(path.read_text())
-        for entry, part in _shard_rows(root, manifest, len(files)):
+    for manifest in manifests(folder):
+        for entry, part in _shard_rows(folder, manifest, len(files)):
             files.append(entry)
             parts.append(part)
     unsorted = pa.concat_tables(parts) if parts else _SCHEMA.empty_table().drop(["first"])
@@ -257,7 +258,7 @@ def _build(root: Path, digest: str) -> pa.Table:
 
 
 def _shard_rows(
-    root: Path, manifest: dict[str, Any], number: int
+    folder: Folder, manifest: dict[str, Any], number: int
 ) -> Iterator[tuple[IndexedFile, pa.Table]]:
     """The latent files of a shard and, for each, its part of the index."""
     from data_prep.latents import LatentDatasetError
@@ -267,12 +268,12 @@ def _shard_rows(
     for entry in manifest["files"]:
         if entry["kind"] == "captions":
             captions = entry["path"]
-            keys, windows, groups, rows = _keys(root / captions)
+            keys, windows, groups, rows = _keys(folder, captions)
             places = zip(groups.tolist(), rows.tolist(), strict=True)
             written = dict(zip(zip(keys, windows, strict=True), places, strict=True))
     latents = [entry for entry in manifest["files"] if entry["kind"] == "latents"]
     for place, entry in enumerate(latents):
-        keys, windows, groups, rows = _keys(root / entry["path"])
+        keys, windows, groups, rows = _keys(folder, entry["path"])
         missing = [k for k, w in zip(keys, windows, strict=True) if (k, w) not in written]
         if missing:
             raise LatentDatasetError(
@@ -294,10 +295,10 @@ def _shard_rows(
 
 
 def _keys(
-    path: Path,
+    folder: Folder, path: str
 ) -> tuple[list[str], list[int], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Key, window, row group, and row in it, of every record of a Parquet file."""
-    with pq.ParquetFile(path) as file:
+    with folder.failing("read", path), folder.open(path) as source, pq.ParquetFile(source) as file:
         meta = file.metadata
         sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
         table = file.read(columns=["key", "window"])

@@ -6,13 +6,14 @@ Looks at paths, sizes, times and bytes; knows nothing of what is in a shard.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.locations import file_version, is_uri, shown
 from data_prep.shards import ShardError, open_shard
+from data_prep.storage import open_folder
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_SHARDS = 1_000_000
@@ -27,12 +28,15 @@ def find_shards(source: str) -> list[str]:
 
     Raises:
         ShardError: nothing is there, or the range is empty or huge.
+        StorageError: a store that has to be asked fails.
 
     >>> find_shards("s3://bucket/{08..10}.tar")
     ['s3://bucket/08.tar', 's3://bucket/09.tar', 's3://bucket/10.tar']
     """
     if match := _RANGE.search(source):
         return _expand(source, match)
+    if is_uri(source):
+        return _in_store(source)
     path = Path(source)
     if path.is_dir():
         found = sorted(str(p) for p in path.glob("*.tar"))
@@ -47,11 +51,22 @@ def find_shards(source: str) -> list[str]:
             if line and not line.startswith("#")
             for shard in find_shards(line)
         ]
-    if "://" not in source and not path.is_file():
+    if not path.is_file():
         raise ShardError(
             f"no shards at {source!r}: give a folder, a .tar, a {{00000..00099}}.tar range or a .txt list"
         )
     return [source]
+
+
+def _in_store(source: str) -> list[str]:
+    """A file of a store, or the `*.tar` right below a prefix of it."""
+    place, mark, query = source.partition("?")
+    if place.endswith((".tar", ".tar.gz", ".tgz")):
+        return [source]
+    names = [name for name in open_folder(source).names() if name.endswith(".tar")]
+    if not names:
+        raise ShardError(f"no *.tar in {shown(source)}; give a prefix of WebDataset shards")
+    return [f"{place.rstrip('/')}/{name}{mark}{query}" for name in names]
 
 
 def _expand(source: str, match: re.Match[str]) -> list[str]:
@@ -95,7 +110,7 @@ def name_shards(sources: Sequence[str]) -> dict[str, str]:
 
 
 def _stem(source: str) -> str:
-    path = source.partition("://")[2] or source
+    path = shown(source).partition("://")[2] or source
     folder, _, base = path.rpartition("/")
     for suffix in (".tar", ".tar.gz", ".tgz"):
         base = base.removesuffix(suffix)
@@ -112,17 +127,8 @@ def content_sha256(source: str) -> str:
 
 
 def fingerprint(source: str) -> str:
-    """Size and modification time of a shard. Raises ShardError where it is not there."""
-    if "://" not in source:
-        try:
-            found = os.stat(source)
-        except OSError as error:
-            raise ShardError(f"cannot open shard {source}: {error.strerror}") from error
-        return f"size:{found.st_size} mtime_ns:{found.st_mtime_ns}"
-    from pyarrow import fs
-
-    filesystem, path = fs.FileSystem.from_uri(source)
-    info = filesystem.get_file_info(path)
-    if not info.is_file:
-        raise ShardError(f"cannot open shard {source}: no such file")
-    return f"size:{info.size} mtime_ns:{info.mtime_ns}"
+    """Size and modification time of a shard, or its etag. Raises ShardError where it is not there."""
+    try:
+        return file_version(source)
+    except FileNotFoundError as error:
+        raise ShardError(f"cannot open shard {shown(source)}: no such file") from error

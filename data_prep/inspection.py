@@ -5,13 +5,11 @@ Reads manifests, the index and a bounded number of records; nothing is written. 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +19,9 @@ import pyarrow.parquet as pq
 from data_prep.duplicates import MASK_NAME, masked_ids
 from data_prep.index import INDEX_NAME, manifests
 from data_prep.latents import Bucket, DatasetInfo, LatentDataset, LatentRecord
+from data_prep.locations import Location
 from data_prep.shards import IMAGE_SUFFIXES, ShardError, read_shard
+from data_prep.storage import open_folder
 from media.errors import MediaError
 from media.read import VideoReader
 from media.write import decode_image
@@ -76,7 +76,8 @@ class Channels:
 class Inspection:
     """What `inspect_dataset` found."""
 
-    root: Path
+    root: str
+    """Where it lies, for people."""
     info: DatasetInfo
     counts: dict[str, int]
     """Samples by status."""
@@ -100,7 +101,7 @@ class Inspection:
         return sum(self.counts.values())
 
 
-def inspect_dataset(root: Path, *, records: int = 256) -> Inspection:
+def inspect_dataset(root: Location, *, records: int = 256) -> Inspection:
     """Figures of the dataset in `root`; `records` bounds how many latents and captions are read.
 
     Raises:
@@ -112,17 +113,18 @@ def inspect_dataset(root: Path, *, records: int = 256) -> Inspection:
     rows: Counter[Bucket] = Counter()
     sizes: Counter[Bucket] = Counter()
     shards, truncated = 0, 0
-    for manifest in _manifests(root):
+    folder = dataset.folder
+    for manifest in manifests(folder):
         shards, truncated = shards + 1, truncated + bool(manifest.get("truncated"))
         counts.update(manifest["counts"])
         for entry in manifest["files"]:
-            path = root / entry["path"]
             if entry["kind"] == "latents":
                 bucket = Bucket.parse(entry["bucket"])
                 rows[bucket] += entry["rows"]
-                sizes[bucket] += path.stat().st_size
+                sizes[bucket] += folder.size(entry["path"])
             elif entry["kind"] == "status" and set(manifest["counts"]) - {"kept"}:
-                table = pq.read_table(path, columns=["status", "reason"])
+                with folder.open(entry["path"]) as source:
+                    table = pq.read_table(source, columns=["status", "reason"])
                 pairs = zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True)
                 reasons.update(pair for pair in pairs if pair[0] != "kept")
     ids = sampled_ids(dataset, records)
@@ -137,7 +139,7 @@ def inspect_dataset(root: Path, *, records: int = 256) -> Inspection:
     ]
     texts = [dataset.captions(name) for name in ids]
     return Inspection(
-        root=root,
+        root=folder.where(),
         info=dataset.info,
         counts=dict(sorted(counts.items())),
         reasons=dict(sorted(reasons.items())),
@@ -149,8 +151,8 @@ def inspect_dataset(root: Path, *, records: int = 256) -> Inspection:
             for place, kind in enumerate(("original", "synthetic"))
         },
         channels=_channels(dataset, ids) if ids else None,
-        duplicates=len(masked_ids(root)),
-        size_bytes={kind: _folder_bytes(root / kind) for kind in KINDS},
+        duplicates=len(masked_ids(folder)),
+        size_bytes={kind: folder.size(kind) for kind in KINDS},
     )
 
 
@@ -162,17 +164,6 @@ def sampled_ids(dataset: LatentDataset, count: int) -> list[str]:
         share = min(len(ids), max(1, round(count * len(ids) / total)))
         chosen += [ids[i] for i in np.linspace(0, len(ids) - 1, share).round().astype(int)]
     return list(dict.fromkeys(chosen))
-
-
-def _manifests(root: Path) -> Iterator[dict[str, Any]]:
-    for path in manifests(root):
-        yield json.loads(path.read_text())
-
-
-def _folder_bytes(folder: Path) -> int:
-    if folder.is_file():
-        return folder.stat().st_size
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _channels(dataset: LatentDataset, ids: Iterable[str]) -> Channels:
@@ -204,7 +195,7 @@ class Picture:
     detail: str = ""
 
 
-def kept_pictures(root: Path, codec: VideoCodec, count: int) -> list[Picture]:
+def kept_pictures(root: Location, codec: VideoCodec, count: int) -> list[Picture]:
     """Clips decoded back from their latents: what training will see.
 
     Small ones whole; of larger ones the first frame, since a large codec takes minutes a clip without a GPU.
@@ -241,17 +232,20 @@ def _decoded(record: LatentRecord, codec: VideoCodec) -> Frames:
     return codec.decode(x_BTCHW)[0].cpu().numpy()
 
 
-def dropped_pictures(root: Path, count: int) -> list[Picture]:
+def dropped_pictures(root: Location, count: int) -> list[Picture]:
     """Samples that were not kept, every reason in turn, with a frame of their source where it can still be read.
 
     They have no latents, so their shards are opened again: at most eight of them, and only as far as needed. What cannot be shown
     (a shard that is gone, a video that nobody can decode) has a reason all the same.
     """
+    folder = open_folder(root)
     by_reason: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {}
-    for manifest in islice((m for m in _manifests(root) if _lost(m)), _STATUS_FILES):
+    for manifest in islice((m for m in manifests(folder) if _lost(m)), _STATUS_FILES):
         for entry in manifest["files"]:
             if entry["kind"] == "status":
-                for row in pq.read_table(root / entry["path"]).to_pylist():
+                with folder.open(entry["path"]) as source:
+                    table = pq.read_table(source)
+                for row in table.to_pylist():
                     if row["status"] != "kept":
                         rows = by_reason.setdefault((row["status"], row["reason"]), [])
                         rows.append((row, manifest["source"]))

@@ -7,8 +7,9 @@
     ROOT/status/SHARD.parquet          one row per sample that went in, kept or not
 
 A shard counts only once its manifest stands. Captions and latents are separate files, so that
-new captions never need new latents. Knows nothing of Ray, of decoding, or of the flow; torch is
-imported only when tensors are asked for.
+new captions never need new latents. ROOT is a local folder or one in an object store
+(`data_prep.storage`), of which a reader takes the row groups that it needs. Knows nothing of Ray, of
+decoding, or of the flow; torch is imported only when tensors are asked for.
 
     LatentDatasetError(ValueError)   no dataset here, another version, an unknown id
 """
@@ -27,6 +28,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from data_prep.storage import Location, open_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,7 +209,7 @@ class DatasetInfo:
         }
 
     @classmethod
-    def read(cls, root: Path) -> DatasetInfo:
+    def read(cls, root: Location) -> DatasetInfo:
         """From `root/dataset.json`. Raises LatentDatasetError where there is none to read."""
         from flow.codec import LatentConvention
 
@@ -222,17 +225,18 @@ class DatasetInfo:
         )
 
 
-def read_info_values(root: Path) -> dict[str, Any]:
+def read_info_values(root: Location) -> dict[str, Any]:
     """`root/dataset.json` as plain values, its version checked; without torch."""
-    path = Path(root) / "dataset.json"
-    if not path.is_file():
+    folder = open_folder(root)
+    try:
+        values = json.loads(folder.read("dataset.json"))
+    except FileNotFoundError as error:
         raise LatentDatasetError(
-            f"no latent dataset in {root}: dataset.json is missing; prepare one"
-        )
-    values = json.loads(path.read_text())
+            f"no latent dataset in {folder.where()}: dataset.json is missing; prepare one"
+        ) from error
     if values.get("version") != FORMAT_VERSION:
         raise LatentDatasetError(
-            f"{path} has format version {values.get('version')!r}; "
+            f"{folder.where('dataset.json')} has format version {values.get('version')!r}; "
             f"this code reads {FORMAT_VERSION}. Prepare the shards again"
         )
     return dict(values)
@@ -259,15 +263,16 @@ class LatentDataset:
     are read by row group, and the last few groups are kept. An id is `SHARD/KEY/WINDOW`. Shards without a manifest are not seen.
 
     Args:
-        root: the folder that `prepare` wrote.
+        root: the folder that `prepare` wrote, a path or a URI such as s3://bucket/latents.
         split: "train", "held_out" (keys whose hash is 0 mod 16) or "all".
         duplicates: "skip" leaves out what `duplicates.parquet` masks, "keep" does not.
 
     Raises:
         LatentDatasetError: no dataset there, or of another version.
+        StorageError: the disk or store fails.
     """
 
-    root: Path
+    root: Location
     split: Split = "train"
     cached_groups: int = 256
     duplicates: Literal["skip", "keep"] = "skip"
@@ -280,12 +285,12 @@ class LatentDataset:
 
         if self.split not in ("train", "held_out", "all"):
             raise LatentDatasetError(f"split is {self.split!r}; use train, held_out or all")
-        self.root = Path(self.root)
+        self.folder = open_folder(self.root)
         self.info = DatasetInfo.read(self.root)
         self.index = LatentIndex.open(self.root)
         self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._files: dict[str, pq.ParquetFile] = {}
-        self._masked = masked_ids(self.root) if self.duplicates == "skip" else frozenset()
+        self._masked = masked_ids(self.folder) if self.duplicates == "skip" else frozenset()
         self.buckets = {}
         for name, ids in self.index.ids(self.split).items():
             if seen := [i for i in ids if i not in self._masked]:
@@ -302,7 +307,7 @@ class LatentDataset:
     def get(self, name: str) -> LatentRecord:
         """The whole record of an id, as it is stored."""
         place = self._place(name)
-        with pq.ParquetFile(self.root / place.path) as file:
+        with self.folder.open(place.path) as source, pq.ParquetFile(source) as file:
             return read_record(file.read_row_group(place.group), place.row)
 
     def load(self, ids: Sequence[str]) -> LatentBatch:
@@ -343,7 +348,7 @@ class LatentDataset:
             place = self.index.find(key, int(window), shard)
         if place is None:
             raise LatentDatasetError(
-                f"no record {name!r} in the {self.split} split of {self.root}; ids are in .buckets"
+                f"no record {name!r} in the {self.split} split of {self.folder.where()}; ids are in .buckets"
             )
         return place
 
@@ -367,9 +372,12 @@ class LatentDataset:
         if key not in self._groups:
             if path not in self._files:
                 while len(self._files) >= _OPEN_FILES:
-                    self._files.pop(next(iter(self._files))).close()
-                self._files[path] = pq.ParquetFile(self.root / path)
-            self._groups[key] = self._files[path].read_row_group(group, columns=list(columns))
+                    self._files.pop(next(iter(self._files))).close(force=True)
+                # Of a store's file the footer comes now, and of its row groups each when it is wanted.
+                self._files[path] = pq.ParquetFile(self.folder.open(path))
+            with self.folder.failing("read", path):
+                table = self._files[path].read_row_group(group, columns=list(columns))
+            self._groups[key] = table
             while len(self._groups) > self.cached_groups:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)

@@ -3,10 +3,11 @@
     OUT/staging/SHARD/DIGEST/NUMBER.arrow   finished samples of shards that are not
     OUT/manifests/SHARD.json                written last; the only truth about what is done
 
-Every file is written under another name, synced, then renamed. Samples of a shard may arrive in any
-order and more than once; when all numbers are there the shard's files are written in key order and
-its manifest last. Kill it at any moment: staged samples are found again, and the bytes come out the
-same. Knows nothing of Ray or of how a sample is made.
+The output is a local folder or one in an object store (`data_prep.storage`): a file is there whole
+or not at all. Samples of a shard may arrive in any order and more than once; when all numbers are
+there the shard's files are written in key order and its manifest last. Kill it at any moment: staged
+samples are found again, and the bytes come out the same. Knows nothing of Ray or of how a sample is
+made.
 
     LedgerError(ValueError)
     ├── OutputBusy          another run holds the output's lock
@@ -15,19 +16,17 @@ same. Knows nothing of Ray or of how a sample is made.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_prep.config import digest_of
 from data_prep.inputs import content_sha256, fingerprint
@@ -38,6 +37,27 @@ from data_prep.latents import (
     read_info_values,
     write_rows,
 )
+from data_prep.storage import (
+    Folder,
+    Location,
+    LockHeld,
+    is_uri,
+    map_at_once,
+    open_folder,
+    shown,
+    write_atomically,
+)
+
+__all__ = [
+    "STAGED_SCHEMA",
+    "Ledger",
+    "LedgerError",
+    "OutputBusy",
+    "SettingsChanged",
+    "ShardJob",
+    "sha256_of",
+    "write_atomically",
+]
 
 _LATENT_FIELDS = [f for f in LATENT_SCHEMA if f.name not in ("key", "number")]
 _CAPTION_FIELDS = [f for f in CAPTION_SCHEMA if f.name not in ("key", "window")]
@@ -45,6 +65,10 @@ STAGED_SCHEMA = pa.schema(
     [*STATUS_SCHEMA, *(f.with_nullable(True) for f in (*_LATENT_FIELDS, *_CAPTION_FIELDS))]
 )
 """A finished sample: its status, and, where kept, its latents and captions."""
+_LIGHT = [f.name for f in STAGED_SCHEMA if f.name not in ("mean", "logvar", "pts_s", "shape")]
+"""What is held in memory of the staged samples of the shards in flight."""
+_DYING_S = 90.0
+"""How long the writer of a killed run may take to go, in seconds."""
 
 
 class LedgerError(ValueError):
@@ -88,20 +112,48 @@ def caption_job(job: ShardJob, done: dict[str, Any]) -> ShardJob:
 
 @dataclass
 class Ledger:
-    """The output folder of `prepare`."""
+    """The output folder of `prepare`, by path or URI."""
 
-    out: Path
-    _staged: dict[str, set[int]] = field(default_factory=dict)
+    out: Location
+    folder: Folder = field(init=False, repr=False)
+    _staged: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _summaries: dict[str, dict[str, Any] | None] = field(default_factory=dict, repr=False)
+    _check: Callable[[], None] | None = field(default=None, repr=False)
 
-    def manifest_path(self, name: str) -> Path:
-        return self.out / "manifests" / f"{name}.json"
+    def __post_init__(self) -> None:
+        self.folder = open_folder(self.out)
 
     def manifest(self, name: str) -> dict[str, Any] | None:
         """The manifest of a finished shard, or None."""
         try:
-            return dict(json.loads(self.manifest_path(name).read_text()))
+            return dict(json.loads(self.folder.read(f"manifests/{name}.json")))
         except FileNotFoundError:
             return None
+
+    def manifests(self, names: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The manifests that stand, of these shards or of all."""
+        if names is None:
+            names = [base.removesuffix(".json") for base in self.folder.names("manifests")]
+        for done in map_at_once(self.manifest, names, self.folder.threads):
+            if done is not None:
+                yield done
+
+    def jobs(
+        self,
+        sources: Mapping[str, str],
+        latent_digest: str,
+        caption_digest: str,
+        *,
+        verify: bool = False,
+    ) -> list[ShardJob]:
+        """What is left to do for shards, given by name and source. Raises as `job` does."""
+
+        def job(name: str) -> ShardJob | None:
+            return self.job(name, sources[name], latent_digest, caption_digest, verify=verify)
+
+        threads = max([self.folder.threads, *(16 for s in sources.values() if is_uri(s))])
+        found = map_at_once(job, list(sources), threads)
+        return [job for job in found if job is not None]
 
     def job(
         self,
@@ -138,79 +190,124 @@ class Ledger:
         done = self.manifest(job.name)
         return done is not None and done["job"] == job.digest
 
-    @contextlib.contextmanager
+    @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the output for one run; the kernel lets go of it when the process dies.
+        """Hold the output for one run, against every other; it is let go when the process dies.
+
+        What killed runs left is removed first.
 
         Raises:
             OutputBusy: another process holds it.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / ".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise OutputBusy(
-                    f"another run is writing to {self.out}; wait for it, or choose another output"
-                ) from error
+        busy = f"another run is writing to {shown(self.out)}; wait for it, or choose another output"
+        with _held(self.folder, ".lock", busy):
+            with self.writing():
+                self.clean()
             yield
 
-    def staging(self, job: ShardJob) -> Path:
-        return self.out / "staging" / job.name / job.digest
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the right to write, apart from `lock`: the writer is a process of its own and may
+        outlive a killed run for a moment, which is waited for.
+
+        Raises:
+            OutputBusy: another process keeps it.
+        """
+        busy = f"the writer of another run still holds {shown(self.out)}; run again when it is gone"
+        with _held(self.folder, ".lock-writer", busy, wait_s=_DYING_S) as check:
+            self._check = check
+            try:
+                yield
+            finally:
+                self._check = None
+
+    def clean(self) -> None:
+        """Remove what killed runs left: partial files, and files that no manifest names.
+
+        Only for who holds both locks. Staged samples stay: they are work done.
+        """
+        self.folder.remove_partials()
+        kinds = {kind: self.folder.names(kind) for kind in ("status", "latents", "captions")}
+        if not any(kinds.values()):
+            return
+        named = {entry["path"] for done in self.manifests() for entry in done["files"]}
+        for kind, bases in kinds.items():
+            for base in bases:
+                if base.endswith(".parquet") and f"{kind}/{base}" not in named:
+                    self.folder.remove(f"{kind}/{base}")
+
+    def staging(self, job: ShardJob) -> str:
+        """Name of the folder of a job's staged samples."""
+        return f"staging/{job.name}/{job.digest}"
 
     def staged_numbers(self, job: ShardJob) -> set[int]:
         """Numbers of the samples that an earlier run, or this one, has finished."""
-        return {int(path.stem) for path in self.staging(job).glob("[0-9]*.arrow")}
+        bases = (base.partition(".") for base in self.folder.names(self.staging(job)))
+        return {int(stem) for stem, _, suffix in bases if suffix == "arrow" and stem.isdigit()}
 
     def stage(self, job: ShardJob, row: dict[str, Any]) -> None:
         """Keep one finished sample, a row of STAGED_SCHEMA."""
-        folder = self.staging(job)
-        folder.mkdir(parents=True, exist_ok=True)
+        staged = self._light(job)
         table = pa.Table.from_pylist([row], schema=STAGED_SCHEMA)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, STAGED_SCHEMA) as writer:
             writer.write_table(table)
-        write_atomically(folder / f"{row['number']:08d}.arrow", sink.getvalue())
-        self._numbers(job).add(row["number"])
+        self.folder.write(_staged_name(self.staging(job), row["number"]), sink.getvalue())
+        staged[row["number"]] = table.select(_LIGHT).to_pylist()[0]
+
+    def staged_row(self, job: ShardJob, number: int) -> dict[str, Any]:
+        """A staged sample, a row of STAGED_SCHEMA."""
+        data = self.folder.read(_staged_name(self.staging(job), number))
+        return dict(pa.ipc.open_file(pa.BufferReader(data)).read_all().to_pylist()[0])
 
     def staged_rows(self, job: ShardJob, number: int) -> list[dict[str, Any]]:
         """What is staged of a sample: rows of STAGED_SCHEMA."""
-        return [_read_staged(self.staging(job) / f"{number:08d}.arrow", STAGED_SCHEMA.names)]
+        return [self.staged_row(job, number)]
 
     def close_reading(self, job: ShardJob, summary: dict[str, Any]) -> None:
         """Keep what the reader says at the shard's end: `num_samples`, `truncated`, `error`."""
-        folder = self.staging(job)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "end.json", json.dumps(summary).encode())
+        self.folder.write(f"{self.staging(job)}/end.json", json.dumps(summary).encode())
+        self._summaries[job.digest] = summary
+
+    def summary(self, job: ShardJob) -> dict[str, Any] | None:
+        """What the reader said at the shard's end, or None where it has not come there."""
+        if job.digest not in self._summaries:
+            try:
+                said = json.loads(self.folder.read(f"{self.staging(job)}/end.json"))
+            except FileNotFoundError:
+                said = None
+            self._summaries[job.digest] = said
+        return self._summaries[job.digest]
 
     def commit_if_complete(self, job: ShardJob) -> bool:
         """Write the shard's files and manifest once all its samples are staged."""
-        end = self.staging(job) / "end.json"
-        if not end.is_file():
-            return False
-        summary = json.loads(end.read_text())
-        if len(self._numbers(job)) < summary["num_samples"]:
+        summary = self.summary(job)
+        if summary is None or len(self._light(job)) < summary["num_samples"]:
             return False
         self._commit(job, summary)
         return True
 
-    def _numbers(self, job: ShardJob) -> set[int]:
+    def _light(self, job: ShardJob) -> dict[int, dict[str, Any]]:
+        """What is held of the staged samples, by number; first found in the folder."""
         if job.digest not in self._staged:
-            self._staged[job.digest] = self.staged_numbers(job)
+            numbers = sorted(self.staged_numbers(job))
+            rows = map_at_once(lambda n: self.staged_row(job, n), numbers, self.folder.threads)
+            light = {row["number"]: {name: row[name] for name in _LIGHT} for row in rows}
+            self._staged[job.digest] = light
         return self._staged[job.digest]
 
     def _commit(self, job: ShardJob, summary: dict[str, Any]) -> None:
-        heads = []
-        for number in range(summary["num_samples"]):
-            row = _read_staged(self.staging(job) / f"{number:08d}.arrow", STATUS_SCHEMA.names)
-            heads.append(row)
-        heads.sort(key=lambda row: (row["key"].encode(), row["number"]))
-        files = [self._write_status(job, heads)]
+        staged = self._light(job)
+        rows = [staged[number] for number in range(summary["num_samples"])]
+        rows.sort(key=lambda row: (row["key"].encode(), row["number"]))
+        kept = [row for row in rows if row["status"] == "kept"]
+        self._still_ours()
+        old = self.manifest(job.name)
         # Without a manifest nobody reads files that are about to be replaced.
-        self.manifest_path(job.name).unlink(missing_ok=True)
-        kept = [row["number"] for row in heads if row["status"] == "kept"]
+        self.folder.remove(f"manifests/{job.name}.json")
+        files = [self._write("status", f"{job.name}.parquet", rows, STATUS_SCHEMA)]
         files += self._write_latents(job, kept)
-        files.append(self.write_captions(job.name, self._rows(job, kept, CAPTION_SCHEMA)))
+        files.append(self.write_captions(job.name, kept))
         manifest = {
             "shard": job.name,
             "source": job.source,
@@ -219,17 +316,34 @@ class Ledger:
             "caption_digest": job.caption_digest,
             "job": job.digest,
             **summary,
-            "counts": dict(sorted(Counter(row["status"] for row in heads).items())),
+            "counts": dict(sorted(Counter(row["status"] for row in rows).items())),
             "reasons": dict(
-                sorted(Counter(row["reason"] for row in heads if row["reason"]).items())
+                sorted(Counter(row["reason"] for row in rows if row["reason"]).items())
             ),
             "files": files,
         }
         self.write_manifest(job.name, manifest)
-        self._forget(job, files)
+        for entry in old["files"] if old is not None else ():
+            if entry["path"] not in {new["path"] for new in files}:
+                self.folder.remove(entry["path"])
+        self.forget(job)
 
-    def _write_status(self, job: ShardJob, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return self._write("status", f"{job.name}.parquet", iter(rows), STATUS_SCHEMA)
+    def forget(self, job: ShardJob) -> None:
+        """Remove what is held and staged of a finished job."""
+        self._staged.pop(job.digest, None)
+        self._summaries.pop(job.digest, None)
+        self.sweep(job.name)
+
+    def _still_ours(self) -> None:
+        """Raises OutputBusy where the right to write was lost, as on a store that was long away."""
+        if self._check is not None:
+            try:
+                self._check()
+            except LockHeld as error:
+                raise OutputBusy(
+                    f"the lease on {shown(self.out)} ran out, as the store or this process stood "
+                    "still for long; run the same command again"
+                ) from error
 
     def write_captions(self, name: str, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """A shard's caption file; its entry counts the clips without a synthetic one, by code."""
@@ -246,58 +360,39 @@ class Ledger:
 
     def write_manifest(self, name: str, manifest: dict[str, Any]) -> None:
         """Make a shard's files the ones that count. Last of all."""
+        self._still_ours()
         text = json.dumps(manifest, indent=1, sort_keys=True)
-        write_atomically(self.manifest_path(name), text.encode())
+        self.folder.write(f"manifests/{name}.json", text.encode())
 
-    def _write_latents(self, job: ShardJob, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    def read_rows(self, path: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The rows of an output file that a manifest names."""
+        with self.folder.failing("read", path), self.folder.open(path) as file:
+            return list(pq.read_table(file, columns=columns).to_pylist())
+
+    def _write_latents(self, job: ShardJob, kept: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         by_bucket: dict[str, list[int]] = {}
-        for number in numbers:
-            path = self.staging(job) / f"{number:08d}.arrow"
-            by_bucket.setdefault(_read_staged(path, ["bucket"])["bucket"], []).append(number)
+        for row in kept:
+            by_bucket.setdefault(row["bucket"], []).append(row["number"])
         entries = []
-        for bucket, inside in sorted(by_bucket.items()):
-            rows = self._rows(job, inside, LATENT_SCHEMA)
+        for bucket, numbers in sorted(by_bucket.items()):
+            rows = map_at_once(lambda n: self.staged_row(job, n), numbers, self.folder.threads)
             name = f"{job.name}.{bucket}.parquet"
             entries.append({**self._write("latents", name, rows, LATENT_SCHEMA), "bucket": bucket})
         return entries
 
-    def _rows(
-        self, job: ShardJob, numbers: Sequence[int], schema: pa.Schema
-    ) -> Iterator[dict[str, Any]]:
-        for number in numbers:
-            yield _read_staged(self.staging(job) / f"{number:08d}.arrow", schema.names)
-
     def _write(
-        self, kind: str, name: str, rows: Iterator[dict[str, Any]], schema: pa.Schema
+        self, kind: str, base: str, rows: Iterable[dict[str, Any]], schema: pa.Schema
     ) -> dict[str, Any]:
         """One output file and its entry in the manifest."""
-        path = self.out / kind / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial(path)
-        try:
+        name = f"{kind}/{base}"
+        with self.folder.replacing(name) as partial:
             count = write_rows(partial, rows, schema)
             digest = sha256_of(partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-        return {"kind": kind, "path": f"{kind}/{name}", "rows": count, "sha256": digest}
-
-    def _forget(self, job: ShardJob, files: Sequence[dict[str, Any]]) -> None:
-        """Remove the staged samples, and files that an older version of the shard left."""
-        current = {entry["path"] for entry in files}
-        for path in (self.out / "latents").glob("*.parquet"):
-            ours = path.name.rpartition(".parquet")[0].rpartition(".")[0] == job.name
-            if ours and f"latents/{path.name}" not in current:
-                path.unlink(missing_ok=True)
-        self._staged.pop(job.digest, None)
-        self.sweep(job.name)
+        return {"kind": kind, "path": name, "rows": count, "sha256": digest}
 
     def sweep(self, name: str) -> None:
         """Remove what a finished shard left in staging."""
-        shutil.rmtree(self.out / "staging" / name, ignore_errors=True)
+        self.folder.remove_folder(f"staging/{name}")
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Hold the settings against those that the output was begun with.
@@ -305,7 +400,7 @@ class Ledger:
         Raises:
             SettingsChanged: naming every setting that differs.
         """
-        if not (self.out / "dataset.json").is_file():
+        if not self.folder.exists("dataset.json"):
             return
         before = _flat(read_info_values(self.out).get("settings", {}))
         now = _flat(settings)
@@ -313,33 +408,24 @@ class Ledger:
         if names:
             changes = ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in names)
             raise SettingsChanged(
-                f"{self.out} was prepared with other settings ({changes}); "
+                f"{shown(self.out)} was prepared with other settings ({changes}); "
                 "choose another output, or set them back"
             )
 
 
-def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """Write, sync, rename: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(path.parent)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def _held(
+    folder: Folder, name: str, busy: str, *, wait_s: float = 0.0
+) -> Iterator[Callable[[], None]]:
+    lock = folder.lock(name, wait_s=wait_s)
     try:
-        os.fsync(descriptor)
+        check = lock.__enter__()
+    except LockHeld as error:
+        raise OutputBusy(busy) from error
+    try:
+        yield check
     finally:
-        os.close(descriptor)
+        lock.__exit__(None, None, None)
 
 
 def sha256_of(path: Path) -> str:
@@ -348,10 +434,8 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_staged(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    with pa.memory_map(str(path)) as source:
-        table = pa.ipc.open_file(source).read_all()
-        return dict(table.select(list(names)).to_pylist()[0])
+def _staged_name(folder: str, number: int) -> str:
+    return f"{folder}/{number:08d}.arrow"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,9 +28,9 @@ from ray.data.datasource import Datasource, ReadTask
 from data_prep.caption_vllm import engine_result, engine_row, vllm_gpus, vllm_settings
 from data_prep.captions import CaptionerUnavailable, captioner_name
 from data_prep.config import ConcurrencyConfig, PrepareConfig
-from data_prep.ledger import Ledger, ShardJob
+from data_prep.ledger import Ledger, LedgerError, ShardJob
 from data_prep.recaption import numbers_to_skip
-from data_prep.resources import StageResources, describe, plan_resources
+from data_prep.resources import ResourceError, StageResources, describe, plan_resources
 from data_prep.run import (
     PrepareReport,
     RunPlan,
@@ -41,6 +41,7 @@ from data_prep.run import (
     plan_run,
     report_of,
 )
+from data_prep.shards import ShardError
 from data_prep.stages import (
     PAYLOAD,
     ROW_SCHEMA,
@@ -55,6 +56,7 @@ from data_prep.stages import (
     run_stage,
     with_caption,
 )
+from data_prep.storage import Location, StorageError, absolute
 
 log = logging.getLogger("flowreel.prepare")
 
@@ -63,9 +65,8 @@ Progress = Callable[[str, int, int | None], None]
 shards) or "shards"."""
 
 _ROW_NAMES = tuple(ROW_SCHEMA.names)
-_BLOCK_BYTES = 16 * 2**20
-"""Ray Data puts together what an operator yields up to this size, and splits what is larger. Every block costs five tasks, some ten
-milliseconds of scheduling each; what a block holds is in flight, and is made again, when a run is killed."""
+_FREED_S = 30.0
+"""How long a killed run may take to give its CPUs back, in seconds."""
 _DONE_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.string()),
@@ -84,11 +85,11 @@ class ShardSource(Datasource):
     never become a task, staged samples are not emitted again.
     """
 
-    def __init__(self, jobs: Sequence[ShardJob], config: PrepareConfig, out: Path) -> None:
+    def __init__(self, jobs: Sequence[ShardJob], config: PrepareConfig, out: Location) -> None:
         super().__init__()
         self._jobs = list(jobs)
         self._config = config
-        self._out = str(out)
+        self._ledger = Ledger(out)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Not known before the shards are read."""
@@ -100,10 +101,22 @@ class ShardSource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """One task per shard, whatever parallelism Ray asks for: a tar is read front to back."""
+        """One task per shard, whatever parallelism Ray asks for: a tar is read front to back.
+
+        What is staged is looked up here, once: a task that Ray repeats must give the same blocks
+        again, of which Ray drops as many as it had.
+        """
+        started = set(self._ledger.folder.folders("staging"))
         return [
             ReadTask(
-                partial(_read_blocks, job, self._config, self._out),
+                partial(
+                    _read_blocks,
+                    job,
+                    self._config,
+                    numbers_to_skip(self._ledger, job)
+                    if job.name in started or not job.encode
+                    else set(),
+                ),
                 BlockMetadata(
                     num_rows=None, size_bytes=None, input_files=[job.source], exec_stats=None
                 ),
@@ -114,17 +127,14 @@ class ShardSource(Datasource):
         ]
 
 
-def _read_blocks(job: ShardJob, config: PrepareConfig, out: str) -> Iterator[Block]:
-    """Blocks of a few megabytes, so that the first sample is decoded while the last is still being read."""
-    ledger = Ledger(Path(out))
-    if ledger.is_done(job):
-        return
+def _read_blocks(job: ShardJob, config: PrepareConfig, skip: set[int]) -> Iterator[Block]:
+    """Small blocks, so that the first sample is decoded while the last is still being read."""
     rows: list[Row] = []
     size_bytes = 0
-    for row in read_rows(job, config, numbers_to_skip(ledger, job)):
+    for row in read_rows(job, config, skip):
         rows.append(row)
         size_bytes += len(row["media"] or b"")
-        if size_bytes >= _BLOCK_BYTES:
+        if size_bytes >= config.concurrency.block_bytes:
             yield _table(rows)
             rows, size_bytes = [], 0
     if rows:
@@ -207,10 +217,19 @@ class Encode(_Operator):
 
 
 class Sink:
-    """`SinkStage` as the run's only writer; says what it took."""
+    """`SinkStage` as the run's only writer; says what it took.
+
+    It holds the right to write itself: where its run was killed, it may live on for a moment.
+    """
 
     def __init__(self, config: PrepareConfig, out: str, jobs: tuple[ShardJob, ...]) -> None:
+        self._held = contextlib.ExitStack()
         self._stage = SinkStage(config, out, jobs)
+        self._held.enter_context(self._stage.ledger.writing())
+
+    def __del__(self) -> None:
+        # Ray deletes an operator that ends in peace; a killed one's lock ends with its process.
+        self._held.close()
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         taken = []
@@ -238,7 +257,7 @@ def build_pipeline(
         ("filter", Filter, (config,)),
         ("caption", Caption, (config,)),
         ("encode", Encode, (config, plan.codec, skip)),
-        ("sink", Sink, (config, str(plan.out), plan.jobs)),
+        ("sink", Sink, (config, plan.out, plan.jobs)),
     ]
     captioner = config.captioner
     calls = captioner.batch_size if captioner.backend == "vlm" else captioner.requests_in_flight
@@ -302,7 +321,7 @@ def _captioned(batch: pa.Table, *, name: str) -> Iterator[pa.Table]:
 def prepare(
     config: PrepareConfig,
     shards: Sequence[str] | None,
-    out: Path,
+    out: Location,
     codec: Path | str,
     *,
     only: Literal["captions"] | None = None,
@@ -317,7 +336,7 @@ def prepare(
         config: the settings.
         shards: WebDataset tars, local paths or URIs that pyarrow opens. With `only` None means
             those that the output was prepared from, where they were.
-        out: output folder, read by `data_prep.latents.LatentDataset`.
+        out: output folder, path or URI, read by `data_prep.latents.LatentDataset`.
         codec: folder or hub id for `flow.codec.VideoCodec.load`.
         only: "captions" writes captions for the latents that stand, where they are missing or of
             another captioner; latent files are not touched.
@@ -329,14 +348,15 @@ def prepare(
         CodecError: the codec cannot be loaded.
         CaptionerUnavailable: the captioner cannot work; what is done stays, run again to go on.
         ResourceError: the cluster's free CPUs cannot hold the stages.
+        StorageError: the disk or the store failed; run the same command again when it is well.
     """
     begun = time.monotonic()
     config = located(config)
-    with Ledger(Path(out).absolute()).lock():
+    with Ledger(absolute(out)).lock():
         if only == "captions":
-            plan = plan_caption_run(config, shards, Path(out))
+            plan = plan_caption_run(config, shards, out)
         else:
-            plan = plan_run(config, shards or (), Path(out), str(codec))
+            plan = plan_run(config, shards or (), out, str(codec))
         samples, startup_s = 0, 0.0
         stages: tuple[StageFigures, ...] = ()
         if plan.jobs:
@@ -356,17 +376,10 @@ def _run(
     plan: RunPlan, config: PrepareConfig, progress: Progress | None
 ) -> tuple[int, float, tuple[StageFigures, ...]]:
     """Stream every job through the pipeline; (samples finished, time of the first one, what each stage did)."""
-    free = ray.available_resources()
-    cpus, gpus = float(free.get("CPU", 0.0)), float(free.get("GPU", 0.0))
     if config.captioner.backend == "vllm" and find_spec("vllm") is None:
         raise CaptionerUnavailable("vLLM is not installed; pip install 'flowreel[vllm]'")
     encodes = any(job.encode for job in plan.jobs)
-    resources = plan_resources(
-        cpus,
-        gpus,
-        _captioning(config, encodes=encodes),
-        encoder_threads=config.encoder_threads,
-    )
+    cpus, resources = _resources(config, _captioning(config, encodes=encodes))
     if not encodes:
         del resources["encode"]
     log.info("preparing %d shards on %s", len(plan.jobs), describe(resources, cpus))
@@ -374,7 +387,7 @@ def _run(
     samples, committed, first_s = 0, 0, 0.0
     before = len(plan.names) - len(plan.jobs)
     say("shards", before, len(plan.names))
-    with _our_ray_data(), _plain_errors():
+    with _our_ray_data(config), _plain_errors():
         pipeline = build_pipeline(plan, config, resources)
         for batch in _done_rows(pipeline):
             for number, is_committed in batch:
@@ -421,20 +434,41 @@ def _captioning(config: PrepareConfig, *, encodes: bool) -> ConcurrencyConfig:
     return wanted
 
 
+def _resources(
+    config: PrepareConfig, wanted: ConcurrencyConfig
+) -> tuple[float, dict[str, StageResources]]:
+    """Free CPUs, and the stages on them; what a run killed just now still holds is waited for."""
+    deadline = time.monotonic() + _FREED_S
+    while True:
+        free = ray.available_resources()
+        cpus, gpus = float(free.get("CPU", 0.0)), float(free.get("GPU", 0.0))
+        total = float(ray.cluster_resources().get("CPU", 0.0))
+        late = time.monotonic() >= deadline
+        try:
+            plan = plan_resources(cpus, gpus, wanted, encoder_threads=config.encoder_threads)
+        except ResourceError:
+            if late:
+                raise
+        else:
+            # On a share of a busy cluster one can work, but not on crumbs of an idle one.
+            if late or cpus >= min(total, 1.0):
+                return cpus, plan
+        time.sleep(0.5)
+
+
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
-    """A captioner's own error instead of Ray's wrapping of it."""
+    """An error of ours that stops a run as it was raised, instead of Ray's wrapping of it."""
+    ours = (CaptionerUnavailable, StorageError, LedgerError, ShardError)
     try:
         yield
     except Exception as error:
         found: BaseException | None = error
-        while found is not None and not isinstance(found, CaptionerUnavailable):
+        while found is not None and type(found) not in ours and not isinstance(found, LedgerError):
             found = getattr(found, "cause", None) or found.__cause__
         if found is None:
             raise
-        # Ray adds advice on retries below the captioner's own line.
-        words = str(getattr(found, "cause", found)).splitlines()[0]
-        raise CaptionerUnavailable(words) from None
+        raise found from None
 
 
 def _done_rows(pipeline: Dataset) -> Iterable[list[tuple[int, bool]]]:
@@ -443,13 +477,14 @@ def _done_rows(pipeline: Dataset) -> Iterable[list[tuple[int, bool]]]:
 
 
 @contextlib.contextmanager
-def _our_ray_data() -> Iterator[None]:
+def _our_ray_data(config: PrepareConfig) -> Iterator[None]:
     """Blocks of our size, and Ray Data's own bars and notices off while we run; the caller draws from `progress`."""
     context = DataContext.get_current()
     settings = {
         "enable_progress_bars": False,
         "print_on_execution_start": False,
-        "target_max_block_size": _BLOCK_BYTES,
+        "raise_original_map_exception": True,
+        "target_max_block_size": config.concurrency.block_bytes,
         # A thread for every task that asks the kernel for its memory.
         "memory_usage_poll_interval_s": None,
         # Only warns that a codec is larger than its actor's share of memory.

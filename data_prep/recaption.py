@@ -8,19 +8,16 @@ are not written again: only missing ones are. Knows nothing of Ray or of caption
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from data_prep.config import PrepareConfig
 from data_prep.inputs import content_sha256, fingerprint, name_shards
 from data_prep.latents import read_info_values
 from data_prep.ledger import Ledger, LedgerError, ShardJob, caption_job
 from data_prep.shards import ShardError
+from data_prep.storage import Location
 
 
 class SourceGone(LedgerError):
@@ -39,7 +36,9 @@ class CaptionPlan:
     """Shards asked for that have no latents yet."""
 
 
-def plan_captions(config: PrepareConfig, shards: Sequence[str] | None, out: Path) -> CaptionPlan:
+def plan_captions(
+    config: PrepareConfig, shards: Sequence[str] | None, out: Location
+) -> CaptionPlan:
     """What `--only captions` has to do for an output.
 
     Args:
@@ -57,8 +56,7 @@ def plan_captions(config: PrepareConfig, shards: Sequence[str] | None, out: Path
     # The codec is not used, so it need not be at hand.
     ledger.check_settings({**config.latent_settings(), "codec": settings.get("codec")})
     if shards is None:
-        manifests = (json.loads(p.read_text()) for p in (out / "manifests").glob("*.json"))
-        named = {m["shard"]: str(m["source"]) for m in manifests}
+        named = {m["shard"]: str(m["source"]) for m in ledger.manifests()}
     else:
         named = name_shards(shards)
     digest = config.caption_digest()
@@ -116,12 +114,12 @@ def numbers_to_skip(ledger: Ledger, job: ShardJob) -> set[int]:
 
 def commit_captions_if_complete(ledger: Ledger, job: ShardJob) -> bool:
     """Write the shard's captions and manifest once every caption that it wants is staged."""
-    end = ledger.staging(job) / "end.json"
-    if not end.is_file():
+    summary = ledger.summary(job)
+    if summary is None:
         return False
     done = _manifest(ledger, job)
     wanted = _wanted(ledger, job, done)
-    there = json.loads(end.read_text())["num_samples"]
+    there = summary["num_samples"]
     if any(number < there for number in wanted - ledger.staged_numbers(job)):
         return False
     keys = {row["key"]: row["number"] for row in _kept(ledger, done)}
@@ -136,7 +134,7 @@ def commit_captions_if_complete(ledger: Ledger, job: ShardJob) -> bool:
     files = [e for e in done["files"] if e["kind"] != "captions"]
     done |= {"caption_digest": job.caption_digest, "job": job.digest, "files": [*files, entry]}
     ledger.write_manifest(job.name, done)
-    ledger.sweep(job.name)
+    ledger.forget(job)
     return True
 
 
@@ -172,13 +170,13 @@ def _manifest(ledger: Ledger, job: ShardJob) -> dict[str, Any]:
 
 def _kept(ledger: Ledger, done: dict[str, Any]) -> list[dict[str, Any]]:
     path = next(e["path"] for e in done["files"] if e["kind"] == "status")
-    rows = pq.read_table(ledger.out / path, columns=["key", "number", "status"]).to_pylist()
+    rows = ledger.read_rows(path, ["key", "number", "status"])
     return [row for row in rows if row["status"] == "kept"]
 
 
 def _captions(ledger: Ledger, done: dict[str, Any]) -> list[dict[str, Any]]:
     """The caption rows that stand; files of before there were errors have none."""
-    rows = pq.read_table(ledger.out / _caption_entry(done)["path"]).to_pylist()
+    rows = ledger.read_rows(_caption_entry(done)["path"])
     return [{"caption_error": None, **row} for row in rows]
 
 

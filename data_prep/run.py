@@ -18,8 +18,9 @@ from data_prep.duplicates import MASK_NAME, write_mask
 from data_prep.index import LatentIndex
 from data_prep.inputs import name_shards
 from data_prep.latents import Bucket, DatasetInfo, read_info_values
-from data_prep.ledger import Ledger, ShardJob, sha256_of, write_atomically
+from data_prep.ledger import Ledger, ShardJob, sha256_of
 from data_prep.recaption import failed_captions, plan_captions
+from data_prep.storage import Location, absolute, open_folder
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,10 @@ class RunPlan:
     """What is left."""
     codec: str
     """Absolute folder of the codec, or its hub id."""
-    out: Path
+    out: str
+    """Absolute path or URI of the output."""
     unprepared: tuple[str, ...] = ()
     """Shards that a captions-only run leaves out: they have no latents."""
-
-
-def absolute_source(source: str) -> str:
-    """A shard's path made absolute (workers have other working folders); URIs stay."""
-    return source if "://" in source else str(Path(source).absolute())
 
 
 def codec_identity(codec: str) -> str:
@@ -118,42 +115,48 @@ def codec_identity(codec: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def plan_run(config: PrepareConfig, shards: Sequence[str], out: Path, codec: str) -> RunPlan:
+def plan_run(config: PrepareConfig, shards: Sequence[str], out: Location, codec: str) -> RunPlan:
     """Name the shards, hold the settings against the output's, and list what is left to do.
 
-    The codec is loaded, and `dataset.json` and `prepare.json` written, only for a new output.
+    The codec is loaded, and `dataset.json` and `prepare.json` written, only for a new output. Only
+    for who holds the output's lock: `shards_left` asks without it.
 
     Raises:
         ShardError: a shard is missing or given twice.
         SettingsChanged: the output was begun with other settings or another codec.
         CodecError: the codec cannot be loaded.
+        StorageError: the disk or the store fails.
     """
-    out = out.absolute()
-    codec = str(Path(codec).absolute()) if Path(codec).is_dir() else codec
-    named = name_shards([absolute_source(str(source)) for source in shards])
-    settings = {**config.latent_settings(), "codec": codec_identity(codec)}
-    ledger = Ledger(out)
+    ledger = Ledger(absolute(out))
+    codec, named, settings = _asked_for(config, shards, codec)
     ledger.check_settings(settings)
-    if not (out / "dataset.json").is_file():
-        _begin(config, out, codec, settings)
-    latent_digest = read_info_values(out)["prepare_digest"]
-    _keep_recipe(config, out)
-    jobs = []
-    for name, source in named.items():
-        job = ledger.job(name, source, latent_digest, config.caption_digest(), verify=config.verify)
-        if job is not None:
-            jobs.append(job)
-        else:
+    if not ledger.folder.exists("dataset.json"):
+        _begin(config, ledger, codec, settings)
+    _keep_recipe(config, ledger)
+    jobs = _jobs(config, ledger, named)
+    left = {job.name for job in jobs}
+    for name in ledger.folder.folders("staging"):
+        if name in named and name not in left:
             ledger.sweep(name)
-    return RunPlan(tuple(named), tuple(jobs), codec, out)
+    return RunPlan(tuple(named), tuple(jobs), codec, str(ledger.out))
 
 
-def plan_caption_run(config: PrepareConfig, shards: Sequence[str] | None, out: Path) -> RunPlan:
+def shards_left(config: PrepareConfig, shards: Sequence[str], out: Location, codec: str) -> int:
+    """How many shards a run would still have to prepare; writes nothing. Raises as `plan_run`."""
+    ledger = Ledger(absolute(out))
+    codec, named, settings = _asked_for(config, shards, codec)
+    ledger.check_settings(settings)
+    if not ledger.folder.exists("dataset.json"):
+        return len(named)
+    return len(_jobs(config, ledger, named))
+
+
+def plan_caption_run(config: PrepareConfig, shards: Sequence[str] | None, out: Location) -> RunPlan:
     """What `--only captions` has to do: see `data_prep.recaption.plan_captions`."""
-    out = out.absolute()
-    sources = None if shards is None else [absolute_source(str(source)) for source in shards]
+    out = absolute(out)
+    sources = None if shards is None else [absolute(source) for source in shards]
     plan = plan_captions(config, sources, out)
-    _keep_recipe(config, out)
+    _keep_recipe(config, Ledger(out))
     return RunPlan(plan.names, plan.jobs, codec="", out=out, unprepared=plan.unprepared)
 
 
@@ -166,15 +169,28 @@ def located(config: PrepareConfig) -> PrepareConfig:
     return config.model_copy(update={"captioner": captioner})
 
 
-def _keep_recipe(config: PrepareConfig, out: Path) -> None:
+def _keep_recipe(config: PrepareConfig, ledger: Ledger) -> None:
     """The captioner may change between runs; the recipe beside the data is the latest."""
-    recipe = json.dumps(located(config).model_dump(mode="json"), indent=1)
-    kept = out / "prepare.json"
-    if not kept.is_file() or kept.read_text() != recipe:
-        write_atomically(kept, recipe.encode())
+    recipe = json.dumps(located(config).model_dump(mode="json"), indent=1).encode()
+    if not ledger.folder.exists("prepare.json") or ledger.folder.read("prepare.json") != recipe:
+        ledger.folder.write("prepare.json", recipe)
 
 
-def _begin(config: PrepareConfig, out: Path, codec: str, settings: dict[str, Any]) -> None:
+def _asked_for(
+    config: PrepareConfig, shards: Sequence[str], codec: str
+) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """The codec's absolute folder or id, the shards' sources by name, and the output's settings."""
+    codec = str(Path(codec).absolute()) if Path(codec).is_dir() else codec
+    named = name_shards([absolute(source) for source in shards])
+    return codec, named, {**config.latent_settings(), "codec": codec_identity(codec)}
+
+
+def _jobs(config: PrepareConfig, ledger: Ledger, named: dict[str, str]) -> list[ShardJob]:
+    digest = read_info_values(ledger.out)["prepare_digest"]
+    return ledger.jobs(named, digest, config.caption_digest(), verify=config.verify)
+
+
+def _begin(config: PrepareConfig, ledger: Ledger, codec: str, settings: dict[str, Any]) -> None:
     """Write `dataset.json`: what is common to everything this output will hold."""
     from flow.codec import VideoCodec
 
@@ -191,16 +207,18 @@ def _begin(config: PrepareConfig, out: Path, codec: str, settings: dict[str, Any
         prepare_digest=config.latent_digest(loaded.digest),
     )
     values = {**info.to_dict(), "settings": settings}
-    write_atomically(out / "dataset.json", json.dumps(values, indent=1, sort_keys=True).encode())
+    text = json.dumps(values, indent=1, sort_keys=True)
+    ledger.folder.write("dataset.json", text.encode())
 
 
 def finish_run(plan: RunPlan, config: PrepareConfig) -> None:
     """What is made of all shards together, once they stand: the index, and the mask of near-duplicates where one is wanted."""
     LatentIndex.open(plan.out)
+    folder = open_folder(plan.out)
     if config.duplicate_bits is None:
-        (plan.out / MASK_NAME).unlink(missing_ok=True)
+        folder.remove(MASK_NAME)
     else:
-        write_mask(plan.out, config.duplicate_bits)
+        write_mask(folder, config.duplicate_bits)
 
 
 def report_of(
@@ -217,10 +235,8 @@ def report_of(
     reasons: Counter[str] = Counter()
     failed: Counter[str] = Counter()
     truncated, unreadable, standing = [], {}, 0
-    for name in plan.names:
-        manifest = ledger.manifest(name)
-        if manifest is None:
-            continue
+    for manifest in ledger.manifests(plan.names):
+        name = manifest["shard"]
         standing += 1
         counts.update(manifest["counts"])
         reasons.update(manifest["reasons"])

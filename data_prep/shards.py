@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
+from data_prep.locations import open_stream, shown
+
 VIDEO_SUFFIXES = ("mp4", "mov", "mkv", "webm", "avi", "m4v")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _TEXT_BYTES = 1 << 20
@@ -74,18 +76,13 @@ def open_shard(source: str) -> IO[bytes]:
     """Open a local path or any URI that pyarrow knows (s3://, gs://, file://) for streaming.
 
     Raises:
-        ShardError: it is not there or may not be read.
+        ShardError: it is not there.
+        StorageError: the disk or store fails, now or while it is read: no fault of the shard's.
     """
     try:
-        if "://" not in source:
-            return open(source, "rb")
-        from pyarrow import fs
-
-        filesystem, path = fs.FileSystem.from_uri(source)
-        stream: IO[bytes] = filesystem.open_input_stream(path)
-        return stream
-    except (OSError, ValueError) as error:
-        raise ShardError(f"cannot open shard {source}: {error}") from error
+        return open_stream(source)
+    except (FileNotFoundError, ValueError) as error:
+        raise ShardError(f"cannot open shard {shown(source)}: {error}") from error
 
 
 def read_shard(

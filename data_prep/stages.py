@@ -20,7 +20,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +34,7 @@ from data_prep.latents import Bucket, LatentRecord
 from data_prep.ledger import Ledger, ShardJob
 from data_prep.recaption import commit_captions_if_complete
 from data_prep.shards import ShardSummary, read_shard
+from data_prep.storage import Location, StorageError
 from media.errors import DecodeTimeout, ImageTooLarge, MediaError
 from media.read import Clip, VideoInfo, VideoReader
 from media.write import decode_image
@@ -107,7 +107,7 @@ def run_stage(stage: Stage, row: Row) -> Row:
         return stage.process(row)
     except (MediaError, ClipTooShort) as error:
         return decided(row, "failed", error.reason, str(error))
-    except CaptionerUnavailable:  # no fault of the sample's: the run stops and can be resumed
+    except (CaptionerUnavailable, StorageError):  # no fault of the sample's: the run stops
         raise
     except Exception as error:  # a sample must not take its block with it; it is counted instead
         name = f"{row['shard']}/{row['key']}"
@@ -354,15 +354,16 @@ class EncodeStage:
 class SinkStage:
     """Stages finished rows and commits shards that are whole. One of them per run."""
 
-    def __init__(self, config: PrepareConfig, out: str, jobs: tuple[ShardJob, ...]) -> None:
+    def __init__(self, config: PrepareConfig, out: Location, jobs: tuple[ShardJob, ...]) -> None:
         self.config = config
-        self.ledger = Ledger(Path(out))
+        self.ledger = Ledger(out)
+        self._done: dict[str, bool] = {}
         self.jobs = {job.name: job for job in jobs}
 
     def accept(self, row: Row) -> bool:
         """Take one row; True where it completed its shard. Rows of finished shards are ignored."""
         job = self.jobs[row["shard"]]
-        if self.ledger.is_done(job):
+        if self._is_done(job):
             return False
         if row["number"] < 0:
             self.ledger.close_reading(job, json.loads(row["closing"]))
@@ -371,8 +372,17 @@ class SinkStage:
                 row = decided({**row, "frames": None}, "kept", "", "")
             self.ledger.stage(job, self._staged(row))
         if job.encode:
-            return self.ledger.commit_if_complete(job)
-        return commit_captions_if_complete(self.ledger, job)
+            committed = self.ledger.commit_if_complete(job)
+        else:
+            committed = commit_captions_if_complete(self.ledger, job)
+        self._done[job.name] = committed
+        return committed
+
+    def _is_done(self, job: ShardJob) -> bool:
+        """Whether the job is committed; looked up once, as this is the run's only writer."""
+        if job.name not in self._done:
+            self._done[job.name] = self.ledger.is_done(job)
+        return self._done[job.name]
 
     def _staged(self, row: Row) -> Row:
         names = ("key", "shard", "number", "status", "reason", "detail")

@@ -111,7 +111,10 @@ def demo(
 @user_errors
 def prepare(
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for latents, statuses and manifests.")
+        str,
+        typer.Option(
+            "--out", "-o", help="Folder for latents, statuses and manifests; path or s3:// URI."
+        ),
     ],
     shards: Annotated[
         str | None,
@@ -154,7 +157,7 @@ def prepare(
         left = shards_to_do(loaded, paths or [], out)
         with local_or_given(loaded.cluster, address, needed=left > 0):
             prepare_latents(loaded, paths or [], out, Reporter())
-    save_recipe(loaded, out / "recipe.yaml")
+    save_recipe(loaded, out)
 
 
 @app.command("train-codec")
@@ -204,7 +207,10 @@ def train_codec_command(
 @app.command()
 @user_errors
 def train(
-    data: Annotated[Path, typer.Option(help="Folder of latents that `flowreel prepare` wrote.")],
+    data: Annotated[
+        str,
+        typer.Option(help="Folder of latents that `flowreel prepare` wrote; path or s3:// URI."),
+    ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for checkpoints, model and MLflow store.")
     ],
@@ -227,7 +233,7 @@ def train(
     reporter = Reporter()
     with local_or_given(loaded.cluster, address, needed=training_to_do(loaded, data, out)):
         result = run_train(loaded, data, out, reporter)
-    save_recipe(loaded, out / "recipe.yaml")
+    save_recipe(loaded, out)
     reporter.console.print(f"model  {result.model_dir}")
 
 
@@ -439,7 +445,9 @@ def submit(
 @app.command()
 @user_errors
 def inspect(
-    data: Annotated[Path, typer.Argument(help="Folder of latents that `flowreel prepare` wrote.")],
+    data: Annotated[
+        str, typer.Argument(help="Latents that `flowreel prepare` wrote: folder or URI.")
+    ],
     page: Annotated[
         Path | None, typer.Option(help="The HTML page; default: inspect.html in that folder.")
     ] = None,
@@ -462,7 +470,9 @@ def inspect(
 @app.command()
 @user_errors
 def export(
-    data: Annotated[Path, typer.Argument(help="Folder of latents that `flowreel prepare` wrote.")],
+    data: Annotated[
+        str, typer.Argument(help="Latents that `flowreel prepare` wrote: folder or URI.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the tars.")],
     shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a tar.")] = 1024,
     split: Annotated[str, typer.Option(help="all, train or held_out.")] = "all",

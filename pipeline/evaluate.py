@@ -50,7 +50,7 @@ def colour_prompts(count: int) -> list[ColourPrompt]:
     return prompts
 
 
-def captions_to_show(latents: Path, count: int) -> list[str]:
+def captions_to_show(latents: str | Path, count: int) -> list[str]:
     """Different captions of the data itself to prompt with, held-out clips first; fewer where there are fewer."""
     found: dict[str, None] = {}
     for split in ("held_out", "train"):
@@ -67,7 +67,7 @@ def colour_accuracy(videos: list[tuple[str, np.ndarray]]) -> float:
     return sum(measure(frames).colour == colour for colour, frames in videos) / len(videos)
 
 
-def likelihoods(model_dir: Path, latents: Path, *, draws: int) -> dict[str, float]:
+def likelihoods(model_dir: Path, latents: str | Path, *, draws: int) -> dict[str, float]:
     """Held-out nats per dimension (no ½ ln 2π): with true captions, shuffled ones, and of the best per-channel Gaussian.
 
     Every estimate is a mean over the same clips and seeded noise draws; `*_stderr` is over the draws. An `nll` has ½ ln 2π.

@@ -23,6 +23,7 @@ from data_prep.inspection import (
     inspect_dataset,
     kept_pictures,
 )
+from data_prep.locations import Location, is_uri
 from pipeline.console import Reporter
 
 Frames = npt.NDArray[np.uint8]
@@ -39,8 +40,10 @@ class Bar:
     height: float
 
 
-def inspect(root: Path, page: Path | None, codec: str, pictures: int, reporter: Reporter) -> Path:
-    """Print the tables and write the page (`root/inspect.html` by default); returns its path.
+def inspect(
+    root: Location, page: Path | None, codec: str, pictures: int, reporter: Reporter
+) -> Path:
+    """Print the tables and write the page (`root/inspect.html`, or `inspect.html` here for a store); returns its path.
 
     Raises:
         LatentDatasetError: no dataset, a damaged one, or latents of another codec.
@@ -54,7 +57,7 @@ def inspect(root: Path, page: Path | None, codec: str, pictures: int, reporter: 
 
         kept = kept_pictures(root, VideoCodec.load(codec), pictures)
     dropped = dropped_pictures(root, pictures) if pictures else []
-    page = page or root / "inspect.html"
+    page = page or (Path("inspect.html") if is_uri(root) else Path(root, "inspect.html"))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render(found, kept, dropped))
     reporter.console.print(f"page  {page}", soft_wrap=True)
@@ -117,7 +120,7 @@ def render(found: Inspection, kept: list[Picture], dropped: list[Picture]) -> st
     fps = found.info.fps
     return environment.get_template("inspect.html.j2").render(
         found=found,
-        name=found.root.resolve().name,
+        name=found.root.rstrip("/").rpartition("/")[2],
         seconds=sum(b.seconds for b in found.buckets),
         latents_bytes=found.size_bytes["latents"],
         histograms={kind: histogram(words) for kind, words in found.caption_words.items()},

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from data_prep.config import PrepareConfig
+from data_prep.storage import open_folder
 from flow.codec import HUB_ID
 from flow.config import FlowConfig
 from flow.text import TextSpec
@@ -178,10 +179,10 @@ def codec_config(overrides: list[str]) -> CodecConfig:
     return _validated(CodecConfig, values, "train-codec")
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe, defaults and all, beside what it makes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+def save_recipe(recipe: Recipe, folder: str | Path) -> None:
+    """Write the resolved recipe, defaults and all, beside what it makes, as `recipe.yaml`."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    open_folder(folder).write("recipe.yaml", text.encode())
 
 
 def _validated(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:

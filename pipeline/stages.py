@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.moving_shapes import COLOURS, write_world
 from data_prep.on_ray import prepare
-from data_prep.run import PrepareReport, plan_caption_run, plan_run
+from data_prep.run import PrepareReport, plan_caption_run, shards_left
 from flow.codec import latent_frames, video_frames
 from pipeline.client import Request, Video, VideoClient
 from pipeline.cluster import local_or_given
@@ -62,7 +62,7 @@ def make_shards(recipe: Recipe, out: Path, reporter: Reporter) -> list[str]:
 
 
 def prepare_latents(
-    recipe: Recipe, shards: list[str], out: Path, reporter: Reporter
+    recipe: Recipe, shards: list[str], out: str | Path, reporter: Reporter
 ) -> PrepareReport:
     """Video shards → latent shards, on Ray Data; prints what became of every sample."""
     with reporter.progress("preparing") as update:
@@ -78,7 +78,7 @@ def prepare_latents(
 
 
 def caption_again(
-    recipe: Recipe, shards: list[str] | None, out: Path, reporter: Reporter
+    recipe: Recipe, shards: list[str] | None, out: str | Path, reporter: Reporter
 ) -> PrepareReport:
     """Captions for latents that stand, from the recipe's captioner; latents are not touched."""
     with reporter.progress("captioning") as update:
@@ -125,24 +125,24 @@ def _say_captions(report: PrepareReport, reporter: Reporter) -> None:
         )
 
 
-def captions_to_do(recipe: Recipe, shards: list[str] | None, out: Path) -> int:
+def captions_to_do(recipe: Recipe, shards: list[str] | None, out: str | Path) -> int:
     """How many shards `caption_again` would still have to caption."""
     return len(plan_caption_run(recipe.prepare, shards, out).jobs)
 
 
-def shards_to_do(recipe: Recipe, shards: list[str], out: Path) -> int:
+def shards_to_do(recipe: Recipe, shards: list[str], out: str | Path) -> int:
     """How many shards `prepare_latents` would still have to prepare."""
-    return len(plan_run(recipe.prepare, shards, out, recipe.codec_source).jobs)
+    return shards_left(recipe.prepare, shards, out, recipe.codec_source)
 
 
-def training_to_do(recipe: Recipe, latents: Path, out: Path) -> bool:
+def training_to_do(recipe: Recipe, latents: str | Path, out: Path) -> bool:
     """Whether `train` would still have to take a step."""
     codec = Path(recipe.codec_source)
     run = check_run(recipe.train, recipe.model, recipe.text, recipe.video, latents, codec, out)
     return run.finished() is None
 
 
-def train(recipe: Recipe, latents: Path, out: Path, reporter: Reporter) -> TrainResult:
+def train(recipe: Recipe, latents: str | Path, out: Path, reporter: Reporter) -> TrainResult:
     """Latent shards → checkpoint and model folder, on Ray Train."""
     said = ""
     with reporter.progress("training") as update:
@@ -171,7 +171,7 @@ def train(recipe: Recipe, latents: Path, out: Path, reporter: Reporter) -> Train
     return result
 
 
-def evaluate(recipe: Recipe, model: Path, latents: Path) -> dict[str, float]:
+def evaluate(recipe: Recipe, model: Path, latents: str | Path) -> dict[str, float]:
     """What was learnt, as likelihoods, and what the codec loses."""
     bucket = recipe.prepare.bucket
     figures = likelihoods(model, latents, draws=recipe.evaluate.noise_draws)
@@ -249,7 +249,7 @@ def demo(
     """
     reporter = reporter or Reporter()
     started = time.monotonic()
-    save_recipe(recipe, out / "recipe.yaml")
+    save_recipe(recipe, out)
     made = shards is None
     if shards is None:
         with reporter.stage("1 shards"):

@@ -266,7 +266,9 @@ class HeldOut:
         self.texts = _texts(self.store, prompts, bucket, self.ids, "true", config.seed)
 
     @classmethod
-    def open(cls, root: Path, prompts: Prompts, flow: FlowConfig, config: TrainConfig) -> HeldOut:
+    def open(
+        cls, root: str | Path, prompts: Prompts, flow: FlowConfig, config: TrainConfig
+    ) -> HeldOut:
         """The held-out split of a dataset folder."""
         return cls(LatentDataset(root, split="held_out"), prompts, flow, config)
 

@@ -55,7 +55,7 @@ class TrainJob:
 
     flow: FlowConfig
     text: TextSpec
-    dataset: Path
+    dataset: str | Path
     out: Path
 
     @property

@@ -65,7 +65,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         TrainJob(
             FlowConfig.from_dict(settings["flow"]),
             TextSpec(**settings["text"]),
-            Path(settings["dataset"]),
+            settings["dataset"],
             Path(settings["out"]),
         ),
         report=lambda record: ray.train.report(record),
@@ -79,7 +79,7 @@ def _settings(run: Run, config: TrainConfig, tracking: TrackingRun | None) -> di
         "config": config.model_dump(mode="json"),
         "flow": run.job.flow.to_dict(),
         "text": run.job.text.to_dict(),
-        "dataset": str(run.job.dataset.resolve()),
+        "dataset": str(run.job.dataset),
         "out": str(run.out.resolve()),
         "tracking": None if tracking is None else {"uri": tracking.uri, "run_id": tracking.run_id},
     }
@@ -142,7 +142,7 @@ def train_on_ray(
     flow: FlowConfig,
     text: TextSpec,
     video: VideoSpec | None,
-    dataset: Path,
+    dataset: str | Path,
     codec: Path | None,
     out: Path,
     *,
@@ -153,6 +153,7 @@ def train_on_ray(
     Uses the Ray cluster this process is connected to, or starts one that ends with this process.
 
     Args:
+        dataset: folder of latents, path or URI.
         out: the run's folder; on a cluster of several machines, on storage they share.
         progress: called in a thread of the driver with new history records, about twice a second.
 
@@ -160,7 +161,7 @@ def train_on_ray(
         RunError, CheckpointMismatch: before any worker is started.
         TrainingFailed: a worker failed more than `max_worker_failures` times.
     """
-    run = check_run(config, flow, text, video, Path(dataset), codec, Path(out))
+    run = check_run(config, flow, text, video, dataset, codec, Path(out))
     if (done := run.finished()) is not None:
         return done
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_S)

@@ -121,7 +121,7 @@ def check_run(
     flow: FlowConfig,
     text: TextSpec,
     video: VideoSpec | None,
-    dataset: Path,
+    dataset: str | Path,
     codec: Path | None,
     out: Path,
 ) -> Run:
@@ -148,7 +148,7 @@ def check_run(
             f"{dataset} was encoded by codec {info.codec_digest}, but {codec} is {digest}; "
             "train with the codec the latents were made with, or prepare them again"
         )
-    job = TrainJob(flow, text, Path(dataset), Path(out))
+    job = TrainJob(flow, text, latents.folder.location, Path(out))
     description = describe(config, job, latents)
     latest = latest_complete(job.checkpoints)
     if latest is not None:
@@ -223,7 +223,7 @@ def train_in_process(
     flow: FlowConfig,
     text: TextSpec,
     video: VideoSpec | None,
-    dataset: Path,
+    dataset: str | Path,
     codec: Path | None,
     out: Path,
 ) -> TrainResult:

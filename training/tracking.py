@@ -78,7 +78,7 @@ def open_run(
     out: Path,
     *,
     params: Mapping[str, Any],
-    dataset: Path,
+    dataset: str | Path,
     dataset_digest: str,
 ) -> TrackingRun | None:
     """Open the run's record, or the one that `out/tracking.json` names; None where tracking is off.

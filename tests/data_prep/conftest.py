@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from data_prep.config import BucketConfig, PrepareConfig
 from data_prep.moving_shapes import write_world
+
+from .store import CREDENTIALS, Store, running_store
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,3 +74,13 @@ def panda_samples() -> Path:
 @pytest.fixture(scope="session")
 def odd_videos() -> Path:
     return real_folder("FLOWREEL_ODD_VIDEOS", "odd_videos")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """An S3-compatible server on localhost."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        with running_store(tmp_path_factory.mktemp("store")) as running:
+            yield running

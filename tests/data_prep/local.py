@@ -29,6 +29,7 @@ from data_prep.stages import (
     read_rows,
     run_stage,
 )
+from data_prep.storage import Location
 
 
 def finished_rows(plan: RunPlan, config: PrepareConfig) -> Iterator[Row]:
@@ -56,46 +57,49 @@ def finished_rows(plan: RunPlan, config: PrepareConfig) -> Iterator[Row]:
 def prepare_locally(
     config: PrepareConfig,
     shards: list[str],
-    out: Path,
+    out: Location,
     codec: Path,
     *,
     shuffle: int | None = None,
     stop_after: int | None = None,
 ) -> PrepareReport:
     """Like `prepare`, in this process: rows shuffled by a seed, or stopped after so many."""
-    plan = plan_run(config, shards, out, str(codec))
-    return _run(plan, config, shuffle, stop_after)
+    with Ledger(out).lock():
+        plan = plan_run(config, shards, out, str(codec))
+        return _run(plan, config, shuffle, stop_after)
 
 
 def caption_locally(
     config: PrepareConfig,
     shards: list[str] | None,
-    out: Path,
+    out: Location,
     *,
     shuffle: int | None = None,
     stop_after: int | None = None,
 ) -> PrepareReport:
     """Like `prepare` with `only="captions"`, in this process."""
-    return _run(plan_caption_run(config, shards, out), config, shuffle, stop_after)
+    with Ledger(out).lock():
+        return _run(plan_caption_run(config, shards, out), config, shuffle, stop_after)
 
 
 def _run(
     plan: RunPlan, config: PrepareConfig, shuffle: int | None, stop_after: int | None
 ) -> PrepareReport:
-    sink = SinkStage(config, str(plan.out), plan.jobs)
-    rows = list(finished_rows(plan, config))
-    if shuffle is not None:
-        random.Random(shuffle).shuffle(rows)
-    for row in rows[:stop_after]:
-        sink.accept(row)
+    sink = SinkStage(config, plan.out, plan.jobs)
+    with sink.ledger.writing():
+        rows = list(finished_rows(plan, config))
+        if shuffle is not None:
+            random.Random(shuffle).shuffle(rows)
+        for row in rows[:stop_after]:
+            sink.accept(row)
     finish_run(plan, config)
     return report_of(plan, samples_now=len(rows), seconds=1.0, startup_s=0.0)
 
 
 def digests(out: Path) -> dict[str, str]:
-    """Hash of every file of an output but the lock."""
+    """Hash of every file of an output but the locks."""
     return {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and not path.name.startswith(".lock")
     }

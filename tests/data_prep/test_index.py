@@ -16,6 +16,7 @@ import pytest
 
 from data_prep.index import INDEX_NAME, LatentIndex, _build
 from data_prep.latents import Bucket, LatentDataset, LatentDatasetError
+from data_prep.storage import open_folder
 
 from .test_latents import moments, write_dataset
 
@@ -168,7 +169,7 @@ def test_a_read_only_dataset_is_read_without_keeping_the_index(
 
 def test_rows_are_in_order_of_their_hashes(tmp_path: Path) -> None:
     write_dataset(tmp_path)
-    table = _build(tmp_path, "")
+    table = _build(open_folder(tmp_path), "")
     hashes, first = table["hash"].to_numpy(), table["first"].to_numpy()
     assert (np.diff(hashes.astype(np.float64)) >= 0).all()
     assert (np.diff(first) >= 0).all()

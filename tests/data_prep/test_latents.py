@@ -24,12 +24,12 @@ from data_prep.latents import (
 from flow.codec import LatentConvention
 
 
-def moments(number: int, frames: int) -> np.ndarray:
+def moments(number: int, frames: int, side: int = 2) -> np.ndarray:
     rng = np.random.default_rng([number, frames])
-    return rng.normal(size=((frames - 1) // 4 + 1, 3, 2, 2)).astype(np.float16)
+    return rng.normal(size=((frames - 1) // 4 + 1, 3, side, side)).astype(np.float16)
 
 
-def write_dataset(root: Path, *, count: int = 60, logvar: bool = True) -> list[str]:
+def write_dataset(root: Path, *, count: int = 60, logvar: bool = True, side: int = 2) -> list[str]:
     """One shard with clips and images; returns the keys."""
     info = DatasetInfo("c0dec", LatentConvention((0.0,) * 3, (1.0,) * 3), 8.0, (), 3, "d")
     root.mkdir(parents=True, exist_ok=True)
@@ -45,8 +45,8 @@ def write_dataset(root: Path, *, count: int = 60, logvar: bool = True) -> list[s
                 bucket=bucket,
                 fps=8.0,
                 pts_s=[0.0] * bucket.frames,
-                mean=moments(keys.index(key), bucket.frames),
-                logvar=moments(1000 + keys.index(key), bucket.frames) if logvar else None,
+                mean=moments(keys.index(key), bucket.frames, side),
+                logvar=moments(1000 + keys.index(key), bucket.frames, side) if logvar else None,
                 codec="c0dec",
             ).row()
             for key in own

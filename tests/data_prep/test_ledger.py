@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from data_prep.ledger import (
     write_atomically,
 )
 from data_prep.shards import ShardError
+from data_prep.storage import StorageError
 
 from .local import digests, prepare_locally
 
@@ -60,12 +62,13 @@ def test_an_interrupted_write_leaves_the_old_file(
     write_atomically(path, b"old")
 
     def fail(*_: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match=r"No space left.*free some space.*same command again"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 def test_the_bytes_do_not_depend_on_the_order_of_arrival(

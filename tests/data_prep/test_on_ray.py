@@ -103,6 +103,19 @@ def test_finished_shards_never_become_a_read_task(
     assert files == world[1:]
 
 
+def test_a_repeated_read_task_gives_the_same_blocks_whatever_was_staged_meanwhile(
+    config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
+) -> None:
+    """Ray drops as many blocks of the repetition as it had: fewer new ones would lose samples."""
+    prepare_locally(config, world[:1], tmp_path, codec_dir, stop_after=1)
+    plan = plan_run(config, world[:1], tmp_path, str(codec_dir))
+    (task,) = ShardSource(plan.jobs, config, plan.out).get_read_tasks(1)
+    first = [block.to_pylist() for block in task()]
+    assert [row["number"] for block in first for row in block] == [1, 2, 3, -1]
+    prepare_locally(config, world[:1], tmp_path, codec_dir, stop_after=2)
+    assert [block.to_pylist() for block in task()] == first
+
+
 def test_running_again_is_quick_and_needs_no_ray(
     config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
 ) -> None:

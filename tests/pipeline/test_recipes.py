@@ -103,5 +103,5 @@ def test_what_is_no_yaml_or_no_file_is_said(tmp_path: Path) -> None:
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     recipe = load_recipe("tiny", ["train.steps=7"])
     assert recipe.train.steps == 7
-    save_recipe(recipe, tmp_path / "resolved.yaml")
-    assert load_recipe(str(tmp_path / "resolved.yaml")) == recipe
+    save_recipe(recipe, tmp_path)
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe

@@ -1,0 +1,33 @@
+"""Latents in an object store are trained on like latents on a disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flow.weights import VideoSpec, load_model
+from tests.data_prep.store import CREDENTIALS, running_store
+from tests.training.world import TEXT, small_config, small_flow, write_dataset
+from training.run import train_in_process
+
+VIDEO = VideoSpec(num_frames=9, height=64, width=64, fps=8.0)
+
+
+def test_training_from_a_store_gives_the_weights_of_training_from_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    data = write_dataset(tmp_path / "data")
+    with running_store(tmp_path) as store:
+        for path in data.rglob("*"):
+            if path.is_file():
+                store.upload(path, f"latents/{path.relative_to(data)}")
+        states = []
+        for number, root in enumerate((data, store.uri("latents"))):
+            out = tmp_path / f"out{number}"
+            result = train_in_process(small_config(), small_flow(), TEXT, VIDEO, root, None, out)
+            states.append(load_model(result.model_dir)[0].state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

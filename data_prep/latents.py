@@ -53,6 +53,7 @@ LATENT_SCHEMA = pa.schema(
         pa.field("pts_s", pa.list_(pa.float64()), nullable=False),
         pa.field("fps", pa.float32(), nullable=False),
         pa.field("bucket", pa.string(), nullable=False),
+        pa.field("bars", pa.list_(pa.int32(), 4), nullable=False),
         pa.field("codec", pa.string(), nullable=False),
     ]
 )
@@ -129,6 +130,8 @@ class LatentRecord:
     """[t, C, h, w] posterior log-variance, or None where only the mean is kept."""
     codec: str
     """Digest of the codec that made the moments."""
+    bars: tuple[int, ...] = (0, 0, 0, 0)
+    """Black rows and columns cut off the source before the resize: top, bottom, left, right, pixels."""
 
     def row(self) -> dict[str, Any]:
         """The record as a row of LATENT_SCHEMA."""
@@ -145,6 +148,7 @@ class LatentRecord:
             "pts_s": [float(t) for t in self.pts_s],
             "fps": self.fps,
             "bucket": str(self.bucket),
+            "bars": list(self.bars),
             "codec": self.codec,
         }
 

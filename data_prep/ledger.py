@@ -162,20 +162,21 @@ class Ledger:
         """Numbers of the samples that an earlier run, or this one, has finished."""
         return {int(path.stem) for path in self.staging(job).glob("[0-9]*.arrow")}
 
-    def stage(self, job: ShardJob, row: dict[str, Any]) -> None:
-        """Keep one finished sample, a row of STAGED_SCHEMA."""
+    def stage(self, job: ShardJob, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep one finished sample: rows of STAGED_SCHEMA, one per window, all of one number."""
         folder = self.staging(job)
         folder.mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist([row], schema=STAGED_SCHEMA)
+        table = pa.Table.from_pylist(list(rows), schema=STAGED_SCHEMA)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, STAGED_SCHEMA) as writer:
             writer.write_table(table)
-        write_atomically(folder / f"{row['number']:08d}.arrow", sink.getvalue())
-        self._numbers(job).add(row["number"])
+        number = rows[0]["number"]
+        write_atomically(folder / f"{number:08d}.arrow", sink.getvalue())
+        self._numbers(job).add(number)
 
     def staged_rows(self, job: ShardJob, number: int) -> list[dict[str, Any]]:
         """What is staged of a sample: rows of STAGED_SCHEMA."""
-        return [_read_staged(self.staging(job) / f"{number:08d}.arrow", STAGED_SCHEMA.names)]
+        return _read_staged(self.staging(job) / f"{number:08d}.arrow", STAGED_SCHEMA.names)
 
     def close_reading(self, job: ShardJob, summary: dict[str, Any]) -> None:
         """Keep what the reader says at the shard's end: `num_samples`, `truncated`, `error`."""
@@ -202,8 +203,8 @@ class Ledger:
     def _commit(self, job: ShardJob, summary: dict[str, Any]) -> None:
         heads = []
         for number in range(summary["num_samples"]):
-            row = _read_staged(self.staging(job) / f"{number:08d}.arrow", STATUS_SCHEMA.names)
-            heads.append(row)
+            rows = _read_staged(self.staging(job) / f"{number:08d}.arrow", STATUS_SCHEMA.names)
+            heads.append(rows[0])
         heads.sort(key=lambda row: (row["key"].encode(), row["number"]))
         files = [self._write_status(job, heads)]
         # Without a manifest nobody reads files that are about to be replaced.
@@ -223,6 +224,7 @@ class Ledger:
             "reasons": dict(
                 sorted(Counter(row["reason"] for row in heads if row["reason"]).items())
             ),
+            "notes": _count_notes(heads),
             "files": files,
         }
         self.write_manifest(job.name, manifest)
@@ -253,7 +255,7 @@ class Ledger:
         by_bucket: dict[str, list[int]] = {}
         for number in numbers:
             path = self.staging(job) / f"{number:08d}.arrow"
-            by_bucket.setdefault(_read_staged(path, ["bucket"])["bucket"], []).append(number)
+            by_bucket.setdefault(_read_staged(path, ["bucket"])[0]["bucket"], []).append(number)
         entries = []
         for bucket, inside in sorted(by_bucket.items()):
             rows = self._rows(job, inside, LATENT_SCHEMA)
@@ -265,7 +267,7 @@ class Ledger:
         self, job: ShardJob, numbers: Sequence[int], schema: pa.Schema
     ) -> Iterator[dict[str, Any]]:
         for number in numbers:
-            yield _read_staged(self.staging(job) / f"{number:08d}.arrow", schema.names)
+            yield from _read_staged(self.staging(job) / f"{number:08d}.arrow", schema.names)
 
     def _write(
         self, kind: str, name: str, rows: Iterator[dict[str, Any]], schema: pa.Schema
@@ -318,6 +320,12 @@ class Ledger:
             )
 
 
+def _count_notes(heads: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Kept samples by what was odd about them: the word before the first colon of their detail."""
+    noted = [row["detail"] for row in heads if row["status"] == "kept" and row["detail"]]
+    return dict(sorted(Counter(detail.partition(":")[0] for detail in noted).items()))
+
+
 def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
     """Write, sync, rename: the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -348,10 +356,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_staged(path: Path, names: Sequence[str]) -> dict[str, Any]:
+def _read_staged(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
-        return dict(table.select(list(names)).to_pylist()[0])
+        return list(table.select(list(names)).to_pylist())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,8 +3,9 @@
     ShardSource (one read task per tar) → Decode → Filter → Caption → Encode → Sink
 
 Each stage is a Ray Data operator of its own: actor pools never fuse with one another, and the read
-task's CPU share differs from the decoder's. All of it streams; shards in flight are bounded by the
-number of read tasks. The caller starts Ray. Does not know what makes a sample good or bad.
+task's CPU share differs from the decoder's. Pools grow and shrink between their bounds. All of it
+streams; shards in flight are bounded by the number of read tasks. The caller starts Ray. Does not
+know what makes a sample good or bad.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ shards) or "shards"."""
 
 _ROW_NAMES = tuple(ROW_SCHEMA.names)
 _BLOCK_ROWS = 4
-_BLOCK_BYTES = 32 * 2**20
+_BLOCK_BYTES = 2**20
+"""A few small clips, or one large: with Ray's own 128 MiB a shard would pass from stage to stage whole."""
 _DONE_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.string()),
@@ -73,7 +75,7 @@ _DONE_SCHEMA = pa.schema(
 
 
 class ShardSource(Datasource):
-    """Ray Data source of WebDataset tars: one read task per shard that is not done.
+    """Ray Data source of tars and folders: one read task per shard that is not done.
 
     Unlike `ray.data.read_webdataset` it salvages truncated tars and can resume: finished shards
     never become a task, staged samples are not emitted again.
@@ -205,6 +207,7 @@ def build_pipeline(
         compute=TaskPoolStrategy(size=read.workers),
         override_num_blocks=len(plan.jobs),
     )
+    rows.context.target_max_block_size = _BLOCK_BYTES
     skip = frozenset(job.name for job in plan.jobs if not job.encode)
     stages: list[tuple[str, type, tuple[Any, ...]]] = [
         ("decode", Decode, (config,)),
@@ -226,7 +229,7 @@ def build_pipeline(
         rows = rows.map_batches(
             operator,
             fn_constructor_args=arguments,
-            compute=ActorPoolStrategy(size=need.workers),
+            compute=ActorPoolStrategy(min_size=need.workers, max_size=max(need.workers, need.most)),
             num_cpus=need.cpus,
             num_gpus=need.gpus or None,
             batch_size=sizes.get(name, 1 if need.gpus else None),
@@ -288,8 +291,8 @@ def prepare(
 
     Args:
         config: the settings.
-        shards: WebDataset tars, local paths or URIs that pyarrow opens. With `only` None means
-            those that the output was prepared from, where they were.
+        shards: WebDataset tars (local paths or URIs that pyarrow opens) and folders of loose files. With
+            `only` None means those that the output was prepared from, where they were.
         out: output folder, read by `data_prep.latents.LatentDataset`.
         codec: folder or hub id for `flow.codec.VideoCodec.load`.
         only: "captions" writes captions for the latents that stand, where they are missing or of
@@ -310,17 +313,25 @@ def prepare(
             plan = plan_caption_run(config, shards, Path(out))
         else:
             plan = plan_run(config, shards or (), Path(out), str(codec))
-        samples, startup_s = 0, 0.0
+        samples, startup_s, resources = 0, 0.0, ""
         if plan.jobs:
-            samples, first_s = _run(plan, config, progress)
+            samples, first_s, resources = _run(plan, config, progress)
             startup_s = max(0.0, first_s - begun)
         return report_of(
-            plan, samples_now=samples, seconds=time.monotonic() - begun, startup_s=startup_s
+            plan,
+            samples_now=samples,
+            seconds=time.monotonic() - begun,
+            startup_s=startup_s,
+            resources=resources,
         )
 
 
-def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> tuple[int, float]:
-    """Stream every job through the pipeline; (samples finished, time of the first one)."""
+def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> tuple[int, float, str]:
+    """Stream every job through the pipeline.
+
+    Returns:
+        Samples finished, time of the first one, and what the preflight chose.
+    """
     free = ray.available_resources()
     cpus, gpus = float(free.get("CPU", 0.0)), float(free.get("GPU", 0.0))
     if config.captioner.backend == "vllm" and find_spec("vllm") is None:
@@ -334,7 +345,8 @@ def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> tup
     )
     if not encodes:
         del resources["encode"]
-    log.info("preparing %d shards on %s", len(plan.jobs), describe(resources, cpus))
+    chosen = describe(resources, cpus)
+    log.info("preparing %d shards on %s", len(plan.jobs), chosen)
     say: Progress = progress or (lambda stage, done, total: None)
     samples, committed, first_s = 0, 0, 0.0
     before = len(plan.names) - len(plan.jobs)
@@ -350,7 +362,7 @@ def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> tup
                     say("samples", samples, None)
                 if is_committed:
                     say("shards", before + committed, len(plan.names))
-    return samples, first_s or time.monotonic()
+    return samples, first_s or time.monotonic(), chosen
 
 
 def _captioning(config: PrepareConfig, *, encodes: bool) -> ConcurrencyConfig:

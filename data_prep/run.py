@@ -28,6 +28,8 @@ class PrepareReport:
     """Samples by status: kept, dropped (a filter), failed (bad input)."""
     reasons: dict[str, int]
     """Samples by reason code, for those not kept."""
+    notes: dict[str, int]
+    """Kept samples that were odd, by how: `bars` cut, a `json` not read, some `windows` not kept."""
     shards: int
     """Input shards, done before or now."""
     shards_done_now: int
@@ -44,6 +46,8 @@ class PrepareReport:
     """Kept clips without a synthetic caption, by code."""
     unprepared_shards: tuple[str, ...] = ()
     """Shards that a captions-only run was given and that have no latents yet."""
+    resources: str = ""
+    """What the preflight chose for the stages; empty where nothing was left to do."""
 
     @property
     def total(self) -> int:
@@ -58,7 +62,8 @@ class PrepareReport:
     def rows(self) -> list[tuple[str, str, int]]:
         """(status, reason, samples) of the closing table; its numbers add up to `total`."""
         kept = self.counts.get("kept", 0)
-        rows = [("kept", "", kept)]
+        rows = [("kept", "", kept - sum(self.notes.values()))]
+        rows += [("kept", note, count) for note, count in sorted(self.notes.items())]
         rows += [("not kept", reason, count) for reason, count in sorted(self.reasons.items())]
         return rows
 
@@ -157,8 +162,8 @@ def _begin(config: PrepareConfig, out: Path, codec: str, settings: dict[str, Any
 
     loaded = VideoCodec.load(codec)
     size = config.bucket
-    clip = Bucket(size.num_frames, size.height, size.width)
-    buckets = {clip, Bucket(1, size.height, size.width)} if config.images else {clip}
+    lengths = {size.num_frames, 1} if config.images else {size.num_frames}
+    buckets = {Bucket(n, *sides) for n in lengths for sides in size.all_sizes()}
     info = DatasetInfo(
         codec_digest=loaded.digest,
         convention=loaded.convention,
@@ -172,13 +177,14 @@ def _begin(config: PrepareConfig, out: Path, codec: str, settings: dict[str, Any
 
 
 def report_of(
-    plan: RunPlan, *, samples_now: int, seconds: float, startup_s: float
+    plan: RunPlan, *, samples_now: int, seconds: float, startup_s: float, resources: str = ""
 ) -> PrepareReport:
     """Add up the manifests of the run's shards."""
     ledger = Ledger(plan.out)
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     failed: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     truncated, unreadable, standing = [], {}, 0
     for name in plan.names:
         manifest = ledger.manifest(name)
@@ -188,6 +194,7 @@ def report_of(
         counts.update(manifest["counts"])
         reasons.update(manifest["reasons"])
         failed.update(failed_captions(manifest))
+        notes.update(manifest.get("notes", {}))
         if manifest["truncated"]:
             truncated.append(name)
         if manifest["error"]:
@@ -195,6 +202,7 @@ def report_of(
     return PrepareReport(
         counts=dict(sorted(counts.items())),
         reasons=dict(sorted(reasons.items())),
+        notes=dict(sorted(notes.items())),
         shards=standing,
         shards_done_now=len(plan.jobs),
         truncated_shards=tuple(truncated),
@@ -204,4 +212,5 @@ def report_of(
         startup_s=startup_s,
         captions_failed=dict(sorted(failed.items())),
         unprepared_shards=plan.unprepared,
+        resources=resources,
     )

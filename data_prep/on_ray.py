@@ -386,7 +386,9 @@ def _plain_errors() -> Iterator[None]:
             found = getattr(found, "cause", None) or found.__cause__
         if found is None:
             raise
-        raise CaptionerUnavailable(str(getattr(found, "cause", found))) from None
+        # Ray may add lines of its own about retries; ours has one.
+        said = str(getattr(found, "cause", found)).partition("\n")[0]
+        raise CaptionerUnavailable(said) from None
 
 
 def _done_rows(pipeline: Dataset) -> Iterable[list[tuple[int, bool]]]:

@@ -377,7 +377,11 @@ def main(arguments: list[str]) -> int:
         return 0
     options = _options(arguments)
     bucket = Bucket.parse(options.bucket)
-    sizes = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+    sizes: dict[str, Any] = {
+        "num_frames": bucket.frames,
+        "height": bucket.height,
+        "width": bucket.width,
+    }
     config = PrepareConfig(bucket=BucketConfig(**sizes, fps=options.fps))
     with tempfile.TemporaryDirectory(prefix="flowreel-benchmark-") as folder:
         scratch = Path(folder)

@@ -23,8 +23,20 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Pool = int | tuple[int, int] | None
+"""Actors of a stage: so many, between least and most, or as the preflight finds."""
+
+
 class BucketConfig(_Strict):
-    """Size and rate of the clips that are cut from the videos."""
+    """Sizes and rate of the clips that are cut from the videos.
+
+    With `aspects` or `sizes` there are several buckets, and each video goes into the one whose aspect is
+    nearest to its own.
+
+    Example:
+        >>> [f"{h}x{w}" for h, w in BucketConfig(aspects=("1:1", "16:9")).all_sizes()]
+        ['64x64', '48x80']
+    """
 
     num_frames: int = Field(default=17, ge=1, le=1025, description="Frames per clip; 4k+1.")
     height: int = Field(default=64, ge=16, le=4096, description="Rows in pixels; a multiple of 16.")
@@ -33,6 +45,17 @@ class BucketConfig(_Strict):
     )
     fps: float = Field(
         default=8.0, gt=0, le=120, description="Frame rate of a clip, frames per second."
+    )
+    aspects: tuple[str, ...] = Field(
+        default=(),
+        max_length=64,
+        description="Buckets of these aspects (width:height, such as 16:9), each of about the area "
+        "height × width; none: one bucket of height × width.",
+    )
+    sizes: tuple[tuple[int, int], ...] = Field(
+        default=(),
+        max_length=64,
+        description="Buckets of exactly these (rows, columns) in pixels, instead of aspects.",
     )
 
     @model_validator(mode="after")
@@ -43,14 +66,48 @@ class BucketConfig(_Strict):
                 f"bucket.num_frames is {self.num_frames}; the codec takes 4k+1 frames: "
                 f"use {near} or {near + 4}"
             )
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            if value % 16:
+        named = [("height", self.height), ("width", self.width)]
+        for name, value in named + [("sizes", side) for size in self.sizes for side in size]:
+            if value % 16 or not 16 <= value <= 4096:
                 raise ValueError(
                     f"bucket.{name} is {value} pixels; the codec needs a multiple of 16: "
                     f"use {value // 16 * 16 or 16} or {value // 16 * 16 + 16}"
                 )
+        if self.aspects and self.sizes:
+            raise ValueError("bucket.aspects and bucket.sizes are both given; give one of them")
+        for aspect in self.aspects:
+            _ratio(aspect)
+        if len(set(self.all_sizes())) < len(self.aspects or self.sizes):
+            raise ValueError(
+                f"bucket.aspects {list(self.aspects)} and sizes {list(self.sizes)} give the same size "
+                f"twice: {self.all_sizes()}; leave one out, or enlarge height × width"
+            )
         return self
+
+    def all_sizes(self) -> list[tuple[int, int]]:
+        """(rows, columns) of every bucket, in pixels."""
+        if self.sizes:
+            return list(self.sizes)
+        area = self.height * self.width
+        return [_sized(_ratio(aspect), area) for aspect in self.aspects] or [
+            (self.height, self.width)
+        ]
+
+
+def _ratio(aspect: str) -> float:
+    """Width over height of a text such as 16:9."""
+    width, colon, height = aspect.partition(":")
+    if not (colon and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise ValueError(f"aspect {aspect!r} is not WIDTH:HEIGHT in whole numbers, such as 16:9")
+    if not 1 / 8 <= int(width) / int(height) <= 8:
+        raise ValueError(f"aspect {aspect!r} is beyond 8:1; use one between 1:8 and 8:1")
+    return int(width) / int(height)
+
+
+def _sized(ratio: float, area: int) -> tuple[int, int]:
+    """The multiples of 16 nearest to a rectangle of this ratio and area."""
+    height, width = (area / ratio) ** 0.5, (area * ratio) ** 0.5
+    return max(16, round(height / 16) * 16), max(16, round(width / 16) * 16)
 
 
 class FilterConfig(_Strict):
@@ -70,6 +127,35 @@ class FilterConfig(_Strict):
     missing_metadata: Literal["keep", "drop"] = Field(
         default="keep",
         description="What becomes of samples without the metadata that a filter reads.",
+    )
+    crop_bars: bool = Field(
+        default=False,
+        description="Measure black bars (letterbox, pillarbox) and cut them off before the resize.",
+    )
+    max_bar_share: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="With crop_bars: drop sources whose bars take more than this share of the area.",
+    )
+    static_below: float | None = Field(
+        default=None,
+        gt=0,
+        le=255,
+        description="Drop clips whose mean absolute change from frame to frame is below this many of "
+        "256 grey levels; 0.5 drops stills with compression noise.",
+    )
+    max_black_frames: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Drop clips with more than this share of black frames.",
+    )
+    max_white_frames: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Drop clips with more than this share of white frames.",
     )
 
 
@@ -243,17 +329,39 @@ class ConcurrencyConfig(_Strict):
         description="What passes from stage to stage at once. A block costs some tens of milliseconds of scheduling; "
         "what it holds is made again when a run is killed. 1 passes every sample by itself.",
     )
-    decoders: int | None = Field(default=None, ge=1, description="Decoding actors.")
-    captioners: int | None = Field(default=None, ge=1, description="Captioning actors.")
+    decoders: Pool = Field(default=None, description="Decoding actors: a number, or [least, most].")
+    captioners: Pool = Field(
+        default=None, description="Captioning actors: a number, or [least, most]."
+    )
     captioner_gpus: float = Field(
         default=0.0,
         ge=0,
         description="GPUs per captioning actor (vlm, vllm); 0 captions on CPU.",
     )
-    encoders: int | None = Field(default=None, ge=1, description="Codec actors.")
+    encoders: Pool = Field(default=None, description="Codec actors: a number, or [least, most].")
     encoder_gpus: float = Field(
         default=0.0, ge=0, description="GPUs per codec actor; 0 encodes on CPU."
     )
+
+    @model_validator(mode="after")
+    def _pools_are_ranges(self) -> ConcurrencyConfig:
+        for name in ("decoders", "captioners", "encoders"):
+            least, most = bounds(getattr(self, name)) or (1, 1)
+            if not 1 <= least <= most:
+                raise ValueError(
+                    f"concurrency.{name} is {getattr(self, name)}; give a number from 1, or "
+                    "[least, most] with 1 ≤ least ≤ most"
+                )
+        return self
+
+
+def bounds(pool: Pool) -> tuple[int, int] | None:
+    """(least, most) actors of a pool; None where the preflight chooses.
+
+    >>> bounds(3), bounds((1, 4)), bounds(None)
+    ((3, 3), (1, 4), None)
+    """
+    return (pool, pool) if isinstance(pool, int) else pool
 
 
 class PrepareConfig(_Strict):
@@ -266,6 +374,12 @@ class PrepareConfig(_Strict):
 
     bucket: BucketConfig = Field(default_factory=BucketConfig, description="Size of the clips.")
     seed: int = Field(default=0, ge=0, description="Seed of the window choice.")
+    windows_per_clip: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Most windows cut from one video, without overlap; short videos give fewer.",
+    )
     images: bool = Field(default=True, description="Take image–text samples as clips of one frame.")
     filters: FilterConfig = Field(default_factory=FilterConfig, description="What is kept.")
     captioner: CaptionConfig = Field(

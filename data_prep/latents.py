@@ -57,6 +57,7 @@ LATENT_SCHEMA = pa.schema(
         pa.field("pts_s", pa.list_(pa.float64()), nullable=False),
         pa.field("fps", pa.float32(), nullable=False),
         pa.field("bucket", pa.string(), nullable=False),
+        pa.field("bars", pa.list_(pa.int32(), 4), nullable=False),
         pa.field("codec", pa.string(), nullable=False),
         pa.field("look", pa.binary()),  # perceptual hash, data_prep.duplicates
     ]
@@ -136,6 +137,8 @@ class LatentRecord:
     """Digest of the codec that made the moments."""
     look: bytes | None = None
     """Perceptual hash of the frames (`data_prep.duplicates`)."""
+    bars: tuple[int, ...] = (0, 0, 0, 0)
+    """Black rows and columns cut off the source before the resize: top, bottom, left, right, pixels."""
 
     def row(self) -> dict[str, Any]:
         """The record as a row of LATENT_SCHEMA."""
@@ -152,6 +155,7 @@ class LatentRecord:
             "pts_s": [float(t) for t in self.pts_s],
             "fps": self.fps,
             "bucket": str(self.bucket),
+            "bars": list(self.bars),
             "codec": self.codec,
             "look": self.look,
         }
@@ -406,6 +410,7 @@ def read_record(group: pa.Table, row: int) -> LatentRecord:
         logvar=moments.get("logvar"),
         codec=values["codec"],
         look=values["look"],
+        bars=tuple(values["bars"]),
     )
 
 

@@ -116,7 +116,7 @@ class Ledger:
 
     out: Location
     folder: Folder = field(init=False, repr=False)
-    _staged: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _staged: dict[str, dict[int, list[dict[str, Any]]]] = field(default_factory=dict, repr=False)
     _summaries: dict[str, dict[str, Any] | None] = field(default_factory=dict, repr=False)
     _check: Callable[[], None] | None = field(default=None, repr=False)
 
@@ -245,24 +245,20 @@ class Ledger:
         bases = (base.partition(".") for base in self.folder.names(self.staging(job)))
         return {int(stem) for stem, _, suffix in bases if suffix == "arrow" and stem.isdigit()}
 
-    def stage(self, job: ShardJob, row: dict[str, Any]) -> None:
-        """Keep one finished sample, a row of STAGED_SCHEMA."""
-        staged = self._light(job)
-        table = pa.Table.from_pylist([row], schema=STAGED_SCHEMA)
+    def stage(self, job: ShardJob, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep one finished sample: rows of STAGED_SCHEMA, one per window, all of one number."""
+        staged, number = self._light(job), rows[0]["number"]
+        table = pa.Table.from_pylist(list(rows), schema=STAGED_SCHEMA)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, STAGED_SCHEMA) as writer:
             writer.write_table(table)
-        self.folder.write(_staged_name(self.staging(job), row["number"]), sink.getvalue())
-        staged[row["number"]] = table.select(_LIGHT).to_pylist()[0]
-
-    def staged_row(self, job: ShardJob, number: int) -> dict[str, Any]:
-        """A staged sample, a row of STAGED_SCHEMA."""
-        data = self.folder.read(_staged_name(self.staging(job), number))
-        return dict(pa.ipc.open_file(pa.BufferReader(data)).read_all().to_pylist()[0])
+        self.folder.write(_staged_name(self.staging(job), number), sink.getvalue())
+        staged[number] = table.select(_LIGHT).to_pylist()
 
     def staged_rows(self, job: ShardJob, number: int) -> list[dict[str, Any]]:
-        """What is staged of a sample: rows of STAGED_SCHEMA."""
-        return [self.staged_row(job, number)]
+        """What is staged of a sample: rows of STAGED_SCHEMA, one per window."""
+        data = self.folder.read(_staged_name(self.staging(job), number))
+        return list(pa.ipc.open_file(pa.BufferReader(data)).read_all().to_pylist())
 
     def close_reading(self, job: ShardJob, summary: dict[str, Any]) -> None:
         """Keep what the reader says at the shard's end: `num_samples`, `truncated`, `error`."""
@@ -287,25 +283,29 @@ class Ledger:
         self._commit(job, summary)
         return True
 
-    def _light(self, job: ShardJob) -> dict[int, dict[str, Any]]:
+    def _light(self, job: ShardJob) -> dict[int, list[dict[str, Any]]]:
         """What is held of the staged samples, by number; first found in the folder."""
         if job.digest not in self._staged:
             numbers = sorted(self.staged_numbers(job))
-            rows = map_at_once(lambda n: self.staged_row(job, n), numbers, self.folder.threads)
-            light = {row["number"]: {name: row[name] for name in _LIGHT} for row in rows}
+            found = map_at_once(lambda n: self.staged_rows(job, n), numbers, self.folder.threads)
+            light = {
+                rows[0]["number"]: [{name: row[name] for name in _LIGHT} for row in rows]
+                for rows in found
+            }
             self._staged[job.digest] = light
         return self._staged[job.digest]
 
     def _commit(self, job: ShardJob, summary: dict[str, Any]) -> None:
         staged = self._light(job)
-        rows = [staged[number] for number in range(summary["num_samples"])]
-        rows.sort(key=lambda row: (row["key"].encode(), row["number"]))
-        kept = [row for row in rows if row["status"] == "kept"]
+        samples = [staged[number] for number in range(summary["num_samples"])]
+        samples.sort(key=lambda rows: (rows[0]["key"].encode(), rows[0]["number"]))
+        heads = [rows[0] for rows in samples]
+        kept = [row for rows in samples for row in rows if row["status"] == "kept"]
         self._still_ours()
         old = self.manifest(job.name)
         # Without a manifest nobody reads files that are about to be replaced.
         self.folder.remove(f"manifests/{job.name}.json")
-        files = [self._write("status", f"{job.name}.parquet", rows, STATUS_SCHEMA)]
+        files = [self._write("status", f"{job.name}.parquet", heads, STATUS_SCHEMA)]
         files += self._write_latents(job, kept)
         files.append(self.write_captions(job.name, kept))
         manifest = {
@@ -316,10 +316,11 @@ class Ledger:
             "caption_digest": job.caption_digest,
             "job": job.digest,
             **summary,
-            "counts": dict(sorted(Counter(row["status"] for row in rows).items())),
+            "counts": dict(sorted(Counter(row["status"] for row in heads).items())),
             "reasons": dict(
-                sorted(Counter(row["reason"] for row in rows if row["reason"]).items())
+                sorted(Counter(row["reason"] for row in heads if row["reason"]).items())
             ),
+            "notes": _count_notes(heads),
             "files": files,
         }
         self.write_manifest(job.name, manifest)
@@ -372,10 +373,13 @@ class Ledger:
     def _write_latents(self, job: ShardJob, kept: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         by_bucket: dict[str, list[int]] = {}
         for row in kept:
-            by_bucket.setdefault(row["bucket"], []).append(row["number"])
+            inside = by_bucket.setdefault(row["bucket"], [])
+            if row["number"] not in inside[-1:]:
+                inside.append(row["number"])
         entries = []
         for bucket, numbers in sorted(by_bucket.items()):
-            rows = map_at_once(lambda n: self.staged_row(job, n), numbers, self.folder.threads)
+            found = map_at_once(lambda n: self.staged_rows(job, n), numbers, self.folder.threads)
+            rows = (row for rows in found for row in rows)
             name = f"{job.name}.{bucket}.parquet"
             entries.append({**self._write("latents", name, rows, LATENT_SCHEMA), "bucket": bucket})
         return entries
@@ -411,6 +415,12 @@ class Ledger:
                 f"{shown(self.out)} was prepared with other settings ({changes}); "
                 "choose another output, or set them back"
             )
+
+
+def _count_notes(heads: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Kept samples by what was odd about them: the word before the first colon of their detail."""
+    noted = [row["detail"] for row in heads if row["status"] == "kept" and row["detail"]]
+    return dict(sorted(Counter(detail.partition(":")[0] for detail in noted).items()))
 
 
 @contextmanager

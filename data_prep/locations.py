@@ -14,6 +14,7 @@ of what the files hold.
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,7 +152,7 @@ def filesystem_of(location: Location) -> tuple[fs.FileSystem, str]:
 
 
 class _Stream:
-    """A file read front to back; a read that fails is a StorageError."""
+    """A file for reading; a read that fails is a StorageError."""
 
     def __init__(self, location: str, stream: Any) -> None:
         self._location = location
@@ -161,6 +162,13 @@ class _Stream:
         with failing("read", self._location):
             data: bytes = self._stream.read(size_bytes) if size_bytes >= 0 else self._stream.read()
         return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        # Asks nothing of the disk or store; what fails here is a place that cannot be.
+        return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
 
     def close(self) -> None:
         self._stream.close()
@@ -172,8 +180,9 @@ class _Stream:
         self.close()
 
 
-def open_stream(location: Location) -> IO[bytes]:
-    """Open a file for reading once, front to back; of a store's file 8 MiB are held at a time.
+def open_stream(location: Location, *, seekable: bool = False) -> IO[bytes]:
+    """Open a file for reading once, front to back (of a store's file 8 MiB are held at a time), or, `seekable`, here and
+    there.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -185,7 +194,11 @@ def open_stream(location: Location) -> IO[bytes]:
             stream: Any = open(text, "rb")  # noqa: SIM115 (closed by the caller)
         else:
             found, path = filesystem_of(text)
-            stream = found.open_input_stream(path, buffer_size=READ_AHEAD_BYTES)
+            if seekable:
+                # The header and the small files around it come in one request.
+                stream = io.BufferedReader(found.open_input_file(path), 1 << 17)
+            else:
+                stream = found.open_input_stream(path, buffer_size=READ_AHEAD_BYTES)
     return cast("IO[bytes]", _Stream(text, stream))
 
 

@@ -3,8 +3,9 @@
     ShardSource (one read task per tar) → Decode → Filter → Caption → Encode → Sink
 
 Each stage is a Ray Data operator of its own: actor pools never fuse with one another, and the read
-task's CPU share differs from the decoder's. All of it streams; shards in flight are bounded by the
-number of read tasks. The caller starts Ray. Does not know what makes a sample good or bad.
+task's CPU share differs from the decoder's. Pools grow and shrink between their bounds. All of it
+streams; shards in flight are bounded by the number of read tasks. The caller starts Ray. Does not
+know what makes a sample good or bad.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ _DONE_SCHEMA = pa.schema(
 
 
 class ShardSource(Datasource):
-    """Ray Data source of WebDataset tars: one read task per shard that is not done.
+    """Ray Data source of tars and folders: one read task per shard that is not done.
 
     Unlike `ray.data.read_webdataset` it salvages truncated tars and can resume: finished shards
     never become a task, staged samples are not emitted again.
@@ -272,7 +273,7 @@ def build_pipeline(
         rows = rows.map_batches(
             operator,
             fn_constructor_args=arguments,
-            compute=ActorPoolStrategy(size=need.workers),
+            compute=ActorPoolStrategy(min_size=need.workers, max_size=max(need.workers, need.most)),
             num_cpus=need.cpus,
             num_gpus=need.gpus or None,
             batch_size=sizes.get(name, 1 if need.gpus else None),
@@ -334,8 +335,8 @@ def prepare(
 
     Args:
         config: the settings.
-        shards: WebDataset tars, local paths or URIs that pyarrow opens. With `only` None means
-            those that the output was prepared from, where they were.
+        shards: WebDataset tars (local paths or URIs that pyarrow opens) and folders of loose files. With
+            `only` None means those that the output was prepared from, where they were.
         out: output folder, path or URI, read by `data_prep.latents.LatentDataset`.
         codec: folder or hub id for `flow.codec.VideoCodec.load`.
         only: "captions" writes captions for the latents that stand, where they are missing or of
@@ -357,10 +358,10 @@ def prepare(
             plan = plan_caption_run(config, shards, out)
         else:
             plan = plan_run(config, shards or (), out, str(codec))
-        samples, startup_s = 0, 0.0
+        samples, startup_s, chosen = 0, 0.0, ""
         stages: tuple[StageFigures, ...] = ()
         if plan.jobs:
-            samples, first_s, stages = _run(plan, config, progress)
+            samples, first_s, chosen, stages = _run(plan, config, progress)
             startup_s = max(0.0, first_s - begun)
         finish_run(plan, config)
         return report_of(
@@ -369,20 +370,26 @@ def prepare(
             seconds=time.monotonic() - begun,
             startup_s=startup_s,
             stages=stages,
+            resources=chosen,
         )
 
 
 def _run(
     plan: RunPlan, config: PrepareConfig, progress: Progress | None
-) -> tuple[int, float, tuple[StageFigures, ...]]:
-    """Stream every job through the pipeline; (samples finished, time of the first one, what each stage did)."""
+) -> tuple[int, float, str, tuple[StageFigures, ...]]:
+    """Stream every job through the pipeline.
+
+    Returns:
+        Samples finished, time of the first one, what the preflight chose, and what each stage did.
+    """
     if config.captioner.backend == "vllm" and find_spec("vllm") is None:
         raise CaptionerUnavailable("vLLM is not installed; pip install 'flowreel[vllm]'")
     encodes = any(job.encode for job in plan.jobs)
     cpus, resources = _resources(config, _captioning(config, encodes=encodes))
     if not encodes:
         del resources["encode"]
-    log.info("preparing %d shards on %s", len(plan.jobs), describe(resources, cpus))
+    chosen = describe(resources, cpus)
+    log.info("preparing %d shards on %s", len(plan.jobs), chosen)
     say: Progress = progress or (lambda stage, done, total: None)
     samples, committed, first_s = 0, 0, 0.0
     before = len(plan.names) - len(plan.jobs)
@@ -399,7 +406,7 @@ def _run(
                 if is_committed:
                     say("shards", before + committed, len(plan.names))
         stages = tuple(_figures(pipeline, resources))
-    return samples, first_s or time.monotonic(), stages
+    return samples, first_s or time.monotonic(), chosen, stages
 
 
 def _figures(pipeline: Dataset, resources: dict[str, StageResources]) -> Iterator[StageFigures]:
@@ -468,6 +475,8 @@ def _plain_errors() -> Iterator[None]:
             found = getattr(found, "cause", None) or found.__cause__
         if found is None:
             raise
+        # Ray adds advice on its retries below our own line.
+        found.args = (str(found).partition("\n")[0],)
         raise found from None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from data_prep.config import ConcurrencyConfig
+from data_prep.config import ConcurrencyConfig, bounds
 
 _MIN_CPUS = 0.5
 # Shares of a small machine, by where the time goes; they add up to 0.9.
@@ -27,8 +27,11 @@ class StageResources(NamedTuple):
     """Workers of one stage, and CPUs and GPUs of each."""
 
     workers: int
+    """At the start, and always."""
     cpus: float
     gpus: float = 0.0
+    most: int = 0
+    """To which the pool may grow where CPUs are free; 0: it does not grow."""
 
 
 def plan_resources(
@@ -36,8 +39,10 @@ def plan_resources(
 ) -> dict[str, StageResources]:
     """Workers and shares of the six stages that fit `cpus` and `gpus` together.
 
-    Up to four CPUs every stage has one worker (unless asked) and a fixed share of the machine;
-    above that decoders and encoders get whole CPUs and grow in number.
+    Up to four CPUs every stage has one worker (unless asked) and a fixed share of the machine, which
+    the most workers asked for divide among them: all of them fit at once. Above that decoders and
+    encoders get whole CPUs and their pools grow and shrink with the work; what they begin with fits
+    beside everything else, so no stage ever waits for another's CPUs.
 
     Raises:
         ResourceError: less than half a CPU is free, or what was asked for does not fit.
@@ -47,40 +52,7 @@ def plan_resources(
             f"{cpus:g} CPUs are free; preparing needs at least {_MIN_CPUS:g}. "
             "Start Ray with more, or wait for other work to end"
         )
-    shards = wanted.shards_in_flight
-    if cpus <= 4:
-        counts = {
-            "read": shards,
-            "filter": 1,
-            "sink": 1,
-            "decode": wanted.decoders or 1,
-            "caption": wanted.captioners or 1,
-            # An encoder for every core: encoding is the bulk, and what else runs takes its turn by time-sharing.
-            "encode": wanted.encoders or (1 if wanted.encoder_gpus else max(1, int(cpus))),
-        }
-        plan = {
-            stage: StageResources(counts[stage], _share(cpus * share / counts[stage]))
-            for stage, share in _SMALL.items()
-        }
-    else:
-        free = cpus - 0.3 * shards - 0.2
-        captioners = wanted.captioners or (1 if wanted.captioner_gpus else max(1, int(free // 8)))
-        left_gpus = gpus - captioners * wanted.captioner_gpus
-        encoders = wanted.encoders or max(
-            1, int(left_gpus // wanted.encoder_gpus) if wanted.encoder_gpus else int(free * 0.5)
-        )
-        threads = 1 if wanted.encoder_gpus else encoder_threads
-        if not wanted.encoders and not wanted.encoder_gpus:
-            encoders = max(1, encoders // threads)
-        left = free - captioners * 0.5 - encoders * threads
-        plan = {
-            "read": StageResources(shards, 0.3),
-            "decode": StageResources(wanted.decoders or max(1, int(left)), 1.0),
-            "filter": StageResources(1, 0.1),
-            "caption": StageResources(captioners, 0.5),
-            "encode": StageResources(encoders, float(threads)),
-            "sink": StageResources(1, 0.1),
-        }
+    plan = _small(cpus, wanted) if cpus <= 4 else _large(cpus, gpus, wanted, encoder_threads)
     if wanted.captioner_gpus:
         plan["caption"] = plan["caption"]._replace(gpus=wanted.captioner_gpus)
     if wanted.encoder_gpus:
@@ -89,10 +61,71 @@ def plan_resources(
     return plan
 
 
+def _small(cpus: float, wanted: ConcurrencyConfig) -> dict[str, StageResources]:
+    """Shares of a machine of up to four CPUs."""
+    shards = wanted.shards_in_flight
+    # An encoder for every core: encoding is the bulk, and what else runs takes its turn by time-sharing.
+    encoders = 1 if wanted.encoder_gpus else max(1, int(cpus))
+    pools = {
+        "read": (shards, shards),
+        "filter": (1, 1),
+        "sink": (1, 1),
+        "decode": bounds(wanted.decoders) or (1, 1),
+        "caption": bounds(wanted.captioners) or (1, 1),
+        "encode": bounds(wanted.encoders) or (encoders, encoders),
+    }
+    return {
+        stage: _pool(pools[stage], _share(cpus * share / pools[stage][1]))
+        for stage, share in _SMALL.items()
+    }
+
+
+def _large(
+    cpus: float, gpus: float, wanted: ConcurrencyConfig, encoder_threads: int
+) -> dict[str, StageResources]:
+    """Whole CPUs for decoders and encoders; pools that nobody sized go from half to double."""
+    shards = wanted.shards_in_flight
+    free = cpus - 0.3 * shards - 0.2
+    threads = 1 if wanted.encoder_gpus else encoder_threads
+    asked = {
+        "decode": bounds(wanted.decoders),
+        "caption": bounds(wanted.captioners),
+        "encode": bounds(wanted.encoders),
+    }
+    if wanted.captioner_gpus and asked["caption"] is None:
+        asked["caption"] = (1, 1)
+    captioners = (asked["caption"] or (max(1, int(free // 8)),))[0]
+    if wanted.encoder_gpus and asked["encode"] is None:
+        left_gpus = gpus - captioners * wanted.captioner_gpus
+        by_gpu = max(1, int(left_gpus // wanted.encoder_gpus))
+        asked["encode"] = (by_gpu, by_gpu)
+    encoders = (asked["encode"] or (max(1, int(free * 0.5) // threads),))[0]
+    decoders = max(1, int(free - captioners * 0.5 - encoders * threads))
+    return {
+        "read": StageResources(shards, 0.3),
+        "decode": _pool(asked["decode"] or _around(decoders), 1.0),
+        "filter": StageResources(1, 0.1),
+        "caption": _pool(asked["caption"] or _around(captioners), 0.5),
+        "encode": _pool(asked["encode"] or _around(encoders), float(threads)),
+        "sink": StageResources(1, 0.1),
+    }
+
+
+def _around(workers: int) -> tuple[int, int]:
+    """From half of so many workers to twice as many."""
+    return max(1, workers // 2), workers * 2
+
+
+def _pool(workers: tuple[int, int], cpus: float) -> StageResources:
+    least, most = workers
+    return StageResources(least, cpus, most=most if most > least else 0)
+
+
 def describe(plan: dict[str, StageResources], cpus: float) -> str:
     """One line for the log: what the preflight chose."""
     stages = ", ".join(
-        f"{stage} {r.workers}×{r.cpus:g}" + (f" CPU {r.gpus:g} GPU" if r.gpus else "")
+        f"{stage} {r.workers}{f'–{r.most}' if r.most else ''}×{r.cpus:g}"
+        + (f" CPU {r.gpus:g} GPU" if r.gpus else "")
         for stage, r in plan.items()
     )
     total = sum(r.workers * r.cpus for r in plan.values())

@@ -50,6 +50,8 @@ class PrepareReport:
     """Samples by status: kept, dropped (a filter), failed (bad input)."""
     reasons: dict[str, int]
     """Samples by reason code, for those not kept."""
+    notes: dict[str, int]
+    """Kept samples that were odd, by how: `bars` cut, a `json` not read, some `windows` not kept."""
     shards: int
     """Input shards, done before or now."""
     shards_done_now: int
@@ -68,6 +70,8 @@ class PrepareReport:
     """Shards that a captions-only run was given and that have no latents yet."""
     stages: tuple[StageFigures, ...] = ()
     """In order; empty where nothing was left to do."""
+    resources: str = ""
+    """What the preflight chose for the stages; empty where nothing was left to do."""
 
     @property
     def total(self) -> int:
@@ -82,7 +86,8 @@ class PrepareReport:
     def rows(self) -> list[tuple[str, str, int]]:
         """(status, reason, samples) of the closing table; its numbers add up to `total`."""
         kept = self.counts.get("kept", 0)
-        rows = [("kept", "", kept)]
+        rows = [("kept", "", kept - sum(self.notes.values()))]
+        rows += [("kept", note, count) for note, count in sorted(self.notes.items())]
         rows += [("not kept", reason, count) for reason, count in sorted(self.reasons.items())]
         return rows
 
@@ -196,8 +201,8 @@ def _begin(config: PrepareConfig, ledger: Ledger, codec: str, settings: dict[str
 
     loaded = VideoCodec.load(codec)
     size = config.bucket
-    clip = Bucket(size.num_frames, size.height, size.width)
-    buckets = {clip, Bucket(1, size.height, size.width)} if config.images else {clip}
+    lengths = {size.num_frames, 1} if config.images else {size.num_frames}
+    buckets = {Bucket(n, *sides) for n in lengths for sides in size.all_sizes()}
     info = DatasetInfo(
         codec_digest=loaded.digest,
         convention=loaded.convention,
@@ -228,12 +233,14 @@ def report_of(
     seconds: float,
     startup_s: float,
     stages: tuple[StageFigures, ...] = (),
+    resources: str = "",
 ) -> PrepareReport:
     """Add up the manifests of the run's shards."""
     ledger = Ledger(plan.out)
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     failed: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     truncated, unreadable, standing = [], {}, 0
     for manifest in ledger.manifests(plan.names):
         name = manifest["shard"]
@@ -241,6 +248,7 @@ def report_of(
         counts.update(manifest["counts"])
         reasons.update(manifest["reasons"])
         failed.update(failed_captions(manifest))
+        notes.update(manifest.get("notes", {}))
         if manifest["truncated"]:
             truncated.append(name)
         if manifest["error"]:
@@ -248,6 +256,7 @@ def report_of(
     return PrepareReport(
         counts=dict(sorted(counts.items())),
         reasons=dict(sorted(reasons.items())),
+        notes=dict(sorted(notes.items())),
         shards=standing,
         shards_done_now=len(plan.jobs),
         truncated_shards=tuple(truncated),
@@ -258,4 +267,5 @@ def report_of(
         captions_failed=dict(sorted(failed.items())),
         unprepared_shards=plan.unprepared,
         stages=stages,
+        resources=resources,
     )

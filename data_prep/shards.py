@@ -1,42 +1,55 @@
-"""WebDataset tars in and out: samples grouped by key, whatever state the tar is in.
+"""Shards in, samples out: members grouped by key, whatever state the shard is in; and tars written.
 
-The reader streams, so a tar cut short gives every sample before the cut; nothing is ever extracted
-to disk. Knows where Panda-70M hides things (a failed download is a json without an mp4; scores are
-strings holding Python literals) but not what is made of a sample. Knows nothing of Ray.
-
-    ShardError(ValueError)     a shard that cannot be opened at all, or cannot be written
+A shard is a tar or a folder of loose files (`data_prep.members`). Knows where Panda-70M hides things
+(a failed download is a json without an mp4; scores are strings holding Python literals) but not what
+is made of a sample. Knows nothing of Ray.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import os
-import tarfile
-import zlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from data_prep.locations import open_stream, shown
+from data_prep.members import (
+    Folder,
+    Listing,
+    Member,
+    ShardError,
+    Tar,
+    is_harmless,
+    open_members,
+    open_shard,
+)
 
-VIDEO_SUFFIXES = ("mp4", "mov", "mkv", "webm", "avi", "m4v")
+__all__ = [
+    "Sample",
+    "ShardError",
+    "ShardSummary",
+    "open_shard",
+    "parse_metadata",
+    "plain_caption",
+    "read_literal",
+    "read_shard",
+    "write_shard",
+]
+
+VIDEO_SUFFIXES = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "flv", "wmv")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_TEXT_BYTES = 1 << 20
+TEXT_SUFFIXES = ("txt", "json")
+TEXT_BYTES = 1 << 20
+"""Most bytes of a caption or of a json."""
+_MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 _LITERAL_CHARS = 100_000
-_LITERAL_KEYS = ("matching_score", "desirable_filtering", "shot_boundary_detection", "clips")
-
-
-_TRUNCATED_HEADER = tarfile.TruncatedHeaderError  # type: ignore[attr-defined]
-_INVALID_HEADER = tarfile.InvalidHeaderError  # type: ignore[attr-defined]
-
-
-class ShardError(ValueError):
-    """A shard that cannot be opened or written."""
-
-    reason = "unreadable_shard"
+_WORD = re.compile(r"[a-z0-9_-]{1,40}")
+_LITERAL_KEYS = (
+    "matching_score", "desirable_filtering", "shot_boundary_detection", "clips", "timestamp"
+)  # fmt: skip
 
 
 @dataclass
@@ -52,6 +65,8 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
     detail: str = ""
+    note: str = ""
+    """What was odd about a sample that goes on all the same."""
 
     @property
     def is_image(self) -> bool:
@@ -65,209 +80,168 @@ class ShardSummary:
     num_samples: int = 0
     truncated: bool = False
     ignored_members: int = 0
-    """Links, devices, sparse files, names that climb or are absolute."""
+    """Links, devices, sparse files, names that climb or are absolute, hidden files."""
     error: str = ""
-    """Why nothing could be read, where that is so."""
+    """Why nothing, or nothing more, could be read, where that is so."""
     sha256: str = ""
     """Of the shard's whole content."""
 
 
-def open_shard(source: str) -> IO[bytes]:
-    """Open a local path or any URI that pyarrow knows (s3://, gs://, file://) for streaming.
+@dataclass
+class Group:
+    """The members of one sample, by suffix."""
 
-    Raises:
-        ShardError: it is not there.
-        StorageError: the disk or store fails, now or while it is read: no fault of the shard's.
-    """
-    try:
-        return open_stream(source)
-    except (FileNotFoundError, ValueError) as error:
-        raise ShardError(f"cannot open shard {shown(source)}: {error}") from error
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
 
 
 def read_shard(
     source: str, *, max_media_bytes: int = 512 * 2**20, summary: ShardSummary | None = None
 ) -> Iterator[Sample]:
-    """The samples of a tar in its order, numbered from 0; never raises on the tar's content.
+    """The samples of a tar or folder, numbered from 0; never raises on what is in it.
 
-    Members of one key must be neighbours, as WebDataset has it; the key is the member's path up to
-    the first dot of its base name. Where the tar ends too early, the sample that the cut went
-    through has the problem `truncated_shard` and `summary.truncated` is set.
+    Samples come in the order of their first members, wherever the others lie (`group_members` says
+    which belong together). Where a tar ends too early, the sample that the cut went through has
+    the problem `truncated_shard` and `summary.truncated` is set.
 
     Args:
-        source: path or URI.
-        max_media_bytes: media over this many bytes are skipped: problem `video_too_large`.
+        source: path of a tar or folder, or URI of a tar.
+        max_media_bytes: media over this many bytes are never read: problem `video_too_large`.
         summary: filled as a side effect.
 
     Raises:
         ShardError: the shard cannot be opened.
     """
     summary = summary if summary is not None else ShardSummary()
-    seen: set[str] = set()
-    with open_shard(source) as opened:
-        stream = _HashingStream(opened)
-        group = _Group("")
-        for key, suffix, size_bytes, data in _members(stream, max_media_bytes, summary):
-            if key != group.key and group.members:
-                yield _finish(group, seen, summary)
-                group = _Group("")
-            group.key = key
-            group.add(suffix, size_bytes, data)
-        if group.members:
-            if summary.truncated:
-                group.problem = ("truncated_shard", "the shard ends before this sample does")
-            yield _finish(group, seen, summary)
-        summary.sha256 = stream.hexdigest()
-
-
-class _HashingStream:
-    """A stream that hashes what is read from it, so that no second pass is needed."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._hash = hashlib.sha256()
-
-    def read(self, size_bytes: int) -> bytes:
-        data = self._stream.read(size_bytes)
-        self._hash.update(data)
-        return data
-
-    def hexdigest(self) -> str:
-        """Of the whole stream: what follows the archive's end is read too."""
-        while self.read(1 << 20):
-            pass
-        return self._hash.hexdigest()
-
-
-class _Group:
-    """Members of one key while they arrive."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.members: dict[str, bytes] = {}
-        self.problem = ("", "")
-
-    def add(self, suffix: str, size_bytes: int, data: bytes | None) -> None:
-        """Take one member (data None: over its cap). The first of a suffix stands."""
-        if suffix in self.members:
-            return
-        self.members[suffix] = data or b""
-        if data is None and suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
-            self.problem = ("video_too_large", f"{size_bytes} bytes, over the cap on media")
-
-
-def _members(
-    stream: _HashingStream, max_media_bytes: int, summary: ShardSummary
-) -> Iterator[tuple[str, str, int, bytes | None]]:
-    """(key, suffix, bytes, data) of every regular member, until the end or the cut.
-
-    Data is None over the cap. The member that the cut goes through comes last, without data.
-    """
-    first = True
+    shard = open_members(source)
     try:
-        opened = cast("IO[bytes]", stream)
-        with tarfile.open(fileobj=opened, mode="r|*", tarinfo=_watched_header(summary)) as tar:
-            for member in tar:
-                first = False
-                # The list of past members would grow with the shard.
-                tar.members = []  # type: ignore[attr-defined]
-                # A sparse member may claim any size while holding a few bytes.
-                if not member.isreg() or member.issparse() or not _harmless(member.name):
-                    summary.ignored_members += not member.isdir()
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                if not stem:
-                    summary.ignored_members += 1
-                    continue
-                key = _clean(f"{folder}/{stem}" if folder not in ("", ".") else stem)
-                suffix = suffix.lower()
-                try:
-                    data = _read_member(tar, member, suffix, max_media_bytes)
-                except tarfile.ReadError:
-                    summary.truncated = True
-                    yield key, suffix, member.size, b""
-                    return
-                yield key, suffix, member.size, data
-    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
-        if first:
-            summary.error, summary.truncated = f"not a readable tar: {error}", False
+        listing = shard.list()
+        summary.truncated, summary.error = listing.truncated, listing.error
+        summary.ignored_members = listing.ignored
+        seen: set[str] = set()
+        for group in group_members(listing.members):
+            sample = _read_sample(shard, group, summary.num_samples, max_media_bytes)
+            summary.num_samples += 1
+            _find_problem(sample, group, listing, seen)
+            seen.add(group.key)
+            yield sample
+            summary.truncated = summary.truncated or sample.problem == "truncated_shard"
+        summary.sha256 = shard.content_sha256()
+    finally:
+        shard.close()
+
+
+def group_members(members: Sequence[Member]) -> list[Group]:
+    """Members by sample, in the order of each sample's first member.
+
+    A key is a member's path without its last suffix, so that keys may hold dots. What is no media
+    goes to the sample with media whose key it begins with (`a.mp4`: `a.txt`, `a.frames.npy`), the
+    longest such; without media, captions and metadata make a sample by themselves. A second member
+    of the same name begins a second sample of that key.
+
+    >>> [(g.key, sorted(g.members)) for g in group_members([
+    ...     Member("a.b.mp4", 1, 0), Member("c.txt", 1, 0), Member("a.b.txt", 1, 0)])]
+    [('a.b', ['mp4', 'txt']), ('c', ['txt'])]
+    """
+    media, texts = set(), set()
+    for member in members:
+        stem, _, suffix = member.name.rpartition(".")
+        if suffix.lower() in _MEDIA_SUFFIXES:
+            media.add(stem)
+        elif suffix.lower() in TEXT_SUFFIXES:
+            texts.add(stem)
+    groups: list[Group] = []
+    latest: dict[str, Group] = {}
+    for member in members:
+        key, suffix = _split_name(member.name, media, texts)
+        group = latest.get(key)
+        if group is None or suffix in group.members:
+            group = latest[key] = Group(_clean(key).removeprefix("./"))
+            groups.append(group)
+        group.members[suffix] = member
+    return groups
+
+
+def _split_name(name: str, media: set[str], texts: set[str]) -> tuple[str, str]:
+    """Key and suffix of a member, given the stems of all media and of all texts."""
+    stem, _, suffix = name.rpartition(".")
+    if suffix.lower() in _MEDIA_SUFFIXES:
+        return stem, suffix.lower()
+    folder, slash, base = name.rpartition("/")
+    parts = base.split(".")
+    stems = [folder + slash + ".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+    found = next((s for s in stems if s in media), None)
+    found = found or next((s for s in reversed(stems) if s in texts), None)
+    key = found or folder + slash + parts[0]
+    return key, name[len(key) + 1 :].lower()
+
+
+def _read_sample(shard: Tar | Folder, group: Group, number: int, max_media_bytes: int) -> Sample:
+    """The sample of a group, in the order in which its members lie."""
+    sample = Sample(_clean(group.key), number)
+    sample.suffix = next((s for s in _MEDIA_SUFFIXES if s in group.members), "")
+    texts: dict[str, bytes] = {}
+    for suffix, member in sorted(group.members.items(), key=lambda item: item[1].offset):
+        if suffix == sample.suffix:
+            data = shard.read(member, max_media_bytes)
+            if data is None:
+                sample.problem = "video_too_large"
+                sample.detail = f"{member.size_bytes} bytes, over the cap of {max_media_bytes}"
+            sample.media = data or b""
+        elif suffix in TEXT_SUFFIXES:
+            data = shard.read(member, TEXT_BYTES)
+            if data is None:
+                sample.note = f"{suffix}: {member.size_bytes} bytes not read, over {TEXT_BYTES}"
+            texts[suffix] = data or b""
         else:
-            summary.truncated = True
+            continue
+        if data is not None and len(data) < member.size_bytes:
+            sample.problem = "truncated_shard"
+    sample.metadata = parse_metadata(texts.get("json", b""))
+    text = decode_text(texts.get("txt", b""))
+    sample.caption = plain_caption(text or str(sample.metadata.get("caption") or ""))
+    return sample
 
 
-def _watched_header(summary: ShardSummary) -> type[tarfile.TarInfo]:
-    """A header class that tells a cut or damaged header, at which tarfile silently stops."""
-
-    class Header(tarfile.TarInfo):
-        @classmethod
-        def fromtarfile(cls, tar: tarfile.TarFile) -> Header:
-            try:
-                return super().fromtarfile(tar)
-            except (_TRUNCATED_HEADER, _INVALID_HEADER):
-                summary.truncated = True
-                raise
-
-    return Header
-
-
-def _read_member(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, max_media_bytes: int
-) -> bytes | None:
-    """The whole member; None over its cap; empty for suffixes that nobody reads."""
-    if suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
-        cap = max_media_bytes
-    elif suffix in ("txt", "json"):
-        cap = _TEXT_BYTES
-    else:
-        return b""
-    file = tar.extractfile(member)
-    if member.size > cap or file is None:
-        return None
-    data = file.read(member.size)
-    if len(data) < member.size:
-        raise tarfile.ReadError("unexpected end of data")
-    return data
+def _find_problem(sample: Sample, group: Group, listing: Listing, seen: set[str]) -> None:
+    """Set the first problem that stands in the sample's way."""
+    if listing.truncated and listing.members[-1] in group.members.values():
+        sample.problem = "truncated_shard"
+    if sample.problem == "truncated_shard":
+        sample.detail = "the shard ends before this sample does"
+    elif sample.problem:
+        pass
+    elif group.key in seen:
+        sample.problem = "duplicate_key"
+        sample.detail = "an earlier sample of this shard has the same key"
+    elif not sample.suffix:
+        status = str(sample.metadata.get("status", ""))
+        # Whatever a json says must not become a reason: only what looks like a downloader's word.
+        failed = status != "success" and _WORD.fullmatch(status) is not None
+        sample.problem = status if failed else "no_media"
+        message = str(sample.metadata.get("error_message") or "no video or image member")
+        sample.detail = message[:300]
+    if sample.problem:
+        sample.media = b""
 
 
-def _harmless(name: str) -> bool:
-    parts = name.split("/")
-    return not name.startswith("/") and ".." not in parts and "\0" not in name
+def decode_text(data: bytes) -> str:
+    """The text of a caption file: UTF-8 or UTF-16 by its mark, UTF-8, else Windows-1252.
+
+    >>> decode_text("Café".encode()) == decode_text("Café".encode("cp1252")) == "Café"
+    True
+    """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace").strip()
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace").strip()
 
 
 def _clean(text: str) -> str:
     """Names that are not UTF-8 arrive with lone surrogates, which no file format here can hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _finish(group: _Group, seen: set[str], summary: ShardSummary) -> Sample:
-    """The sample of a complete group, with the first problem found."""
-    sample = Sample(group.key, summary.num_samples)
-    summary.num_samples += 1
-    sample.metadata = parse_metadata(group.members.get("json", b""))
-    text = group.members.get("txt", b"").decode("utf-8", "replace").strip()
-    sample.caption = plain_caption(text or str(sample.metadata.get("caption") or ""))
-    for suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
-        if suffix in group.members:
-            sample.suffix, sample.media = suffix, group.members[suffix]
-            break
-    sample.problem, sample.detail = group.problem
-    if sample.problem:
-        pass
-    elif sample.key in seen:
-        sample.problem = "duplicate_key"
-        sample.detail = "an earlier sample of this shard has the same key"
-    elif not sample.suffix:
-        status = str(sample.metadata.get("status", ""))
-        downloaded = status in ("", "success")
-        sample.problem = "no_media" if downloaded else status[:64]
-        sample.detail = str(sample.metadata.get("error_message") or "no video or image member")[
-            :300
-        ]
-    if sample.problem:
-        sample.media = b""
-    seen.add(sample.key)
-    return sample
 
 
 def parse_metadata(data: bytes) -> dict[str, Any]:
@@ -276,7 +250,7 @@ def parse_metadata(data: bytes) -> dict[str, Any]:
     Anything unreadable is left out, so that the missing-metadata policy decides.
     """
     try:
-        values = json.loads(data) if data else {}
+        values = json.loads(decode_text(data)) if data else {}
     except (ValueError, RecursionError):
         return {}
     if not isinstance(values, dict):
@@ -336,7 +310,7 @@ def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
             with webdataset.TarWriter(file, mtime=0.0, compress=False) as writer:
                 for sample in samples:
                     key = sample.get("__key__", "")
-                    if not key or "." in key.rpartition("/")[2] or not _harmless(key):
+                    if not key or "." in key.rpartition("/")[2] or not is_harmless(key):
                         raise ShardError(
                             f"sample key {key!r}: a key has a base name without dots, no '..' "
                             "and no leading '/'"

@@ -7,9 +7,9 @@
     EncodeStage   frames → posterior moments, fp16
     SinkStage     rows → staged samples → finished shards
 
-A row is a dict of ROW_SCHEMA. `status` is empty while a sample goes on; a stage that decides sets
-it with a reason and drops the payload, and later stages pass the row through: every sample ends in
-exactly one status row, whatever is raised. Knows nothing of Ray.
+A row is a dict of ROW_SCHEMA (`data_prep.rows`). `status` is empty while a sample goes on; a stage that
+decides sets it with a reason and drops the payload, and later stages pass the row through: every
+sample ends in exactly one status row, whatever is raised. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -17,64 +17,42 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 
 from data_prep.captions import CaptionerUnavailable, Written, build_captioner
-from data_prep.clips import ClipTooShort, choose_window, fit_frame
+from data_prep.clips import Bars, ClipTooShort
 from data_prep.config import PrepareConfig
+from data_prep.decode import DecodeStage
 from data_prep.duplicates import perceptual_hash
-from data_prep.filters import judge_metadata, judge_source
+from data_prep.filters import judge_pixels, judge_source
 from data_prep.latents import Bucket, LatentRecord
 from data_prep.ledger import Ledger, ShardJob
 from data_prep.recaption import commit_captions_if_complete
+from data_prep.rows import PAYLOAD, ROW_SCHEMA, Row, decided, frames_of, join_windows, split_windows
 from data_prep.shards import ShardSummary, read_shard
 from data_prep.storage import Location, StorageError
-from media.errors import DecodeTimeout, ImageTooLarge, MediaError
-from media.read import Clip, VideoInfo, VideoReader
-from media.write import decode_image
+from media.errors import MediaError
+
+__all__ = [
+    "PAYLOAD",
+    "ROW_SCHEMA",
+    "CaptionStage",
+    "DecodeStage",
+    "EncodeStage",
+    "FilterStage",
+    "Row",
+    "SinkStage",
+    "Stage",
+    "read_rows",
+    "run_stage",
+    "with_caption",
+]
 
 log = logging.getLogger("flowreel.prepare")
-
-Row = dict[str, Any]
-
-ROW_SCHEMA = pa.schema(
-    [
-        pa.field("shard", pa.string()),
-        pa.field("number", pa.int32()),  # −1 in the closing row of a shard
-        pa.field("key", pa.string()),
-        pa.field("status", pa.string()),
-        pa.field("reason", pa.string()),
-        pa.field("detail", pa.string()),
-        pa.field("closing", pa.string()),  # ShardSummary as JSON, in the closing row
-        pa.field("media", pa.large_binary()),
-        pa.field("suffix", pa.string()),
-        pa.field("metadata", pa.string()),
-        pa.field("caption", pa.string()),
-        pa.field("synthetic", pa.string()),
-        pa.field("captioner", pa.string()),
-        pa.field("caption_error", pa.string()),
-        pa.field("frames", pa.large_binary()),
-        pa.field("frames_shape", pa.list_(pa.int32())),
-        pa.field("pts_s", pa.list_(pa.float64())),
-        pa.field("source_height", pa.int32()),
-        pa.field("source_width", pa.int32()),
-        pa.field("duration_s", pa.float64()),
-        pa.field("mean", pa.large_binary()),
-        pa.field("logvar", pa.large_binary()),
-        pa.field("latent_shape", pa.list_(pa.int32())),
-        pa.field("codec", pa.string()),
-        pa.field("look", pa.binary()),
-    ]
-)
-PAYLOAD = ("media", "frames", "mean", "logvar")
-"""Columns of ROW_SCHEMA that hold bytes by the megabyte; buffers of any kind in a row."""
-_RETRY_DEADLINE = 3.0
 
 
 class Stage(Protocol):
@@ -89,19 +67,15 @@ class Stage(Protocol):
         ...
 
 
-def decided(row: Row, status: str, reason: str, detail: str) -> Row:
-    """The row at its end: `kept`, `dropped` or `failed`; only the first keeps its payload."""
-    # Addresses differ between runs; status files must not.
-    steady = re.sub(r" ?\b0x[0-9a-f]+", "", detail)[:300]
-    row = {**row, "status": status, "reason": reason, "detail": steady}
-    if status != "kept":
-        row.update(dict.fromkeys(PAYLOAD))
-    return row
-
-
 def run_stage(stage: Stage, row: Row) -> Row:
-    """One row through one stage; what it raises becomes the row's status."""
+    """One sample through one stage, window by window; what is raised becomes a status."""
     if row["status"] or row["number"] < 0:
+        return row
+    return join_windows([_run_window(stage, part) for part in split_windows(row)])
+
+
+def _run_window(stage: Stage, row: Row) -> Row:
+    if row["status"]:
         return row
     try:
         return stage.process(row)
@@ -128,9 +102,11 @@ def read_rows(job: ShardJob, config: PrepareConfig, staged: set[int]) -> Iterato
             "shard": job.name,
             "number": sample.number,
             "key": sample.key,
+            "window": 0,
             "status": "",
             "reason": "",
             "detail": "",
+            "note": sample.note,
             "media": sample.media,
             "suffix": sample.suffix,
             "metadata": json.dumps(sample.metadata, default=str),
@@ -145,91 +121,18 @@ def read_rows(job: ShardJob, config: PrepareConfig, staged: set[int]) -> Iterato
     yield {**empty, **closing, "closing": json.dumps(asdict(summary))}
 
 
-class DecodeStage:
-    """Media bytes → uint8 frames [T, H, W, 3] of one window, in the bucket's size.
-
-    Videos are decoded by `media.read` in a child process, decord first. A sample that its metadata
-    drops is not decoded. A time-out is tried again with three times the deadline.
-    """
-
-    def __init__(self, config: PrepareConfig) -> None:
-        self.config = config
-        self.reader = VideoReader(memory_bytes=config.caps.decoder_memory_bytes)
-
-    def process(self, row: Row) -> Row:
-        """Fills frames, their times and the source's size; raises MediaError or ClipTooShort."""
-        drop = judge_metadata(json.loads(row["metadata"]), self.config.filters)
-        if drop is not None:
-            return decided(row, "dropped", drop.reason, drop.detail)
-        if row["suffix"] in ("jpg", "jpeg", "png", "webp"):
-            return self._image(row)
-        try:
-            clip, info = self._video(row, self.config.deadline_s)
-        except DecodeTimeout:
-            clip, info = self._video(row, self.config.deadline_s * _RETRY_DEADLINE)
-        row = self._with_frames(row, clip.frames, list(clip.pts_s))
-        row["source_height"], row["source_width"] = info.height, info.width
-        row["duration_s"] = clip.duration_s
-        return row
-
-    def close(self) -> None:
-        self.reader.close()
-
-    def _video(self, row: Row, deadline_s: float) -> tuple[Clip, VideoInfo]:
-        bucket, seen = self.config.bucket, []
-
-        def choose(info: VideoInfo) -> list[int]:
-            seen.append(info)
-            return choose_window(
-                info.pts_s, bucket.num_frames, bucket.fps, seed=self.config.seed, key=row["key"]
-            )
-
-        clip = self.reader.read(
-            row["media"],
-            choose=choose,
-            transform=lambda frame_HW3: fit_frame(frame_HW3, bucket.height, bucket.width),
-            deadline_s=deadline_s,
-            max_frames=bucket.num_frames,
-            max_pixels=self.config.caps.max_pixels,
-            max_bytes=self.config.caps.max_media_bytes,
-        )
-        return clip, seen[-1]
-
-    def _image(self, row: Row) -> Row:
-        caps, bucket = self.config.caps, self.config.bucket
-        try:
-            frame_HW3 = decode_image(
-                row["media"], max_bytes=caps.max_media_bytes, max_pixels=caps.max_pixels
-            )
-        except ImageTooLarge as error:
-            return decided(row, "failed", error.reason, str(error))
-        height, width = frame_HW3.shape[:2]
-        fitted = fit_frame(frame_HW3, bucket.height, bucket.width)
-        row = self._with_frames(row, fitted[None], [0.0])
-        row["source_height"], row["source_width"] = height, width
-        return row
-
-    def _with_frames(self, row: Row, frames: np.ndarray, pts_s: list[float]) -> Row:
-        return {
-            **row,
-            "media": None,
-            "frames": frames.tobytes(),
-            "frames_shape": list(frames.shape),
-            "pts_s": pts_s,
-        }
-
-
 class FilterStage:
-    """Drops by what only the decoder knew: area and length of the source."""
+    """Drops by what only the decoder knew: area and length of the source, and the pixels."""
 
     def __init__(self, config: PrepareConfig) -> None:
         self.config = config
 
     def process(self, row: Row) -> Row:
-        """The row, dropped where a filter fails it."""
-        drop = judge_source(
-            row["source_height"], row["source_width"], row["duration_s"], self.config.filters
-        )
+        """The row, dropped where a filter fails it. Area counts without bars."""
+        height, width = Bars(*row["bars"]).size_inside(row["source_height"], row["source_width"])
+        filters = self.config.filters
+        drop = judge_source(height, width, row["duration_s"], filters)
+        drop = drop or judge_pixels(frames_of(row), filters)
         return decided(row, "dropped", drop.reason, drop.detail) if drop else row
 
     def close(self) -> None:
@@ -258,14 +161,16 @@ class CaptionStage:
         Raises:
             CaptionerUnavailable: `give_up_after` clips in a row got no caption.
         """
-        open_rows = [row for row in rows if not row["status"] and row["number"] >= 0]
-        written = iter(self._written([frames_of(row) for row in open_rows]))
+        samples = [split_windows(row) for row in rows]
+        waiting = [part for parts in samples for part in parts if _goes_on(part)]
+        written = iter(self._written([frames_of(part) for part in waiting]))
         filled = []
-        for row in rows:
-            if not row["status"] and row["number"] >= 0:
-                row = with_caption(row, next(written), self.captioner.name)
-                self._count(row)
-            filled.append(row)
+        for parts in samples:
+            for place, part in enumerate(parts):
+                if _goes_on(part):
+                    parts[place] = with_caption(part, next(written), self.captioner.name)
+                    self._count(parts[place])
+            filled.append(join_windows(parts))
         return filled
 
     def close(self) -> None:
@@ -293,6 +198,11 @@ class CaptionStage:
                 f"the captioner ({self.captioner.name}) and run the same command again, or raise "
                 "captioner.give_up_after"
             )
+
+
+def _goes_on(row: Row) -> bool:
+    """Whether a row is undecided and no closing row."""
+    return not row["status"] and row["number"] >= 0
 
 
 def with_caption(row: Row, written: Written, captioner: str) -> Row:
@@ -369,7 +279,9 @@ class SinkStage:
             self.ledger.close_reading(job, json.loads(row["closing"]))
         else:
             if not job.encode and not row["status"]:
-                row = decided({**row, "frames": None}, "kept", "", "")
+                row = join_windows(
+                    [p if p["status"] else decided(p, "kept", "", "") for p in split_windows(row)]
+                )
             self.ledger.stage(job, self._staged(row))
         if job.encode:
             committed = self.ledger.commit_if_complete(job)
@@ -384,15 +296,21 @@ class SinkStage:
             self._done[job.name] = self.ledger.is_done(job)
         return self._done[job.name]
 
-    def _staged(self, row: Row) -> Row:
+    def _staged(self, row: Row) -> list[Row]:
+        """The rows to keep of a sample: one per window that is kept, at least one."""
         names = ("key", "shard", "number", "status", "reason", "detail")
-        staged: Row = {name: row[name] for name in names}
+        head: Row = {name: row[name] for name in names}
         if row["status"] != "kept":
-            return staged
-        texts = ("caption", "synthetic", "captioner", "caption_error")
-        staged |= {"window": 0, **{name: row[name] for name in texts}}
-        if row["mean"] is not None:
-            staged |= self._record(row).row()
+            return [head]
+        staged = []
+        for part in split_windows(row):
+            if part["status"] != "kept":
+                continue
+            texts = ("window", "caption", "synthetic", "captioner", "caption_error")
+            one = {**head, **{name: part[name] for name in texts}}
+            if part["mean"] is not None:
+                one |= {**self._record(part).row(), **head}
+            staged.append(one)
         return staged
 
     def _record(self, row: Row) -> LatentRecord:
@@ -407,7 +325,7 @@ class SinkStage:
         assert math.prod(shape) == mean.size
         return LatentRecord(
             key=row["key"],
-            window=0,
+            window=row["window"],
             number=row["number"],
             bucket=Bucket(frames, height, width),
             fps=self.config.bucket.fps,
@@ -416,9 +334,5 @@ class SinkStage:
             logvar=moments["logvar"],
             codec=row["codec"],
             look=row["look"],
+            bars=tuple(row["bars"]),
         )
-
-
-def frames_of(row: Row) -> np.ndarray:
-    """The uint8 frames [T, H, W, 3] of a row."""
-    return np.frombuffer(row["frames"], dtype=np.uint8).reshape(row["frames_shape"])

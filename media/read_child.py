@@ -1,6 +1,6 @@
 """The process that decodes video, so that it can be killed. Run by path from `media.read`.
 
-Imports only numpy, decord and PyAV, each when first needed. Reads requests on stdin, writes
+Imports only numpy, decord and PyAV, the latter two when first needed. Reads requests on stdin, writes
 replies on a private copy of stdout: a 4-byte length, a JSON head, then `head["bytes"]` raw bytes.
 
     {"op": "load", "bytes": n} + data | {"op": "load", "path": p}      -> {"ok": true}
@@ -28,6 +28,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 HEAD = struct.Struct("<I")
+_AHEAD_BYTES = 2**30
+"""decord decodes on while its frames are taken: up to the whole video, which must fit this."""
 # Native messages carry the time of day and source lines; the same file must fail the same way.
 _NOISE = re.compile(r"\[\d\d:\d\d:\d\d\] |\S+\.cc:\d+: | ?\b0x[0-9a-f]+")
 
@@ -57,6 +59,34 @@ class Refusal(Exception):
         self.code = code
 
 
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Refuse frames over the cap."""
+    if width * height > max_pixels:
+        raise Refusal(
+            "video_too_large", f"frames are {width}×{height}; the cap is {max_pixels} pixels"
+        )
+
+
+def check_header(source: bytes | str, max_pixels: int) -> None:
+    """Refuse by what the file says of itself, before a frame is decoded: no video, too large.
+
+    What cannot be opened is left to the readers, which say why.
+    """
+    import av
+
+    try:
+        container = av.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except (OSError, ValueError):
+        return
+    with container:
+        if not container.streams:
+            return
+        if not container.streams.video:
+            raise Refusal("empty_video", "there is no video stream in the file")
+        context = container.streams.video[0].codec_context
+        check_size(context.width, context.height, max_pixels)
+
+
 class DecordSource:
     """decord: fast and exact in seeking; applies rotation itself."""
 
@@ -78,6 +108,11 @@ class DecordSource:
             # decord takes the channels from the padded row length: 4 or 6 at widths 16, 24, 48, 72.
             raise Refusal("unreadable_video", f"decord reads width {first.shape[1]} wrongly")
         self.height, self.width = (int(n) for n in first.shape[:2])
+        if count * self.height * self.width * 3 > _AHEAD_BYTES:
+            raise Refusal(
+                "unreadable_video",
+                f"decord could hold {count} frames of {self.width}×{self.height}",
+            )
 
     def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
         for index in indices:
@@ -157,6 +192,7 @@ class Child:
         self.replies = replies
         self.data: bytes | str = b""
         self.source: DecordSource | PyAVSource | None = None
+        self.max_pixels = 0
 
     def answer(self, head: dict[str, Any], payload: bytes) -> None:
         if head["op"] == "load":
@@ -165,17 +201,16 @@ class Child:
             write_message(self.replies, {"ok": True})
         elif head["op"] == "open":
             self.source = None
+            self.max_pixels = head["max_pixels"]
+            check_header(self.data, self.max_pixels)
             self.source = source = SOURCES[head["reader"]](self.data)
-            if source.width * source.height > head["max_pixels"]:
-                raise Refusal(
-                    "video_too_large",
-                    f"frames are {source.width}×{source.height}; the cap is "
-                    f"{head['max_pixels']} pixels",
-                )
+            check_size(source.width, source.height, self.max_pixels)
             info = {"width": source.width, "height": source.height, "fps": source.fps}
             write_message(self.replies, info, source.pts_s.tobytes())
         elif head["op"] == "frames" and self.source is not None:
             for frame_HW3 in self.source.frames(head["indices"]):
+                # Frames may grow in the middle of a stream.
+                check_size(frame_HW3.shape[1], frame_HW3.shape[0], self.max_pixels)
                 frame_HW3 = np.ascontiguousarray(frame_HW3)
                 shape = {"shape": list(frame_HW3.shape)}
                 write_message(self.replies, shape, frame_HW3.data.cast("B"))

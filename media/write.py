@@ -102,7 +102,10 @@ def decode_image(
             return np.asarray(upright.convert("RGB"), dtype=np.uint8).copy()
     except ImageTooLarge:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Pillow has a cap of its own, which it applies on opening.
+        raise ImageTooLarge(f"{error}. Send a smaller one") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise UnreadableImage(
             f"{len(data)} bytes that are not a whole PNG, JPEG or WebP image ({error})"
         ) from error

@@ -119,7 +119,7 @@ def prepare(
     shards: Annotated[
         str | None,
         typer.Option(
-            help="WebDataset shards: a folder of tars, one tar, or {00000..00099}.tar. With --only "
+            help="Tars or loose files: a folder, one tar, {00000..00099}.tar, or a .txt list of these. With --only "
             "captions: where they are now, by default where they were."
         ),
     ] = None,

@@ -73,6 +73,8 @@ def prepare_latents(
     reporter.table(f"{report.total} samples", ["status", "reason", "samples"], rows)
     if report.samples_now == 0:
         reporter.console.print("  nothing to do: every shard was prepared before")
+    else:
+        reporter.console.print(f"  on {report.resources}")
     _say_captions(report, reporter)
     return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,12 +18,14 @@ import ray
 from fastapi.responses import JSONResponse
 
 from data_prep.captions import CaptionerUnavailable
-from data_prep.config import CaptionConfig, ConcurrencyConfig, PrepareConfig
+from data_prep.config import BucketConfig, CaptionConfig, ConcurrencyConfig, PrepareConfig
 from data_prep.moving_shapes import write_world
 from data_prep.on_ray import ShardSource, build_pipeline, prepare
-from data_prep.resources import plan_resources
+from data_prep.resources import describe, plan_resources
 from data_prep.run import plan_run
+from data_prep.shards import write_shard
 
+from .bad_media import moving, sample, video
 from .endpoint import serving
 from .local import caption_locally, digests, prepare_locally
 from .vlm_models import save_llava
@@ -49,6 +53,7 @@ def test_the_whole_run_on_ray_equals_one_process(
     junk = tmp_path / "junk.tar"
     junk.write_bytes(b"junk" * 500)
     shards = [*world, str(cut), str(junk)]
+    config = config.model_copy(update={"windows_per_clip": 2})
     calls: list[tuple[str, int, int | None]] = []
     report = prepare(
         config,
@@ -91,6 +96,57 @@ def test_every_stage_is_an_operator_of_its_own(
     assert len(found) == len(stages)
     assert all(stage in name for stage, name in zip(stages, found, strict=True))
     assert not any("->" in name for name in found)
+
+
+@pytest.mark.slow
+def test_the_stages_overlap_in_time_and_pools_keep_to_their_bounds(
+    cluster: None, config: PrepareConfig, codec_dir: Path, tmp_path: Path
+) -> None:
+    """By Ray Data's own account: each stage has begun before the one ahead of it has ended.
+
+    Reading is left out: a few MB are read before the first decoder has started.
+    """
+    clip = video(moving(110, 480, 640))
+    for shard in range(2):
+        samples = [sample(f"{number:02d}", mp4=clip) for number in range(30)]
+        write_shard(tmp_path / "in" / f"{shard}.tar", samples)
+    shards = [str(path) for path in sorted((tmp_path / "in").iterdir())]
+    wanted = ConcurrencyConfig(decoders=(1, 2), encoders=(1, 2))
+    bucket = BucketConfig(num_frames=17, height=32, width=32)
+    config = config.model_copy(
+        update={"concurrency": wanted, "bucket": bucket, "windows_per_clip": 3}
+    )
+    plan = plan_run(config, shards, tmp_path / "out", str(codec_dir))
+    resources = plan_resources(2.0, 0.0, wanted)
+    assert "decode 1–2×" in describe(resources, 2.0)
+    pipeline = build_pipeline(plan, config, resources)
+    batches = pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    assert sum(table.num_rows for table in batches) == 60 + 2
+    assert "Operator 6 MapBatches(Sink)" in pipeline.stats()
+    stages: list[Any] = []
+    summary = pipeline.get_stats_summary()
+    while summary is not None:
+        stages = [*summary.operators_stats, *stages]
+        summary = summary.parents[0] if summary.parents else None
+    assert len(stages) == 6
+    for before, after in itertools.pairwise(stages[1:]):
+        assert after.earliest_start_time < before.latest_end_time, (before, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_no_machine_is_too_small_to_finish(
+    config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path, cpus: int
+) -> None:
+    """In a cluster of its own with so few CPUs, asked for far more actors than it can run at once."""
+    wanted = ConcurrencyConfig(shards_in_flight=3, decoders=(1, 8), captioners=2, encoders=(1, 8))
+    config = config.model_copy(update={"concurrency": wanted})
+    command = [sys.executable, "-c", DRIVER.replace("num_cpus=2", f"num_cpus={cpus}")]
+    arguments = [config.model_dump_json(), str(tmp_path / "out"), str(codec_dir), *world]
+    environment = {**os.environ, **RAY_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *arguments], check=True, cwd=ROOT, env=environment, timeout=200)
+    prepare_locally(config, world, tmp_path / "local", codec_dir)
+    assert digests(tmp_path / "out") == digests(tmp_path / "local")
 
 
 def test_finished_shards_never_become_a_read_task(

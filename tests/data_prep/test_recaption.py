@@ -50,13 +50,17 @@ def rows(out: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for path in paths for row in pq.read_table(path).to_pylist()}
 
 
+@pytest.mark.parametrize("windows", [1, 2])
 def test_only_captions_gives_what_a_whole_run_with_that_captioner_gives(
     config: PrepareConfig,
     by_model: PrepareConfig,
     world: list[str],
     codec_dir: Path,
     tmp_path: Path,
+    windows: int,
 ) -> None:
+    config = config.model_copy(update={"windows_per_clip": windows})
+    by_model = by_model.model_copy(update={"windows_per_clip": windows})
     out, whole = tmp_path / "out", tmp_path / "whole"
     prepare_locally(config, world, out, codec_dir)
     prepare_locally(by_model, world, whole, codec_dir)
@@ -73,7 +77,9 @@ def test_only_captions_gives_what_a_whole_run_with_that_captioner_gives(
             assert after[name] == digest
     dataset = LatentDataset(out, "all")
     texts = {dataset.captions(i) for ids in dataset.buckets.values() for i in ids}
-    assert texts == {(r["caption"], r["synthetic"]) for r in rows(whole).values()}
+    written = [r for p in (whole / "captions").iterdir() for r in pq.read_table(p).to_pylist()]
+    assert texts == {(r["caption"], r["synthetic"]) for r in written}
+    assert {r["window"] for r in written} == set(range(windows))
 
 
 def test_done_is_done_until_the_captioner_changes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from data_prep.config import ConcurrencyConfig
 from data_prep.resources import ResourceError, describe, plan_resources
@@ -19,16 +20,36 @@ def test_the_stages_fit_any_machine(cpus: float, shards: int) -> None:
     assert f"of {cpus:g} CPUs" in describe(plan, cpus)
 
 
-def test_large_machines_are_used() -> None:
+def test_pools_of_large_machines_can_grow_to_use_them() -> None:
     plan = plan_resources(64, 0, ConcurrencyConfig())
-    assert sum(r.workers * r.cpus for r in plan.values()) > 60
-    assert plan["decode"].workers > 10
-    assert plan["encode"].workers > 10
+    for stage in ("decode", "encode"):
+        assert 10 < plan[stage].workers < plan[stage].most
+        others = sum(r.workers * r.cpus for name, r in plan.items() if name != stage)
+        # Where all the work is in one stage, its pool may take what the others do not begin with.
+        assert others + plan[stage].most * plan[stage].cpus > 60
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4, 8, 64])
+def test_pools_keep_to_the_bounds_of_the_recipe(cpus: float) -> None:
+    wanted = ConcurrencyConfig(decoders=(1, 3), encoders=2, captioners=(1, 2))
+    plan = plan_resources(cpus, 0, wanted)
+    assert (plan["decode"].workers, plan["decode"].most) == (1, 3)
+    assert (plan["encode"].workers, plan["encode"].most) == (2, 0)
+    assert (plan["caption"].workers, plan["caption"].most) == (1, 2)
+    assert "decode 1–3×" in describe(plan, cpus)
+    if cpus <= 4:
+        assert sum(max(r.workers, r.most) * r.cpus for r in plan.values()) <= cpus
+
+
+@pytest.mark.parametrize("pool", [0, (0, 2), (3, 2)])
+def test_bounds_that_cannot_be_are_refused(pool: int | tuple[int, int]) -> None:
+    with pytest.raises(ValidationError, match="1 ≤ least ≤ most"):
+        ConcurrencyConfig(decoders=pool)
 
 
 def test_gpus_set_the_number_of_encoders() -> None:
     plan = plan_resources(32, 4, ConcurrencyConfig(encoder_gpus=0.5))
-    assert plan["encode"] == (8, 1.0, 0.5)
+    assert plan["encode"] == (8, 1.0, 0.5, 0)
 
 
 @pytest.mark.parametrize(

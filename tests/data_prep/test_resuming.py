@@ -17,6 +17,7 @@ import pytest
 
 from data_prep import locations
 from data_prep.config import BucketConfig, PrepareConfig
+from data_prep.index import INDEX_NAME
 from data_prep.latents import LatentDataset
 from data_prep.ledger import Ledger
 from data_prep.run import plan_run

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +15,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.alone import Alone
 from data_prep.config import BucketConfig, CapConfig, FilterConfig, PrepareConfig
 from data_prep.latents import LatentDataset
+from data_prep.rows import ROW_SCHEMA, Row, frames_of
 from data_prep.shards import write_shard
 from data_prep.stages import CaptionStage, DecodeStage, run_stage
-from media.errors import DecodeTimeout
+from media.errors import DecodeTimeout, UnreadableVideo
 from media.write import encode_mp4, encode_png
 
+from .bad_media import moving, video, with_bars
 from .local import prepare_locally
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (20, 32, 64, 3), dtype=np.uint8)
@@ -91,21 +99,193 @@ def test_an_unforeseen_error_costs_one_sample(
     assert detail == "ZeroDivisionError: unforeseen <object at>"
 
 
-def test_a_time_out_is_tried_once_more_with_a_longer_deadline(
-    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+def decode_row(**values: Any) -> Row:
+    row = dict.fromkeys(ROW_SCHEMA.names)
+    return {**row, "status": "", "number": 0, "shard": "s", "key": "k", "window": 0, "note": "",
+            "suffix": "mp4", "media": b"1", "metadata": "{}", **values}  # fmt: skip
+
+
+def test_a_time_out_is_tried_once_more_alone_with_a_longer_deadline(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = DecodeStage(config.model_copy(update={"deadline_s": 2.0}))
-    deadlines = []
+    """Six decoders, every first try of three of them too slow: no second try has company."""
+    lock, running, alone, deadlines = threading.Lock(), set(), [], []
 
-    def read(data: bytes, **options: Any) -> None:
-        deadlines.append(options["deadline_s"])
-        raise DecodeTimeout("slow")
+    def read(name: int, data: bytes, **options: Any) -> None:
+        with lock:
+            running.add(name)
+            deadlines.append(options["deadline_s"])
+        time.sleep(0.02)
+        with lock:
+            if options["deadline_s"] == 6.0:
+                alone.append(set(running) == {name})
+            running.remove(name)
+        raise DecodeTimeout("slow") if name < 3 else UnreadableVideo("broken")
 
-    monkeypatch.setattr(stage.reader, "read", read)
-    row = {"status": "", "number": 0, "shard": "s", "key": "k", "suffix": "mp4", "media": b"1",
-           "metadata": "{}"}  # fmt: skip
-    assert run_stage(stage, row)["reason"] == "decode_timeout"
-    assert deadlines == [2.0, 6.0]
+    def work(name: int) -> list[str]:
+        # Each has its own locks, as in a process of its own.
+        stage = DecodeStage(config.model_copy(update={"deadline_s": 2.0}), Alone(tmp_path))
+        monkeypatch.setattr(stage.reader, "read", partial(read, name))
+        return [run_stage(stage, decode_row())["reason"] for _ in range(10)]
+
+    with ThreadPoolExecutor(6) as threads:
+        reasons = list(threads.map(work, range(6)))
+    assert reasons == [["decode_timeout"] * 10] * 3 + [["unreadable_video"] * 10] * 3
+    assert sorted(set(deadlines)) == [2.0, 6.0]
+    assert alone == [True] * 30
+
+
+def test_a_clip_that_is_only_slow_beside_others_is_not_lost(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = DecodeStage(config, Alone(tmp_path))
+    read = stage.reader.read
+
+    def slow_at_first(*arguments: Any, **options: Any) -> Any:
+        if options["deadline_s"] == config.deadline_s:
+            raise DecodeTimeout("busy")
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(stage.reader, "read", slow_at_first)
+    row = run_stage(stage, decode_row(media=encode_mp4(FRAMES, 16)))
+    stage.close()
+    assert row["status"] == ""
+    assert frames_of(row).shape == (5, 32, 32, 3)
+
+
+def test_a_stopped_process_does_not_stop_the_others(tmp_path: Path) -> None:
+    with Alone(tmp_path).beside_others():
+        begun = time.monotonic()
+        with Alone(tmp_path).by_itself(patience_s=0.1) as is_alone:
+            assert not is_alone
+        with Alone(tmp_path).beside_others(patience_s=0.1):
+            pass
+        assert time.monotonic() - begun < 30
+    with Alone(tmp_path).by_itself(patience_s=0.1) as is_alone:
+        assert is_alone
+
+
+def noisy(count: int, height: int = 32, width: int = 64) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 255, (count, height, width, 3), dtype=np.uint8)
+
+
+def prepared(
+    config: PrepareConfig, codec: Path, root: Path, samples: list[dict[str, Any]], **change: Any
+) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, int], dict[str, Any]]]:
+    """Status rows by key and latent rows by (key, window)."""
+    write_shard(root / "0.tar", samples)
+    prepare_locally(config.model_copy(update=change), [str(root / "0.tar")], root / "out", codec)
+    latents = [
+        row
+        for path in sorted((root / "out" / "latents").glob("*.parquet"))
+        for row in pq.read_table(path).to_pylist()
+    ]
+    return statuses(root / "out", "0"), {(r["key"], r["window"]): r for r in latents}
+
+
+def test_each_pixel_filter_has_its_reason_and_bars_are_cut_and_noted(
+    config: PrepareConfig, codec_dir: Path, tmp_path: Path
+) -> None:
+    still = np.repeat(noisy(1), 20, axis=0)
+    half = np.concatenate([np.zeros((10, 32, 64, 3), np.uint8), noisy(10)])
+    boxed = np.pad(noisy(20, 48, 96), ((0, 0), (12, 12), (16, 16), (0, 0)))
+    narrow = np.pad(noisy(20, 16, 64), ((0, 0), (24, 24), (0, 0), (0, 0)))
+    clips = {"good": noisy(20), "still": still, "black": np.zeros_like(still), "half": half,
+             "white": np.full_like(still, 255), "boxed": boxed, "narrow": narrow}  # fmt: skip
+    samples = [{"__key__": key, "mp4": encode_mp4(clip, 16, crf=1)} for key, clip in clips.items()]
+    samples.append(
+        {"__key__": "image", "png": encode_png(np.pad(noisy(1)[0], ((8, 8), (0, 0), (0, 0))))}
+    )
+    filters = FilterConfig(
+        static_below=0.5,
+        max_black_frames=0.3,
+        max_white_frames=0.3,
+        crop_bars=True,
+        max_bar_share=0.6,
+    )
+    found, latents = prepared(config, codec_dir, tmp_path, samples, filters=filters)
+    assert {key: row["reason"] for key, row in found.items()} == {
+        "good": "", "still": "static_clip", "black": "black_frames", "white": "white_frames",
+        "half": found["half"]["reason"], "boxed": "", "narrow": "letterbox", "image": "",
+    }  # fmt: skip
+    assert found["boxed"]["detail"] == "bars: top 12, bottom 12, left 16, right 16"
+    assert latents["boxed", 0]["bars"] == [12, 12, 16, 16]
+    assert latents["image", 0]["bars"] == [8, 8, 0, 0]
+    assert latents["good", 0]["bars"] == [0, 0, 0, 0]
+    assert found["narrow"]["detail"] == "bars take 0.750 of the area, over 0.6"
+
+
+def test_cropping_bars_gives_what_the_video_without_them_gives(
+    config: PrepareConfig, tmp_path: Path
+) -> None:
+    picture = moving(20, 48, 96)
+    stage = DecodeStage(
+        config.model_copy(update={"filters": FilterConfig(crop_bars=True)}), Alone(tmp_path)
+    )
+    lossless = {"qp": "0", "preset": "ultrafast"}
+    plain, boxed = (
+        run_stage(stage, decode_row(media=video(frames, options=lossless)))
+        for frames in (picture, with_bars(picture, 8, 16))
+    )
+    stage.close()
+    assert boxed["bars"] == [8, 8, 16, 16]
+    difference = frames_of(plain).astype(int) - frames_of(boxed)
+    assert np.abs(difference).mean() < 1.0
+
+
+def test_videos_go_to_the_bucket_of_the_nearest_aspect(
+    config: PrepareConfig, codec_dir: Path, tmp_path: Path
+) -> None:
+    sizes = {"wide": (36, 64), "tall": (64, 36), "square": (40, 40), "panorama": (32, 112)}
+    samples = [{"__key__": k, "mp4": encode_mp4(noisy(20, *s), 16)} for k, s in sizes.items()]
+    samples.append({"__key__": "image", "png": encode_png(noisy(1, 64, 36)[0])})
+    bucket = BucketConfig(
+        num_frames=5, height=32, width=32, aspects=("1:1", "16:9", "9:16", "21:9")
+    )
+    _, latents = prepared(config, codec_dir, tmp_path, samples, bucket=bucket)
+    assert {key: row["bucket"] for (key, _), row in latents.items()} == {
+        "wide": "5x32x48", "tall": "5x48x32", "square": "5x32x32", "panorama": "5x16x48",
+        "image": "1x48x32",
+    }  # fmt: skip
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert info["buckets"] == sorted(
+        f"{n}x{s}" for n in (1, 5) for s in ("16x48", "32x32", "32x48", "48x32")
+    )
+
+
+def test_long_clips_give_several_windows_each_with_its_times(
+    config: PrepareConfig, codec_dir: Path, tmp_path: Path
+) -> None:
+    clips = {"long": 60, "middle": 24, "short": 12}
+    samples = [{"__key__": k, "mp4": encode_mp4(noisy(n), 16)} for k, n in clips.items()]
+    found, latents = prepared(config, codec_dir, tmp_path, samples, windows_per_clip=3)
+    assert {row["status"] for row in found.values()} == {"kept"}
+    assert list(latents) == [
+        ("long", 0), ("long", 1), ("long", 2), ("middle", 0), ("middle", 1), ("short", 0)
+    ]  # fmt: skip
+    for key in clips:
+        times = [t for (k, _), row in latents.items() if k == key for t in row["pts_s"]]
+        assert times == sorted(set(times))
+        assert all(abs(t * 16 - round(t * 16)) < 1e-3 for t in times)
+    captions = pq.read_table(tmp_path / "out" / "captions" / "0.parquet").to_pylist()
+    assert [(row["key"], row["window"]) for row in captions] == list(latents)
+    assert len({latents["long", n]["mean"] for n in range(3)}) == 3
+    dataset = LatentDataset(tmp_path / "out", "all")
+    assert len(dataset) == 6
+    _, single = prepared(config, codec_dir, tmp_path / "one", samples)
+    assert single["short", 0] == latents["short", 0]
+
+
+def test_a_window_may_fall_while_its_clip_stays(
+    config: PrepareConfig, codec_dir: Path, tmp_path: Path
+) -> None:
+    clip = np.concatenate([noisy(12), np.zeros((12, 32, 64, 3), np.uint8)])
+    found, latents = prepared(
+        config, codec_dir, tmp_path, [{"__key__": "a", "mp4": encode_mp4(clip, 16)}],
+        windows_per_clip=2, filters=FilterConfig(max_black_frames=0.5),
+    )  # fmt: skip
+    assert list(latents) == [("a", 0)]
+    assert (found["a"]["status"], found["a"]["detail"]) == ("kept", "windows: not 1 black_frames")
 
 
 @pytest.mark.parametrize(
@@ -173,3 +353,18 @@ def test_the_odd_files_of_real_crawls(
         "truncated": "unreadable_video",
     }
     assert Counter(report.reasons).total() == 5
+
+
+def test_the_real_clips_go_through(
+    config: PrepareConfig, panda_samples: Path, codec_dir: Path, tmp_path: Path
+) -> None:
+    """With every filter on: real clips are neither still nor black, and two windows fit in most."""
+    filters = FilterConfig(
+        static_below=0.05, max_black_frames=0.9, max_white_frames=0.9, crop_bars=True
+    )
+    changed = config.model_copy(update={"filters": filters, "windows_per_clip": 2})
+    report = prepare_locally(changed, [str(panda_samples / "00000.tar")], tmp_path, codec_dir)
+    assert report.reasons["failed_to_download"] == 2
+    assert report.counts["kept"] >= 14
+    assert set(report.reasons) <= {"failed_to_download", "static_clip"}
+    assert len(LatentDataset(tmp_path, "all")) > report.counts["kept"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import signal
 import threading
 import time
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -95,13 +97,51 @@ def test_caps_refuse_before_decoding(reader: VideoReader, video: bytes) -> None:
         reader.read(video, max_bytes=100)
 
 
+def peak_bytes(reader: VideoReader) -> int:
+    """Most memory that the decoding process has held."""
+    assert reader._child is not None
+    status = Path(f"/proc/{reader._child.pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def test_frames_over_the_cap_are_refused_before_one_is_decoded() -> None:
+    black = np.zeros((1, 5760, 10240, 3), dtype=np.uint8)
+    data = encode_mp4(black, 8, preset="ultrafast")
+    with VideoReader() as reader:
+        with pytest.raises(VideoTooLarge, match="10240×5760"):
+            reader.read(data)
+        # One such frame is 177 MB as RGB, and the decoder would hold several.
+        assert peak_bytes(reader) < 300 * 2**20
+
+
+def test_a_video_that_unpacks_to_gigabytes_takes_little_memory() -> None:
+    black = np.broadcast_to(np.zeros((1, 1, 1, 1), dtype=np.uint8), (300, 1080, 1920, 3))
+    data = encode_mp4(black, 8, preset="ultrafast")
+    assert len(data) * 50_000 < black.size
+    with VideoReader() as reader:
+        clip = reader.read(data, transform=lambda frame_HW3: frame_HW3[:16, :16])
+        assert clip.frames.shape == (300, 16, 16, 3)
+        assert peak_bytes(reader) < 300 * 2**20
+
+
+def test_a_file_without_video_is_empty_whatever_else_it_holds(reader: VideoReader) -> None:
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(16000))
+    with pytest.raises(EmptyVideo, match="no video stream"):
+        reader.read(sound.getvalue())
+
+
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
 def test_a_container_that_promises_more_than_it_holds_is_unreadable(
     reader: VideoReader, share: float
 ) -> None:
     rng = np.random.default_rng(0)
     data = encode_mp4(rng.integers(0, 255, (16, 32, 32, 3), dtype=np.uint8), 8)
-    with pytest.raises(UnreadableVideo):
+    with pytest.raises((UnreadableVideo, EmptyVideo)):
         reader.read(data[: int(len(data) * share)], deadline_s=20)
 
 

@@ -194,10 +194,18 @@ class LatentIndex:
 
 
 def manifests(folder: Folder) -> Iterator[dict[str, Any]]:
-    """What the finished shards' manifests say, in the order of their names."""
+    """What the finished shards' manifests say, in the order of their names.
+
+    A shard that was made with other settings than the dataset's now (`prepare --redo`) is not finished.
+    """
+    from data_prep.latents import read_info_values
+
+    wanted = read_info_values(folder.location)["prepare_digest"]
     names = [f"manifests/{name}" for name in folder.names("manifests")]
     for data in map_at_once(folder.read, names, folder.threads):
-        yield json.loads(data)
+        manifest = json.loads(data)
+        if manifest["latent_digest"] == wanted:
+            yield manifest
 
 
 def manifests_digest(folder: Folder) -> str:

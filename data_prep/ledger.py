@@ -398,22 +398,25 @@ class Ledger:
         """Remove what a finished shard left in staging."""
         self.folder.remove_folder(f"staging/{name}")
 
+    def changed_settings(self, settings: dict[str, Any]) -> str:
+        """The settings that differ from those the output was begun with, for people; "" where none does."""
+        if not self.folder.exists("dataset.json"):
+            return ""
+        before = _flat(read_info_values(self.out).get("settings", {}))
+        now = _flat(settings)
+        names = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+        return ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in names)
+
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Hold the settings against those that the output was begun with.
 
         Raises:
             SettingsChanged: naming every setting that differs.
         """
-        if not self.folder.exists("dataset.json"):
-            return
-        before = _flat(read_info_values(self.out).get("settings", {}))
-        now = _flat(settings)
-        names = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-        if names:
-            changes = ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in names)
+        if changes := self.changed_settings(settings):
             raise SettingsChanged(
-                f"{shown(self.out)} was prepared with other settings ({changes}); "
-                "choose another output, or set them back"
+                f"{shown(self.out)} was prepared with other settings ({changes}); choose another output, set them back, or "
+                "prepare with --redo, which makes its shards anew"
             )
 
 

@@ -326,6 +326,7 @@ def prepare(
     codec: Path | str,
     *,
     only: Literal["captions"] | None = None,
+    redo: bool = False,
     progress: Progress | None = None,
 ) -> PrepareReport:
     """Video shards → latent shards. Ray must be running where anything is left to do.
@@ -339,6 +340,7 @@ def prepare(
             `only` None means those that the output was prepared from, where they were.
         out: output folder, path or URI, read by `data_prep.latents.LatentDataset`.
         codec: folder or hub id for `flow.codec.VideoCodec.load`.
+        redo: make the shards of an output that other settings made anew, instead of refusing.
         only: "captions" writes captions for the latents that stand, where they are missing or of
             another captioner; latent files are not touched.
         progress: called with (stage, done, total); total is None while unknown.
@@ -357,7 +359,7 @@ def prepare(
         if only == "captions":
             plan = plan_caption_run(config, shards, out)
         else:
-            plan = plan_run(config, shards or (), out, str(codec))
+            plan = plan_run(config, shards or (), out, str(codec), redo=redo)
         samples, startup_s, chosen = 0, 0.0, ""
         stages: tuple[StageFigures, ...] = ()
         if plan.jobs:

@@ -52,18 +52,20 @@ def plan_captions(
         SourceGone: a shard is missing or changed; nothing has been written then.
     """
     ledger = Ledger(out)
-    settings = read_info_values(out).get("settings", {})
+    info = read_info_values(out)
+    settings = info.get("settings", {})
     # The codec is not used, so it need not be at hand.
     ledger.check_settings({**config.latent_settings(), "codec": settings.get("codec")})
     if shards is None:
-        named = {m["shard"]: str(m["source"]) for m in ledger.manifests()}
+        standing = (m for m in ledger.manifests() if m["latent_digest"] == info["prepare_digest"])
+        named = {m["shard"]: str(m["source"]) for m in standing}
     else:
         named = name_shards(shards)
     digest = config.caption_digest()
     jobs, prepared, unprepared, gone = [], [], [], []
     for name, source in sorted(named.items()):
         done = ledger.manifest(name)
-        if done is None:
+        if done is None or done["latent_digest"] != info["prepare_digest"]:
             unprepared.append(name)
             continue
         prepared.append(name)

@@ -120,11 +120,14 @@ def codec_identity(codec: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def plan_run(config: PrepareConfig, shards: Sequence[str], out: Location, codec: str) -> RunPlan:
+def plan_run(
+    config: PrepareConfig, shards: Sequence[str], out: Location, codec: str, *, redo: bool = False
+) -> RunPlan:
     """Name the shards, hold the settings against the output's, and list what is left to do.
 
-    The codec is loaded, and `dataset.json` and `prepare.json` written, only for a new output. Only
-    for who holds the output's lock: `shards_left` asks without it.
+    The codec is loaded, and `dataset.json` and `prepare.json` written, only for a new output, or, with `redo`, for other
+    settings: readers then see no shard before it is made anew. Only for who holds the output's lock: `shards_left`
+    asks without it.
 
     Raises:
         ShardError: a shard is missing or given twice.
@@ -134,8 +137,9 @@ def plan_run(config: PrepareConfig, shards: Sequence[str], out: Location, codec:
     """
     ledger = Ledger(absolute(out))
     codec, named, settings = _asked_for(config, shards, codec)
-    ledger.check_settings(settings)
-    if not ledger.folder.exists("dataset.json"):
+    if not redo:
+        ledger.check_settings(settings)
+    if not ledger.folder.exists("dataset.json") or ledger.changed_settings(settings):
         _begin(config, ledger, codec, settings)
     _keep_recipe(config, ledger)
     jobs = _jobs(config, ledger, named)
@@ -146,12 +150,15 @@ def plan_run(config: PrepareConfig, shards: Sequence[str], out: Location, codec:
     return RunPlan(tuple(named), tuple(jobs), codec, str(ledger.out))
 
 
-def shards_left(config: PrepareConfig, shards: Sequence[str], out: Location, codec: str) -> int:
+def shards_left(
+    config: PrepareConfig, shards: Sequence[str], out: Location, codec: str, *, redo: bool = False
+) -> int:
     """How many shards a run would still have to prepare; writes nothing. Raises as `plan_run`."""
     ledger = Ledger(absolute(out))
     codec, named, settings = _asked_for(config, shards, codec)
-    ledger.check_settings(settings)
-    if not ledger.folder.exists("dataset.json"):
+    if not redo:
+        ledger.check_settings(settings)
+    if not ledger.folder.exists("dataset.json") or ledger.changed_settings(settings):
         return len(named)
     return len(_jobs(config, ledger, named))
 

@@ -40,6 +40,12 @@ def prepare(
             "the recipe names another captioner; latents are not touched."
         ),
     ] = None,
+    redo: Annotated[
+        bool,
+        typer.Option(
+            "--redo", help="Where the output was made with other settings, make its shards anew."
+        ),
+    ] = False,
     recipe: RecipeOption = "tiny",
     codec: Annotated[
         str | None, typer.Option(help="'tiny', a folder, or a hub id (recipe: codec).")
@@ -64,9 +70,9 @@ def prepare(
         with local_or_given(loaded.cluster, address, needed=captions_to_do(loaded, paths, out) > 0):
             caption_again(loaded, paths, out, Reporter())
     else:
-        left = shards_to_do(loaded, paths or [], out)
+        left = shards_to_do(loaded, paths or [], out, redo=redo)
         with local_or_given(loaded.cluster, address, needed=left > 0):
-            prepare_latents(loaded, paths or [], out, Reporter())
+            prepare_latents(loaded, paths or [], out, Reporter(), redo=redo)
     save_recipe(loaded, out)
 
 

@@ -62,12 +62,12 @@ def make_shards(recipe: Recipe, out: Path, reporter: Reporter) -> list[str]:
 
 
 def prepare_latents(
-    recipe: Recipe, shards: list[str], out: str | Path, reporter: Reporter
+    recipe: Recipe, shards: list[str], out: str | Path, reporter: Reporter, *, redo: bool = False
 ) -> PrepareReport:
     """Video shards → latent shards, on Ray Data; prints what became of every sample."""
     with reporter.progress("preparing") as update:
         report = prepare(
-            recipe.prepare, shards, out, recipe.codec_source, progress=_samples(update)
+            recipe.prepare, shards, out, recipe.codec_source, redo=redo, progress=_samples(update)
         )
     rows = [[status, reason, str(count)] for status, reason, count in report.rows()]
     reporter.table(f"{report.total} samples", ["status", "reason", "samples"], rows)
@@ -132,9 +132,9 @@ def captions_to_do(recipe: Recipe, shards: list[str] | None, out: str | Path) ->
     return len(plan_caption_run(recipe.prepare, shards, out).jobs)
 
 
-def shards_to_do(recipe: Recipe, shards: list[str], out: str | Path) -> int:
+def shards_to_do(recipe: Recipe, shards: list[str], out: str | Path, *, redo: bool = False) -> int:
     """How many shards `prepare_latents` would still have to prepare."""
-    return shards_left(recipe.prepare, shards, out, recipe.codec_source)
+    return shards_left(recipe.prepare, shards, out, recipe.codec_source, redo=redo)
 
 
 def training_to_do(recipe: Recipe, latents: str | Path, out: Path) -> bool:

@@ -62,10 +62,11 @@ def prepare_locally(
     *,
     shuffle: int | None = None,
     stop_after: int | None = None,
+    redo: bool = False,
 ) -> PrepareReport:
     """Like `prepare`, in this process: rows shuffled by a seed, or stopped after so many."""
     with Ledger(out).lock():
-        plan = plan_run(config, shards, out, str(codec))
+        plan = plan_run(config, shards, out, str(codec), redo=redo)
         return _run(plan, config, shuffle, stop_after)
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.index import INDEX_NAME, LatentIndex, _build
-from data_prep.latents import Bucket, LatentDataset, LatentDatasetError
+from data_prep.latents import FORMAT_VERSION, Bucket, LatentDataset, LatentDatasetError
 from data_prep.storage import open_folder
 
 from .test_latents import moments, write_dataset
@@ -44,8 +44,10 @@ def synthetic_index(tmp_path: Path, count: int) -> LatentIndex:
         {"kind": "latents", "path": "latents/s.5x32x32.parquet", "bucket": "5x32x32"},
         {"kind": "captions", "path": "latents/s.5x32x32.parquet"},
     ]
-    manifest = {"shard": "s", "files": files}
+    manifest = {"shard": "s", "latent_digest": "d", "files": files}
     (tmp_path / "manifests" / "s.json").write_text(json.dumps(manifest))
+    info = {"version": FORMAT_VERSION, "prepare_digest": "d"}
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
     return LatentIndex.open(tmp_path)
 
 

@@ -63,7 +63,9 @@ def write_dataset(root: Path, *, count: int = 60, logvar: bool = True, side: int
     write_rows(root / "captions" / "s.parquet", captions, CAPTION_SCHEMA)
     files.append({"kind": "captions", "path": "captions/s.parquet"})
     (root / "manifests").mkdir(exist_ok=True)
-    (root / "manifests" / "s.json").write_text(json.dumps({"shard": "s", "files": files}))
+    (root / "manifests" / "s.json").write_text(
+        json.dumps({"shard": "s", "latent_digest": "d", "files": files})
+    )
     return keys
 
 

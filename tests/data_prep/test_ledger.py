@@ -12,6 +12,7 @@ import pytest
 
 from data_prep.config import PrepareConfig
 from data_prep.inputs import name_shards
+from data_prep.latents import LatentDataset
 from data_prep.ledger import (
     Ledger,
     OutputBusy,
@@ -125,6 +126,26 @@ def test_other_settings_are_refused_by_name(
     other = config.model_copy(update={"seed": 7})
     with pytest.raises(SettingsChanged, match="seed: 0 → 7"):
         prepare_locally(other, world[:1], tmp_path, codec_dir)
+
+
+def test_redo_makes_only_what_other_settings_made_and_hides_it_until_then(
+    config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
+) -> None:
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    prepare_locally(config, world, out, codec_dir)
+    other = config.model_copy(update={"seed": 7})
+    prepare_locally(other, world, out, codec_dir, stop_after=9, redo=True)
+    seen = {
+        name.partition("/")[0] for ids in LatentDataset(out, "all").buckets.values() for name in ids
+    }
+    assert 0 < len(seen) < len(world)
+    # Once begun, it goes on without being asked again, and the old settings are now the other ones.
+    with pytest.raises(SettingsChanged, match=r"seed: 7 → 0.*--redo"):
+        prepare_locally(config, world, out, codec_dir)
+    prepare_locally(other, world, out, codec_dir)
+    prepare_locally(other, world, fresh, codec_dir)
+    assert digests(out) == digests(fresh)
+    assert prepare_locally(other, world, out, codec_dir, redo=True).shards_done_now == 0
 
 
 def test_new_captions_do_not_need_new_latents(

@@ -116,5 +116,7 @@ def write_dataset(
             path = f"latents/00000.{bucket}.parquet"
             write_rows(root / path, part, LATENT_SCHEMA)
             files.append({"kind": "latents", "path": path, "bucket": str(bucket)})
-    (root / "manifests/00000.json").write_text(json.dumps({"shard": "00000", "files": files}))
+    (root / "manifests/00000.json").write_text(
+        json.dumps({"shard": "00000", "latent_digest": "0" * 16, "files": files})
+    )
     return root

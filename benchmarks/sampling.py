@@ -334,7 +334,7 @@ def samplers(case: Case) -> list[Sampler]:
         Sampler("sequential", {"schedule": "sequential"}),
         Sampler("jacobi 64, 1e-3", jacobi),
         Sampler("jacobi 16 then 64, 1e-3", {**jacobi, "block_size": 16}),
-        Sampler("sliding, r <= 0.01", {"schedule": "sliding", "token_tolerance": 0.01}),
+        Sampler("sliding, r <= 0.01", {"token_tolerance": 0.01, "cold_token_tolerance": 0.01}),
     ]
     if can_pack(case.flow.deep):
         rows.insert(3, Sampler("jacobi 64, 1e-3, packed weights", jacobi, packed=True))

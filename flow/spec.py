@@ -36,11 +36,11 @@ class SampleSpec:
     tolerance: float = 1e-3
     """Squared change of a sweep over squared tokens at which a block is done; 0 asks for the exact solution of
     every schedule."""
-    slide_tokens: int = 44
+    slide_tokens: int = 64
     """Tokens of the sliding window (at most a frame). It crosses frames, but never the windows of a long video."""
-    cold_slide_tokens: int = 24
+    cold_slide_tokens: int = 20
     """The same while the first frame is made: with poor start values a long window is wasted."""
-    token_tolerance: float = 0.065
+    token_tolerance: float = 0.075
     """Root mean square of a token's residual r = (s - mu)/sigma - z at which the sliding window accepts it."""
     cold_token_tolerance: float = 0.02
     """The same while the first frame is made, whose errors all later frames read."""

@@ -19,6 +19,7 @@ import re
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -80,7 +81,7 @@ def open_folder(location: Location) -> Folder:
     return StoreFolder(location) if is_uri(location) else LocalFolder(location)
 
 
-class Folder:
+class Folder(ABC):
     """Files below one location, by relative names such as `manifests/00000.json`."""
 
     threads = 1
@@ -156,26 +157,27 @@ class Folder:
         bases = (info.base_name for info in found if info.type == wanted)
         return sorted(base for base in bases if not base.startswith("."))
 
+    @abstractmethod
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """A file, whole or not at all. Raises StorageError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def replacing(self, name: str) -> AbstractContextManager[Path]:
         """A local path to write to; what is there on leaving becomes the file, whole."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove_folder(self, name: str) -> None:
         """Remove a folder and all in it, if it is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove_partials(self) -> None:
         """Remove what killed writers left; only for who holds the folder's locks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lock(self, name: str, *, wait_s: float = 0.0) -> AbstractContextManager[Callable[[], None]]:
         """Hold a lock of this folder against every other process, until it dies at the latest.
 
@@ -188,7 +190,6 @@ class Folder:
         Raises:
             LockHeld: somebody else holds it.
         """
-        raise NotImplementedError
 
 
 class LocalFolder(Folder):

@@ -68,3 +68,20 @@ def texts(
     """A text and a null text of the model's shape."""
     shape = (batch, model.config.text_len, model.config.text_dim)
     return randn(*shape, seed=71, dtype=dtype), randn(*shape, seed=72, dtype=dtype)
+
+
+STRUCTURES: dict[str, dict[str, object]] = {
+    "deep block reads forward": {},
+    "deep block reads in reverse": {"layers_per_block": (1, 1, 2)},
+    "patches": {"patch_size": 2, "softplus": False, "soft_clip": 0.0, "final_norm": False},
+    "image": {"video": False, "denoiser": False},
+    "one block, no text": {"layers_per_block": (2,), "deep_text": False},
+}
+"""Changes to TINY that together touch every way a flow may be built."""
+
+
+def latents(model: FlowModel, frames: int = 4, batch: int = 2, seed: int = 1) -> Tensor:
+    """Random latents of a model's kind: [B, T, C, h, w], one frame for an image model."""
+    p = model.config.patch_size
+    frames = frames if model.config.video else 1
+    return randn(batch, frames, model.config.latent_channels, 2 * p, 3 * p, seed=seed)

@@ -10,7 +10,6 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor
 
 from flow.flow import FlowModel
 from flow.likelihood import (
@@ -24,21 +23,7 @@ from flow.likelihood import (
     over_draws,
 )
 from flow.spec import SampleSpec
-from tests.flow.models import randn, texts, tiny_config, tiny_model
-
-STRUCTURES: dict[str, dict[str, object]] = {
-    "deep block reads forward": {},
-    "deep block reads in reverse": {"layers_per_block": (1, 1, 2)},
-    "patches": {"patch_size": 2, "softplus": False, "soft_clip": 0.0, "final_norm": False},
-    "image": {"video": False, "denoiser": False},
-    "one block, no text": {"layers_per_block": (2,), "deep_text": False},
-}
-
-
-def _latents(model: FlowModel, frames: int = 4, batch: int = 2, seed: int = 1) -> Tensor:
-    p = model.config.patch_size
-    frames = frames if model.config.video else 1
-    return randn(batch, frames, model.config.latent_channels, 2 * p, 3 * p, seed=seed)
+from tests.flow.models import STRUCTURES, latents, randn, texts, tiny_config, tiny_model
 
 
 def _perfect(sigma: float, value: float) -> FlowModel:
@@ -55,7 +40,7 @@ def _perfect(sigma: float, value: float) -> FlowModel:
 @pytest.mark.parametrize("chunk", [1, 4, 7, 1000])
 def test_chunks_of_any_size_give_the_whole(structure: str, chunk: int) -> None:
     model = tiny_model(**STRUCTURES[structure])
-    x, (text, _) = _latents(model), texts(model, 2)
+    x, (text, _) = latents(model), texts(model, 2)
     whole = model.flow(x, text)
     found = likelihood(model.flow, x, text, chunk_tokens=chunk)
     close = {"atol": 1e-10, "rtol": 0}
@@ -67,7 +52,7 @@ def test_chunks_of_any_size_give_the_whole(structure: str, chunk: int) -> None:
 def test_the_log_prob_is_that_of_the_change_of_variables() -> None:
     """A standard normal prior under z = f(x), by torch's own density and a determinant of autograd."""
     model = tiny_model(layers_per_block=(1, 1, 1))
-    x, (text, _) = _latents(model, frames=2, batch=1), texts(model)
+    x, (text, _) = latents(model, frames=2, batch=1), texts(model)
     rows = torch.autograd.functional.jacobian(lambda y: model.flow(y, text).z_BTHWC.flatten(), x)
     z = model.flow(x, text).z_BTHWC.detach()
     prior = torch.distributions.Normal(torch.zeros((), dtype=z.dtype), 1).log_prob(z).sum()
@@ -79,7 +64,7 @@ def test_the_log_prob_is_that_of_the_change_of_variables() -> None:
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_tokens_sum_to_frames_and_frames_to_the_video(structure: str) -> None:
     model = tiny_model(**STRUCTURES[structure])
-    x, (text, _) = _latents(model), texts(model, 2)
+    x, (text, _) = latents(model), texts(model, 2)
     found = likelihood(model.flow, x, text, chunk_tokens=5)
     for value in (
         found.log_prob,
@@ -95,7 +80,7 @@ def test_tokens_sum_to_frames_and_frames_to_the_video(structure: str) -> None:
 
 def test_constants_and_units_are_what_their_names_say() -> None:
     model = tiny_model()
-    found = likelihood(model.flow, _latents(model), texts(model, 2)[0])
+    found = likelihood(model.flow, latents(model), texts(model, 2)[0])
     for per, dims in (("video", 4 * 6 * 4), ("frame", 6 * 4), ("token", 4)):
         assert found.dims(per) == dims
         nats, loss = found.nll(per, "nats"), found.loss(per, "nats")
@@ -109,7 +94,7 @@ def test_constants_and_units_are_what_their_names_say() -> None:
 @pytest.mark.parametrize("structure", ["deep block reads forward", "deep block reads in reverse"])
 def test_a_frames_value_is_its_density_given_the_frames_before(structure: str) -> None:
     model = tiny_model(**STRUCTURES[structure])
-    x, (text, _) = _latents(model), texts(model, 2)
+    x, (text, _) = latents(model), texts(model, 2)
     frames = likelihood(model.flow, x, text).log_prob("frame")
     longer = [likelihood(model.flow, x[:, : n + 1], text).log_prob() for n in range(4)]
     torch.testing.assert_close(frames.cumsum(1), torch.stack(longer, 1), atol=1e-10, rtol=0)
@@ -119,7 +104,7 @@ def test_a_frames_value_is_its_density_given_the_frames_before(structure: str) -
 def test_a_tokens_value_lies_at_its_place(structure: str) -> None:
     """With an identity flow a token's loss is half its square: any misplacement would show."""
     model = FlowModel(tiny_config(**STRUCTURES[structure])).double()
-    x = _latents(model)
+    x = latents(model)
     p = model.config.patch_size
     cells = 0.5 * x.square().sum(2)
     expected = cells.unflatten(-1, (-1, p)).unflatten(-3, (-1, p)).sum((-1, -3))
@@ -135,7 +120,7 @@ def test_the_last_token_read_moves_only_its_own_value() -> None:
         if not reverse:  # the shallow block, which reads in reverse, is made the identity
             torch.nn.init.zeros_(model.flow.shallow[0].proj_out.weight)
             torch.nn.init.zeros_(model.flow.shallow[0].proj_out.bias)
-        x, (text, _) = _latents(model), texts(model, 2)
+        x, (text, _) = latents(model), texts(model, 2)
         moved = x.clone()
         moved[:, place[0], :, place[1], place[2]] += 1
         before, after = (likelihood(model.flow, y, text, chunk_tokens=5) for y in (x, moved))
@@ -145,7 +130,7 @@ def test_the_last_token_read_moves_only_its_own_value() -> None:
 
 def test_an_image_is_a_clip_of_one_frame_and_wrong_shapes_are_refused() -> None:
     model = tiny_model(video=False)
-    x, (text, _) = _latents(model), texts(model, 2)
+    x, (text, _) = latents(model), texts(model, 2)
     as_clip, as_image = likelihood(model.flow, x, text), likelihood(model.flow, x[:, 0], text)
     assert torch.equal(as_clip.loss_BTHW, as_image.loss_BTHW)
     with pytest.raises(ValueError, match="an image model takes one frame"):
@@ -161,7 +146,7 @@ def test_an_image_is_a_clip_of_one_frame_and_wrong_shapes_are_refused() -> None:
 
 def test_a_long_video_is_seen_through_its_windows() -> None:
     model = tiny_model()
-    x, (text, _) = _latents(model, frames=7), texts(model, 2)
+    x, (text, _) = latents(model, frames=7), texts(model, 2)
     spec = SampleSpec(num_frames=7, grid=(2, 3), window_frames=4, context_frames=2)
     windows = [*spec.windows()]
     assert len(windows) > 2
@@ -186,7 +171,7 @@ def test_noise_of_a_draw_depends_on_seed_draw_and_frame_alone() -> None:
 
 def test_draws_have_a_mean_and_an_error_that_shrinks() -> None:
     model = tiny_model()
-    x, (text, _) = _latents(model), texts(model, 2)
+    x, (text, _) = latents(model), texts(model, 2)
     found = noisy_likelihood(model.flow, x, text, draws=24, seed=5, chunk_tokens=7)
     assert found.loss_BTHW.shape == (24, 2, 4, 2, 3)
     one = x + 0.3 * draw_noise(5, 2, x.shape[1:]).double()

@@ -13,21 +13,7 @@ from flow.likelihood import likelihood
 from flow.sampling import DeepStream, FrameStream, sample
 from flow.score import score, tweedie
 from flow.spec import SampleError, SampleSpec
-from tests.flow.models import randn, texts, tiny_config, tiny_model
-
-STRUCTURES: dict[str, dict[str, object]] = {
-    "deep block reads forward": {},
-    "deep block reads in reverse": {"layers_per_block": (1, 1, 2)},
-    "patches": {"patch_size": 2, "softplus": False, "soft_clip": 0.0, "final_norm": False},
-    "image": {"video": False, "denoiser": False},
-    "one block, no text": {"layers_per_block": (2,), "deep_text": False},
-}
-
-
-def _latents(model: FlowModel, frames: int = 4, batch: int = 2, seed: int = 1) -> Tensor:
-    p = model.config.patch_size
-    frames = frames if model.config.video else 1
-    return randn(batch, frames, model.config.latent_channels, 2 * p, 3 * p, seed=seed)
+from tests.flow.models import STRUCTURES, latents, randn, texts, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
@@ -36,7 +22,7 @@ def test_score_is_the_gradient_of_the_log_prob(
 ) -> None:
     monkeypatch.setattr("flow.score.CHUNK_TOKENS", 13)
     model = tiny_model(**STRUCTURES[structure])
-    x, (text, _) = _latents(model).requires_grad_(), texts(model, 2)
+    x, (text, _) = latents(model).requires_grad_(), texts(model, 2)
     (expected,) = torch.autograd.grad(model.flow(x, text).log_prob().sum(), x)
     found = score(model.flow, x.detach(), text)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
@@ -50,7 +36,7 @@ def test_score_is_the_gradient_of_the_log_prob(
 
 def test_score_of_a_standard_normal_is_minus_x() -> None:
     model = FlowModel(tiny_config()).double()
-    x, (text, _) = _latents(model), texts(model, 2)
+    x, (text, _) = latents(model), texts(model, 2)
     torch.testing.assert_close(score(model.flow, x, text), -x, atol=1e-12, rtol=0)
     clean = tweedie(model.flow, x, text)
     torch.testing.assert_close(clean, (1 - 0.3**2) * x, atol=1e-12, rtol=0)
@@ -64,14 +50,14 @@ def test_score_denoising_finds_the_mean_of_noisy_gaussians() -> None:
     with torch.no_grad():
         bias[: len(bias) // 2] = math.log(math.expm1(math.hypot(spread, sigma))) - 0.541324854612918
         bias[len(bias) // 2 :] = mean
-    x_noisy = _latents(model)
+    x_noisy = latents(model)
     expected = mean + spread**2 / (spread**2 + sigma**2) * (x_noisy - mean)
     torch.testing.assert_close(tweedie(model.flow, x_noisy), expected, atol=1e-9, rtol=0)
 
 
 def test_later_frames_reach_earlier_ones() -> None:
     model = tiny_model()
-    x, (text, _) = _latents(model), texts(model, 2)
+    x, (text, _) = latents(model), texts(model, 2)
     moved = x.clone()
     moved[:, -1] += 1
     change = (score(model.flow, moved, text) - score(model.flow, x, text)).abs()
@@ -80,7 +66,7 @@ def test_later_frames_reach_earlier_ones() -> None:
 
 def test_score_of_a_long_video_is_that_of_its_windows() -> None:
     model = tiny_model()
-    x, (text, _) = _latents(model, frames=7), texts(model, 2)
+    x, (text, _) = latents(model, frames=7), texts(model, 2)
     spec = SampleSpec(num_frames=7, grid=(2, 3), window_frames=4, context_frames=2)
     windows = [*spec.windows()]
     found = score(model.flow, x, text, windows=windows)

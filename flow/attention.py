@@ -190,8 +190,12 @@ class TransformerLayer(nn.Module):
         return h_BLW + self.mlp(h_BLW)
 
 
+RMS_EPSILON = 1e-6
+"""Added to the mean square of a final norm."""
+
+
 class GainNorm(nn.Module):
-    """RMSNorm in fp32 (or wider) whose gain is 1 + weight, epsilon 1e-6."""
+    """RMSNorm in fp32 (or wider) whose gain is 1 + weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -203,4 +207,4 @@ class GainNorm(nn.Module):
     def forward(self, h_BLW: Tensor) -> Tensor:
         wide = h_BLW.to(torch.promote_types(h_BLW.dtype, torch.float32))
         gain = 1 + self.weight.to(wide.dtype)
-        return (F.rms_norm(wide, wide.shape[-1:], eps=1e-6) * gain).to(h_BLW.dtype)
+        return (F.rms_norm(wide, wide.shape[-1:], eps=RMS_EPSILON) * gain).to(h_BLW.dtype)

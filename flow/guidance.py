@@ -25,9 +25,9 @@ def guide(
     (5.0, 1.0)
     """
     # The order of operations is the reference's: small sigmas magnify any other rounding.
-    s = (sigma_text / sigma_null).clamp(max=1.0).square()
-    precision = 1.0 + weight - weight * s
-    mu = ((1.0 + weight) * mu_text - weight * s * mu_null) / precision
+    ws = (sigma_text / sigma_null).clamp(max=1.0).square() * weight
+    precision = 1.0 + weight - ws
+    mu = ((1.0 + weight) * mu_text - ws * mu_null) / precision
     return mu, sigma_text / precision.sqrt()
 
 

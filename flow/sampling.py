@@ -90,6 +90,7 @@ class DeepStream:
         self._window_start = spec.window_start(min(self.frame_index, spec.num_frames - 1))
         self._recent = list(emitted[self._window_start :])
         self._restarted = False
+        self._priors: dict[int, Tensor] = {}
         self._work, self._begun = Work(), 0.0
 
     @property
@@ -148,9 +149,12 @@ class DeepStream:
         return sweeps
 
     def _prior(self, n: int) -> Tensor:
-        """Noise of frame n as tokens [B, N, C] in the block's order."""
-        noise = patchify(self._noise(n).unsqueeze(1), self.flow.config.patch_size)
-        return frame_sequence(noise, self.flow.deep_reversed).to(self.inverter.tokens_BLC)
+        """Noise of frame n as tokens [B, N, C] in the block's order; a window that runs on asks for a frame twice."""
+        if n not in self._priors:
+            noise = patchify(self._noise(n).unsqueeze(1), self.flow.config.patch_size)
+            z_BNC = frame_sequence(noise, self.flow.deep_reversed).to(self.inverter.tokens_BLC)
+            self._priors = {m: z for m, z in self._priors.items() if m > n - 2} | {n: z_BNC}
+        return self._priors[n]
 
     def _slide(self, n: int, first: int, z_BNC: Tensor) -> Steps:
         spec, after = self.spec, n + 1

@@ -8,6 +8,7 @@ Shapes: B batch, L tokens of the window, C numbers per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,12 +42,17 @@ class Window:
 
     def carry_matrix(self, like: Tensor) -> Tensor:
         """(I - A)^-1 [size, size], lower triangular with ones on the diagonal."""
-        size = min(max(self.size, self.cold), self.period)
-        matrix = torch.eye(size, dtype=like.dtype)
-        for offset, share in zip((1, self.columns, self.columns - 1), self.carry, strict=True):
-            if 0 < offset < size:
-                matrix.diagonal(-offset).sub_(share)
-        return torch.linalg.inv(matrix).tril().to(like.device)
+        return _carry_matrix(self, like.dtype, like.device)
+
+
+@lru_cache(maxsize=32)
+def _carry_matrix(window: Window, dtype: torch.dtype, device: torch.device) -> Tensor:
+    size = min(max(window.size, window.cold), window.period)
+    matrix = torch.eye(size, dtype=dtype)
+    for offset, share in zip((1, window.columns, window.columns - 1), window.carry, strict=True):
+        if 0 < offset < size:
+            matrix.diagonal(-offset).sub_(share)
+    return torch.linalg.inv(matrix).tril().to(device)
 
 
 def slide(
@@ -79,31 +85,55 @@ def slide(
         if inverter.guessed < high:
             _guess(inverter, max(inverter.guessed, low), high, z_BLC, first, window)
         z = z_BLC[:, low - first : high - first]
-        kept = torch.zeros((), dtype=torch.long)
+        settle = _settle if inverter.look_every == 1 else _settle_unseen
+        kept: Tensor | int = 0
         for _ in range(min(inverter.look_every, high - low)):
             yield low, high
-            kept = _settle(inverter, low, high, z, carry, tolerance)
+            kept = settle(inverter, low, high, z, carry, tolerance)
             iterations += 1
         inverter.solved = inverter.fresh = min(low + int(kept) + 1, high)
     return iterations
 
 
+def _compare(
+    inverter: Inverter, low: int, high: int, z_BLC: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """F [B, L, C] of the window's tokens, its difference to them, and which tokens [L] are near it in every sequence."""
+    mu, sigma = inverter.mu_BLC[:, low:high], inverter.sigma_BLC[:, low:high]
+    new = torch.addcmul(mu, sigma, z_BLC)
+    change = new - inverter.tokens_BLC[:, low:high]
+    residual_BL = torch.linalg.vector_norm(change / sigma, dim=-1)
+    # NaN compares false, so nothing at or after one is accepted as it stands.
+    near_BL = residual_BL <= tolerance * change.shape[-1] ** 0.5
+    return new, change, near_BL.all(0)
+
+
 def _settle(
     inverter: Inverter, low: int, high: int, z_BLC: Tensor, carry: Tensor, tolerance: float
+) -> int:
+    """Move the window's tokens after a pass; how many first ones were accepted as they stand."""
+    new, change, near_L = _compare(inverter, low, high, z_BLC, tolerance)
+    kept = [*near_L.tolist(), False].index(False)
+    tokens, size = inverter.tokens_BLC[:, low:high], high - low
+    tokens[:, kept : kept + 1] = new[:, kept : kept + 1]
+    if kept + 1 < size:
+        rest = tokens[:, kept + 1 :]
+        rest += carry[kept + 1 : size, kept:size] @ change[:, kept:]
+        # A masked place still enters a product with weight 0, so a guess must be finite.
+        rest.nan_to_num_(nan=0.0).clamp_(-GUESS_MAX, GUESS_MAX)
+    return kept
+
+
+def _settle_unseen(
+    inverter: Inverter, low: int, high: int, z_BLC: Tensor, carry: Tensor, tolerance: float
 ) -> Tensor:
-    """Move the window's tokens after a pass; how many first ones were accepted as they stand, on the device."""
-    mu, sigma = inverter.mu_BLC[:, low:high], inverter.sigma_BLC[:, low:high]
-    tokens = inverter.tokens_BLC[:, low:high]
-    new = torch.addcmul(mu, sigma, z_BLC)
-    change = new - tokens
-    residual_BL = (change / sigma).square_().mean(-1)
-    # NaN compares false, so nothing at or after one is accepted as it stands.
-    near_L = (residual_BL <= tolerance * tolerance).all(0)
+    """`_settle` where a look at the device costs more than masks: the number stays there."""
+    new, change, near_L = _compare(inverter, low, high, z_BLC, tolerance)
     kept = near_L.long().cumprod(0).sum()
-    place_L1 = torch.arange(high - low, device=kept.device).unsqueeze(1)
+    tokens, size = inverter.tokens_BLC[:, low:high], high - low
+    place_L1 = torch.arange(size, device=kept.device).unsqueeze(1)
     change = change.masked_fill_(place_L1 < kept, 0.0)
-    moved = tokens + carry[: high - low, : high - low] @ change
-    # A masked place still enters a product with weight 0, so a guess must be finite.
+    moved = tokens + carry[:size, :size] @ change
     moved = moved.nan_to_num_(nan=0.0).clamp_(-GUESS_MAX, GUESS_MAX)
     moved = torch.where(place_L1 == kept, new, moved)
     tokens.copy_(torch.where(place_L1 < kept, tokens, moved))

@@ -67,7 +67,7 @@ def engine_row(
         prompts: the rendered chat by number of images.
         seed: the run's seed.
     """
-    if row["status"] or row["number"] < 0:
+    if row["status"] or row["number"] < 0 or row["synthetic"] is not None:
         # An image all the same: Arrow could hold the row without, and blocks must be of one kind.
         blank = shown_images(np.zeros((1, 1, 1, 3), dtype=np.uint8), 1)
         return {"prompt": "", "multimodal_data": {"image": blank}, ERROR: PASSED}

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 """Raised when the code changes what a sample becomes."""
 
 
@@ -426,6 +426,19 @@ class PrepareConfig(_Strict):
     def latent_digest(self, codec: str) -> str:
         """Digest of what decides latents: the settings above and the codec's digest."""
         return digest_of({**self.latent_settings(), "codec": codec})
+
+    def outcome_digest(self, codec: str) -> str:
+        """The same without what the metadata filters alone decide: given that a sample passes those."""
+        values = self.latent_settings()
+        for name in ("matching_score_above", "desirable", "one_shot", "missing_metadata"):
+            del values["filters"][name]
+        return digest_of({**values, "codec": codec})
+
+    def encode_digest(self, codec: str) -> str:
+        """Digest of what decides latents, given the frames."""
+        settings = {"prepare_version": PREPARE_VERSION, "codec": codec}
+        names = ("keep_logvar", "encoder_threads")
+        return digest_of({**settings, **{name: getattr(self, name) for name in names}})
 
     def caption_digest(self) -> str:
         """Digest of what decides the synthetic captions, given the clip (reads a model's folder)."""

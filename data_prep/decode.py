@@ -6,6 +6,7 @@ alone); how each is done is in `data_prep.clips`, `data_prep.filters` and `media
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from data_prep.alone import Alone
 from data_prep.clips import BarMeter, Bars, choose_windows, fit_frame, nearest_size
 from data_prep.config import PrepareConfig
 from data_prep.filters import judge_bars, judge_metadata
+from data_prep.reuse import Reuse
 from data_prep.rows import Row, decided, join_windows
 from data_prep.shards import IMAGE_SUFFIXES
 from media.errors import DecodeTimeout
@@ -39,11 +41,14 @@ class DecodeStage:
 
     Videos are decoded by `media.read` in a child process, decord first. A sample that its metadata
     drops is not decoded. A time-out is tried again with three times the deadline, while nothing else
-    is decoded on this machine: a busy machine must not decide what a sample becomes.
+    is decoded on this machine: a busy machine must not decide what a sample becomes. Nor is one whose outcome stands.
     """
 
-    def __init__(self, config: PrepareConfig, alone: Alone | None = None) -> None:
+    def __init__(
+        self, config: PrepareConfig, alone: Alone | None = None, reuse: Reuse | None = None
+    ) -> None:
         self.config = config
+        self.reuse = reuse or Reuse()
         self.reader = VideoReader(memory_bytes=config.caps.decoder_memory_bytes)
         self.alone = alone or Alone()
 
@@ -52,6 +57,8 @@ class DecodeStage:
         drop = judge_metadata(json.loads(row["metadata"]), self.config.filters)
         if drop is not None:
             return decided(row, "dropped", drop.reason, drop.detail)
+        if (standing := self.reuse.outcome(row)) is not None:
+            return standing
         if row["suffix"] in IMAGE_SUFFIXES:
             return self._image(row)
         deadline_s = self.config.deadline_s
@@ -138,6 +145,7 @@ class DecodeStage:
 
 def _with_frames(row: Row, frames_THW3: np.ndarray, pts_s: list[float], bars: Bars) -> Row:
     """The row with the frames of one window in the place of its media."""
+    frames = frames_THW3.tobytes()
     notes = [row["note"]] if row["note"] else []
     if any(bars):
         sides = zip(("top", "bottom", "left", "right"), bars, strict=True)
@@ -145,8 +153,9 @@ def _with_frames(row: Row, frames_THW3: np.ndarray, pts_s: list[float], bars: Ba
     return {
         **row,
         "media": None,
-        "frames": frames_THW3.tobytes(),
+        "frames": frames,
         "frames_shape": list(frames_THW3.shape),
+        "frames_digest": hashlib.sha256(f"{frames_THW3.shape}".encode() + frames).hexdigest(),
         "pts_s": pts_s,
         "bars": list(bars),
         "note": "; ".join(notes),

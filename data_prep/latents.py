@@ -60,6 +60,7 @@ LATENT_SCHEMA = pa.schema(
         pa.field("bars", pa.list_(pa.int32(), 4), nullable=False),
         pa.field("codec", pa.string(), nullable=False),
         pa.field("look", pa.binary()),  # perceptual hash, data_prep.duplicates
+        pa.field("frames_digest", pa.string()),  # SHA-256 of what was encoded
     ]
 )
 CAPTION_SCHEMA = pa.schema(
@@ -81,6 +82,7 @@ STATUS_SCHEMA = pa.schema(
         pa.field("status", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("detail", pa.string(), nullable=False),
+        pa.field("source_digest", pa.string()),  # SHA-256 of the sample as it was read
     ]
 )
 
@@ -139,6 +141,8 @@ class LatentRecord:
     """Perceptual hash of the frames (`data_prep.duplicates`)."""
     bars: tuple[int, ...] = (0, 0, 0, 0)
     """Black rows and columns cut off the source before the resize: top, bottom, left, right, pixels."""
+    frames_digest: str | None = None
+    """SHA-256 of the frames that were encoded; None in older datasets."""
 
     def row(self) -> dict[str, Any]:
         """The record as a row of LATENT_SCHEMA."""
@@ -158,6 +162,7 @@ class LatentRecord:
             "bars": list(self.bars),
             "codec": self.codec,
             "look": self.look,
+            "frames_digest": self.frames_digest,
         }
 
 
@@ -411,6 +416,7 @@ def read_record(group: pa.Table, row: int) -> LatentRecord:
         codec=values["codec"],
         look=values["look"],
         bars=tuple(values["bars"]),
+        frames_digest=values.get("frames_digest"),
     )
 
 

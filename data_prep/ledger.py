@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -83,6 +83,18 @@ class SettingsChanged(LedgerError):
     """The output holds what other settings made."""
 
 
+class Digests(NamedTuple):
+    """What the settings of a run decide, each as one digest."""
+
+    latent: str
+    """Status and latents: where it differs, a shard is made anew."""
+    caption: str
+    outcome: str
+    """The same as `latent` for a sample that passes the metadata filters."""
+    encode: str
+    """Latents, given the frames."""
+
+
 @dataclass(frozen=True)
 class ShardJob:
     """An input shard and what decides its output. Small and picklable."""
@@ -92,6 +104,10 @@ class ShardJob:
     fingerprint: str
     latent_digest: str
     caption_digest: str
+    outcome_digest: str = ""
+    encode_digest: str = ""
+    standing: bool = False
+    """Whether a manifest stands, of other input or settings: some of it may do (`data_prep.reuse`)."""
     encode: bool = True
     """False where the latents stand and only captions are missing (`data_prep.recaption`)."""
     replaces: str = ""
@@ -141,15 +157,14 @@ class Ledger:
     def jobs(
         self,
         sources: Mapping[str, str],
-        latent_digest: str,
-        caption_digest: str,
+        digests: Digests,
         *,
         verify: bool = False,
     ) -> list[ShardJob]:
         """What is left to do for shards, given by name and source. Raises as `job` does."""
 
         def job(name: str) -> ShardJob | None:
-            return self.job(name, sources[name], latent_digest, caption_digest, verify=verify)
+            return self.job(name, sources[name], digests, verify=verify)
 
         threads = max([self.folder.threads, *(16 for s in sources.values() if is_uri(s))])
         found = map_at_once(job, list(sources), threads)
@@ -159,8 +174,7 @@ class Ledger:
         self,
         name: str,
         source: str,
-        latent_digest: str,
-        caption_digest: str,
+        digests: Digests,
         *,
         verify: bool = False,
     ) -> ShardJob | None:
@@ -174,15 +188,15 @@ class Ledger:
         """
         seen = fingerprint(source)
         done = self.manifest(name)
-        same = done is not None and done["latent_digest"] == latent_digest
+        same = done is not None and done["latent_digest"] == digests.latent
         if done is not None and same:
             if verify:
                 same = done["sha256"] == content_sha256(source)
             else:
                 same = done["fingerprint"] == seen
-        if done is not None and same and done["caption_digest"] == caption_digest:
+        if done is not None and same and done["caption_digest"] == digests.caption:
             return None
-        job = ShardJob(name, source, seen, latent_digest, caption_digest)
+        job = ShardJob(name, source, seen, *digests, standing=done is not None)
         return caption_job(job, done) if done is not None and same else job
 
     def is_done(self, job: ShardJob) -> bool:
@@ -314,6 +328,8 @@ class Ledger:
             "fingerprint": job.fingerprint,
             "latent_digest": job.latent_digest,
             "caption_digest": job.caption_digest,
+            "outcome_digest": job.outcome_digest,
+            "encode_digest": job.encode_digest,
             "job": job.digest,
             **summary,
             "counts": dict(sorted(Counter(row["status"] for row in heads).items())),
@@ -368,7 +384,8 @@ class Ledger:
     def read_rows(self, path: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The rows of an output file that a manifest names."""
         with self.folder.failing("read", path), self.folder.open(path) as file:
-            return list(pq.read_table(file, columns=columns).to_pylist())
+            chosen = None if columns is None else list(columns)
+            return list(pq.read_table(file, columns=chosen).to_pylist())
 
     def _write_latents(self, job: ShardJob, kept: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         by_bucket: dict[str, list[int]] = {}
@@ -416,7 +433,7 @@ class Ledger:
         if changes := self.changed_settings(settings):
             raise SettingsChanged(
                 f"{shown(self.out)} was prepared with other settings ({changes}); choose another output, set them back, or "
-                "prepare with --redo, which makes its shards anew"
+                "prepare with --redo, which makes anew what they affect"
             )
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from data_prep.config import ConcurrencyConfig, PrepareConfig
 from data_prep.ledger import Ledger, LedgerError, ShardJob
 from data_prep.recaption import numbers_to_skip
 from data_prep.resources import ResourceError, StageResources, describe, plan_resources
+from data_prep.reuse import Reuse
 from data_prep.run import (
     PrepareReport,
     RunPlan,
@@ -55,6 +56,7 @@ from data_prep.stages import (
     Stage,
     read_rows,
     run_stage,
+    split_windows,
     with_caption,
 )
 from data_prep.storage import Location, StorageError, absolute
@@ -74,6 +76,7 @@ _DONE_SCHEMA = pa.schema(
         pa.field("number", pa.int32()),
         pa.field("status", pa.string()),
         pa.field("reason", pa.string()),
+        pa.field("reused", pa.bool_()),
         pa.field("committed", pa.bool_()),
     ]
 )
@@ -181,15 +184,15 @@ def _rows(batch: pa.Table) -> list[Row]:
 class Decode(_Operator):
     """`DecodeStage` as an actor."""
 
-    def __init__(self, config: PrepareConfig) -> None:
-        super().__init__(DecodeStage(config))
+    def __init__(self, config: PrepareConfig, reuse: Reuse) -> None:
+        super().__init__(DecodeStage(config, reuse=reuse))
 
 
 class Filter(_Operator):
     """`FilterStage` as an actor."""
 
-    def __init__(self, config: PrepareConfig) -> None:
-        super().__init__(FilterStage(config))
+    def __init__(self, config: PrepareConfig, reuse: Reuse) -> None:
+        super().__init__(FilterStage(config, reuse))
 
 
 class Caption:
@@ -236,6 +239,7 @@ class Sink:
         taken = []
         for row in batch.to_pylist():
             done = {name: row[name] for name in ("shard", "number", "status", "reason")}
+            done["reused"] = any(part["reused"] for part in split_windows(row))
             done["committed"] = self._stage.accept(row)
             taken.append(done)
         yield pa.Table.from_pylist(taken, schema=_DONE_SCHEMA)
@@ -253,9 +257,10 @@ def build_pipeline(
         override_num_blocks=len(plan.jobs),
     )
     skip = frozenset(job.name for job in plan.jobs if not job.encode)
+    reuse = Reuse(plan.out, plan.jobs)
     stages: list[tuple[str, type, tuple[Any, ...]]] = [
-        ("decode", Decode, (config,)),
-        ("filter", Filter, (config,)),
+        ("decode", Decode, (config, reuse)),
+        ("filter", Filter, (config, reuse)),
         ("caption", Caption, (config,)),
         ("encode", Encode, (config, plan.codec, skip)),
         ("sink", Sink, (config, plan.out, plan.jobs)),
@@ -340,7 +345,8 @@ def prepare(
             `only` None means those that the output was prepared from, where they were.
         out: output folder, path or URI, read by `data_prep.latents.LatentDataset`.
         codec: folder or hub id for `flow.codec.VideoCodec.load`.
-        redo: make the shards of an output that other settings made anew, instead of refusing.
+        redo: make the shards of an output that other settings made anew, instead of refusing; of their samples only what
+            the change affects (`data_prep.reuse`).
         only: "captions" writes captions for the latents that stand, where they are missing or of
             another captioner; latent files are not touched.
         progress: called with (stage, done, total); total is None while unknown.
@@ -360,55 +366,57 @@ def prepare(
             plan = plan_caption_run(config, shards, out)
         else:
             plan = plan_run(config, shards or (), out, str(codec), redo=redo)
-        samples, startup_s, chosen = 0, 0.0, ""
-        stages: tuple[StageFigures, ...] = ()
-        if plan.jobs:
-            samples, first_s, chosen, stages = _run(plan, config, progress)
-            startup_s = max(0.0, first_s - begun)
+        done = _run(plan, config, progress) if plan.jobs else _Done()
         finish_run(plan, config)
         return report_of(
             plan,
-            samples_now=samples,
+            samples_now=done.samples,
+            reused_now=done.reused,
             seconds=time.monotonic() - begun,
-            startup_s=startup_s,
-            stages=stages,
-            resources=chosen,
+            startup_s=max(0.0, done.first_s - begun) if plan.jobs else 0.0,
+            stages=done.stages,
+            resources=done.resources,
         )
 
 
-def _run(
-    plan: RunPlan, config: PrepareConfig, progress: Progress | None
-) -> tuple[int, float, str, tuple[StageFigures, ...]]:
-    """Stream every job through the pipeline.
+@dataclass
+class _Done:
+    """What came out of the pipeline. `first_s`: when the first sample did; `resources`: what the preflight chose."""
 
-    Returns:
-        Samples finished, time of the first one, what the preflight chose, and what each stage did.
-    """
+    samples: int = 0
+    reused: int = 0
+    first_s: float = 0.0
+    resources: str = ""
+    stages: tuple[StageFigures, ...] = ()
+
+
+def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> _Done:
+    """Stream every job through the pipeline."""
     if config.captioner.backend == "vllm" and find_spec("vllm") is None:
         raise CaptionerUnavailable("vLLM is not installed; pip install 'flowreel[vllm]'")
     encodes = any(job.encode for job in plan.jobs)
     cpus, resources = _resources(config, _captioning(config, encodes=encodes))
     if not encodes:
         del resources["encode"]
-    chosen = describe(resources, cpus)
-    log.info("preparing %d shards on %s", len(plan.jobs), chosen)
+    done = _Done(resources=describe(resources, cpus))
+    log.info("preparing %d shards on %s", len(plan.jobs), done.resources)
     say: Progress = progress or (lambda stage, done, total: None)
-    samples, committed, first_s = 0, 0, 0.0
-    before = len(plan.names) - len(plan.jobs)
-    say("shards", before, len(plan.names))
+    shards = len(plan.names) - len(plan.jobs)
+    say("shards", shards, len(plan.names))
     with _our_ray_data(config), _plain_errors():
         pipeline = build_pipeline(plan, config, resources)
-        for batch in _done_rows(pipeline):
-            for number, is_committed in batch:
-                first_s = first_s or time.monotonic()
-                samples += number >= 0
-                committed += is_committed
-                if number >= 0:
-                    say("samples", samples, None)
-                if is_committed:
-                    say("shards", before + committed, len(plan.names))
-        stages = tuple(_figures(pipeline, resources))
-    return samples, first_s or time.monotonic(), chosen, stages
+        for row in _done_rows(pipeline):
+            done.first_s = done.first_s or time.monotonic()
+            if row["number"] >= 0:
+                done.samples += 1
+                done.reused += row["reused"]
+                say("samples", done.samples, None)
+            if row["committed"]:
+                shards += 1
+                say("shards", shards, len(plan.names))
+        done.stages = tuple(_figures(pipeline, resources))
+    done.first_s = done.first_s or time.monotonic()
+    return done
 
 
 def _figures(pipeline: Dataset, resources: dict[str, StageResources]) -> Iterator[StageFigures]:
@@ -482,9 +490,9 @@ def _plain_errors() -> Iterator[None]:
         raise found from None
 
 
-def _done_rows(pipeline: Dataset) -> Iterable[list[tuple[int, bool]]]:
+def _done_rows(pipeline: Dataset) -> Iterator[Row]:
     for table in pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield list(zip(table["number"].to_pylist(), table["committed"].to_pylist(), strict=True))
+        yield from table.to_pylist()
 
 
 @contextlib.contextmanager

@@ -35,6 +35,9 @@ ROW_SCHEMA = pa.schema(
         pa.field("synthetic", pa.string()),
         pa.field("captioner", pa.string()),
         pa.field("caption_error", pa.string()),
+        pa.field("source_digest", pa.string()),  # of the sample as it was read
+        pa.field("frames_digest", pa.string()),  # of what the latents and the caption are made of
+        pa.field("reused", pa.bool_()),  # latents or verdict stood already
         pa.field("frames", pa.large_binary()),
         pa.field("frames_shape", pa.list_(pa.int32())),
         pa.field("pts_s", pa.list_(pa.float64())),

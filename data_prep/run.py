@@ -18,7 +18,7 @@ from data_prep.duplicates import MASK_NAME, write_mask
 from data_prep.index import LatentIndex
 from data_prep.inputs import name_shards
 from data_prep.latents import Bucket, DatasetInfo, read_info_values
-from data_prep.ledger import Ledger, ShardJob, sha256_of
+from data_prep.ledger import Digests, Ledger, ShardJob, sha256_of
 from data_prep.recaption import failed_captions, plan_captions
 from data_prep.storage import Location, absolute, open_folder
 
@@ -60,6 +60,8 @@ class PrepareReport:
     """Name of a shard that is no tar → why."""
     samples_now: int
     """Samples that this run itself finished."""
+    reused_now: int
+    """Those among them whose latents or verdict stood already, of an earlier run of other settings or input."""
     seconds: float
     """Wall time of the run."""
     startup_s: float
@@ -198,8 +200,14 @@ def _asked_for(
 
 
 def _jobs(config: PrepareConfig, ledger: Ledger, named: dict[str, str]) -> list[ShardJob]:
-    digest = read_info_values(ledger.out)["prepare_digest"]
-    return ledger.jobs(named, digest, config.caption_digest(), verify=config.verify)
+    info = read_info_values(ledger.out)
+    digests = Digests(
+        latent=info["prepare_digest"],
+        caption=config.caption_digest(),
+        outcome=config.outcome_digest(info["codec_digest"]),
+        encode=config.encode_digest(info["codec_digest"]),
+    )
+    return ledger.jobs(named, digests, verify=config.verify)
 
 
 def _begin(config: PrepareConfig, ledger: Ledger, codec: str, settings: dict[str, Any]) -> None:
@@ -237,6 +245,7 @@ def report_of(
     plan: RunPlan,
     *,
     samples_now: int,
+    reused_now: int = 0,
     seconds: float,
     startup_s: float,
     stages: tuple[StageFigures, ...] = (),
@@ -269,6 +278,7 @@ def report_of(
         truncated_shards=tuple(truncated),
         unreadable_shards=unreadable,
         samples_now=samples_now,
+        reused_now=reused_now,
         seconds=seconds,
         startup_s=startup_s,
         captions_failed=dict(sorted(failed.items())),

@@ -14,6 +14,7 @@ sample ends in exactly one status row, whatever is raised. Knows nothing of Ray.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -32,6 +33,7 @@ from data_prep.filters import judge_pixels, judge_source
 from data_prep.latents import Bucket, LatentRecord
 from data_prep.ledger import Ledger, ShardJob
 from data_prep.recaption import commit_captions_if_complete
+from data_prep.reuse import Reuse
 from data_prep.rows import PAYLOAD, ROW_SCHEMA, Row, decided, frames_of, join_windows, split_windows
 from data_prep.shards import ShardSummary, read_shard
 from data_prep.storage import Location, StorageError
@@ -49,6 +51,7 @@ __all__ = [
     "Stage",
     "read_rows",
     "run_stage",
+    "split_windows",
     "with_caption",
 ]
 
@@ -112,6 +115,7 @@ def read_rows(job: ShardJob, config: PrepareConfig, staged: set[int]) -> Iterato
             "metadata": json.dumps(sample.metadata, default=str),
             "caption": sample.caption,
         }
+        row["source_digest"] = _digest_of_sample(row)
         if sample.problem:
             row = decided(row, "failed", sample.problem, sample.detail)
         elif sample.is_image and not config.images:
@@ -121,11 +125,23 @@ def read_rows(job: ShardJob, config: PrepareConfig, staged: set[int]) -> Iterato
     yield {**empty, **closing, "closing": json.dumps(asdict(summary))}
 
 
-class FilterStage:
-    """Drops by what only the decoder knew: area and length of the source, and the pixels."""
+def _digest_of_sample(row: Row) -> str:
+    """SHA-256 of everything about a sample that decides what becomes of it, given the settings."""
+    said = [row[name] for name in ("key", "suffix", "metadata", "caption", "note")]
+    digest = hashlib.sha256(json.dumps(said).encode())
+    digest.update(row["media"] or b"")
+    return digest.hexdigest()
 
-    def __init__(self, config: PrepareConfig) -> None:
+
+class FilterStage:
+    """Drops by what only the decoder knew: area and length of the source, and the pixels.
+
+    What passes takes along the latents and the caption that stand for its frames.
+    """
+
+    def __init__(self, config: PrepareConfig, reuse: Reuse | None = None) -> None:
         self.config = config
+        self.reuse = reuse or Reuse()
 
     def process(self, row: Row) -> Row:
         """The row, dropped where a filter fails it. Area counts without bars."""
@@ -133,7 +149,9 @@ class FilterStage:
         filters = self.config.filters
         drop = judge_source(height, width, row["duration_s"], filters)
         drop = drop or judge_pixels(frames_of(row), filters)
-        return decided(row, "dropped", drop.reason, drop.detail) if drop else row
+        if drop is not None:
+            return decided(row, "dropped", drop.reason, drop.detail)
+        return self.reuse.fill(row)
 
     def close(self) -> None:
         """Holds nothing."""
@@ -162,12 +180,12 @@ class CaptionStage:
             CaptionerUnavailable: `give_up_after` clips in a row got no caption.
         """
         samples = [split_windows(row) for row in rows]
-        waiting = [part for parts in samples for part in parts if _goes_on(part)]
+        waiting = [part for parts in samples for part in parts if _wants_caption(part)]
         written = iter(self._written([frames_of(part) for part in waiting]))
         filled = []
         for parts in samples:
             for place, part in enumerate(parts):
-                if _goes_on(part):
+                if _wants_caption(part):
                     parts[place] = with_caption(part, next(written), self.captioner.name)
                     self._count(parts[place])
             filled.append(join_windows(parts))
@@ -200,9 +218,9 @@ class CaptionStage:
             )
 
 
-def _goes_on(row: Row) -> bool:
-    """Whether a row is undecided and no closing row."""
-    return not row["status"] and row["number"] >= 0
+def _wants_caption(row: Row) -> bool:
+    """Whether a row is undecided, no closing row and has no caption that stands."""
+    return not row["status"] and row["number"] >= 0 and row["synthetic"] is None
 
 
 def with_caption(row: Row, written: Written, captioner: str) -> Row:
@@ -219,7 +237,7 @@ class EncodeStage:
     """Frames → posterior mean and log-variance, fp16, one clip at a time.
 
     One clip a batch and a fixed thread count: batching a clip with others would change a few bits.
-    A row whose shard needs no new latents (`encode` false) is kept as it is.
+    A row that has its latents, or whose shard needs no new ones (`encode` false), is kept as it is.
     """
 
     def __init__(
@@ -238,7 +256,7 @@ class EncodeStage:
         """Fills the moments and decides `kept`; moments outside fp16 fail the sample."""
         import torch
 
-        if row["shard"] in self.skip:
+        if row["shard"] in self.skip or row["mean"] is not None:
             return decided({**row, "frames": None}, "kept", "", "")
         frames_BTHWC = torch.from_numpy(frames_of(row).copy())[None]
         mean_BTCHW, logvar_BTCHW = self.codec.encode(frames_BTHWC)
@@ -298,7 +316,7 @@ class SinkStage:
 
     def _staged(self, row: Row) -> list[Row]:
         """The rows to keep of a sample: one per window that is kept, at least one."""
-        names = ("key", "shard", "number", "status", "reason", "detail")
+        names = ("key", "shard", "number", "status", "reason", "detail", "source_digest")
         head: Row = {name: row[name] for name in names}
         if row["status"] != "kept":
             return [head]
@@ -335,4 +353,5 @@ class SinkStage:
             codec=row["codec"],
             look=row["look"],
             bars=tuple(row["bars"]),
+            frames_digest=row["frames_digest"],
         )

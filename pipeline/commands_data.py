@@ -43,7 +43,8 @@ def prepare(
     redo: Annotated[
         bool,
         typer.Option(
-            "--redo", help="Where the output was made with other settings, make its shards anew."
+            "--redo",
+            help="Where the output was made with other settings, make anew what they affect.",
         ),
     ] = False,
     recipe: RecipeOption = "tiny",

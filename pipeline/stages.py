@@ -75,6 +75,10 @@ def prepare_latents(
         reporter.console.print("  nothing to do: every shard was prepared before")
     else:
         reporter.console.print(f"  on {report.resources}")
+    if report.reused_now:
+        reporter.console.print(
+            f"  {report.reused_now} of {report.samples_now} samples kept what was made of them before"
+        )
     _say_captions(report, reporter)
     return report
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from data_prep.config import PrepareConfig
 from data_prep.ledger import Ledger
 from data_prep.recaption import numbers_to_skip
+from data_prep.reuse import Reuse
 from data_prep.run import (
     PrepareReport,
     RunPlan,
@@ -35,9 +36,10 @@ from data_prep.storage import Location
 def finished_rows(plan: RunPlan, config: PrepareConfig) -> Iterator[Row]:
     """Every row of the plan after all stages but the sink."""
     skip = frozenset(job.name for job in plan.jobs if not job.encode)
+    reuse = Reuse(plan.out, plan.jobs)
     stages: list[Stage] = [
-        DecodeStage(config),
-        FilterStage(config),
+        DecodeStage(config, reuse=reuse),
+        FilterStage(config, reuse),
         CaptionStage(config),
     ]
     if plan.codec:

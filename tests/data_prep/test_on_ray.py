@@ -76,6 +76,13 @@ def test_the_whole_run_on_ray_equals_one_process(
     ]
     assert len(seen) == len(set(seen)) == report.total
 
+    filters = config.filters.model_copy(update={"static_below": 0.01})
+    other = config.model_copy(update={"filters": filters})
+    again = prepare(other, shards, tmp_path / "ray", codec_dir, redo=True)
+    prepare_locally(other, shards, tmp_path / "other", codec_dir)
+    assert digests(tmp_path / "ray") == digests(tmp_path / "other")
+    assert again.reused_now == again.counts["kept"] == report.counts["kept"]
+
 
 def test_every_stage_is_an_operator_of_its_own(
     cluster: None, config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path

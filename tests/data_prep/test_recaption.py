@@ -191,7 +191,13 @@ def test_a_clip_that_breaks_the_captioner_costs_its_own_caption_only(
     monkeypatch.setattr(stage.captioner, "caption_all", breaks)
     clips = [np.full((5, 32, 32, 3), value, dtype=np.uint8) for value in (1, 7, 2)]
     given = [
-        {"status": "", "number": n, "frames": c.tobytes(), "frames_shape": list(c.shape)}
+        {
+            "status": "",
+            "number": n,
+            "frames": c.tobytes(),
+            "frames_shape": list(c.shape),
+            "synthetic": None,
+        }
         for n, c in enumerate(clips)
     ]
     decided = {"status": "dropped", "number": 9, "frames": None}

@@ -219,6 +219,31 @@ def verdicts(default: Row, jacobi: Row, sequential: Row, bar: Bar) -> list[tuple
     ]
 
 
+PRODUCTS_S, REFERENCE_S = 0.57, {"sequential": (1.6, 1.6), "block Jacobi 64, 1e-3": (0.31, 0.39)}
+"""What the README of `trained_small` says of the machine and of the reference sampler there: seconds of 50 products, and
+the least and most seconds for one video."""
+
+
+def against_reference(default: Row, rounds: int) -> list[str]:
+    """The default against the reference sampler's own times, which are scaled by how fast this machine multiplies."""
+    a, b = torch.randn(2, 1024, 1024).unbind()
+    times = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        for _ in range(50):
+            torch.mm(a, b)
+        times.append(time.perf_counter() - began)
+    here = statistics.median(times[1:])
+    lines = [
+        f"50 products of 1024x1024 matrices take {here:.2f} s here, {PRODUCTS_S:.2f} s where the reference was timed;"
+    ]
+    for name, seconds in REFERENCE_S.items():
+        least, most = (value * here / PRODUCTS_S / default.wall_s for value in seconds)
+        times_faster = f"{least:.1f}" if least == most else f"{least:.1f} to {most:.1f}"
+        lines.append(f"by that measure {times_faster} times faster than the reference's {name}")
+    return lines
+
+
 def _inverter(case: Case) -> tuple[Inverter, Tensor, int]:
     """An inverter of the first video, its noise [1, L, C] in the block's order, and tokens per frame."""
     flow, text = case.flow, case.text[:1]
@@ -373,6 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{'met    ' if holds else 'NOT MET'}  {words}")
     met = all(holds for _, holds in checks)
     print("The bar is met." if met else "The bar is NOT met.")
+    print(*against_reference(rows[0], options.rounds), sep="\n")
     if not options.no_figures:
         for path in draw(case, options.out):
             print(f"wrote {path}")

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from data_prep.caption_config import CaptionConfig
 from data_prep.captions import (
     CaptionerUnavailable,
     Frames,
@@ -26,7 +27,6 @@ from data_prep.captions import (
     question,
     shown_images,
 )
-from data_prep.config import CaptionConfig
 
 _MAX_PAUSE_S = 60.0
 _JPEG_QUALITY = 92

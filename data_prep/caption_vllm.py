@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.caption_config import CaptionConfig
 from data_prep.captions import Frames, Written, shown_images
-from data_prep.config import CaptionConfig
 
 ERROR = "__inference_error__"
 """Ray's column: rows where it is not empty pass every stage untouched."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_prep.caption_config import CaptionConfig
 from data_prep.captions import (
     CaptionerUnavailable,
     Frames,
@@ -22,7 +23,6 @@ from data_prep.captions import (
     chat_messages,
     shown_images,
 )
-from data_prep.config import CaptionConfig
 
 
 class VlmCaptioner:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from data_prep.config import CaptionConfig
+    from data_prep.caption_config import CaptionConfig
 
 Frames = npt.NDArray[np.uint8]
 

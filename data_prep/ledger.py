@@ -21,15 +21,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.config import digest_of
 from data_prep.inputs import content_sha256, fingerprint
+from data_prep.jobs import Digests, ShardJob, caption_job
 from data_prep.latents import (
     CAPTION_SCHEMA,
     LATENT_SCHEMA,
@@ -54,7 +54,6 @@ __all__ = [
     "LedgerError",
     "OutputBusy",
     "SettingsChanged",
-    "ShardJob",
     "sha256_of",
     "write_atomically",
 ]
@@ -81,49 +80,6 @@ class OutputBusy(LedgerError):
 
 class SettingsChanged(LedgerError):
     """The output holds what other settings made."""
-
-
-class Digests(NamedTuple):
-    """What the settings of a run decide, each as one digest."""
-
-    latent: str
-    """Status and latents: where it differs, a shard is made anew."""
-    caption: str
-    outcome: str
-    """The same as `latent` for a sample that passes the metadata filters."""
-    encode: str
-    """Latents, given the frames."""
-
-
-@dataclass(frozen=True)
-class ShardJob:
-    """An input shard and what decides its output. Small and picklable."""
-
-    name: str
-    source: str
-    fingerprint: str
-    latent_digest: str
-    caption_digest: str
-    outcome_digest: str = ""
-    encode_digest: str = ""
-    standing: bool = False
-    """Whether a manifest stands, of other input or settings: some of it may do (`data_prep.reuse`)."""
-    encode: bool = True
-    """False where the latents stand and only captions are missing (`data_prep.recaption`)."""
-    replaces: str = ""
-    """Of a captions-only job: the job whose captions it replaces, so that each try is a job of its own."""
-
-    @property
-    def digest(self) -> str:
-        """Names the staging folder: other inputs or settings never mix with it."""
-        values = [self.fingerprint, self.latent_digest, self.caption_digest, str(self.encode)]
-        values += [self.replaces] if self.replaces else []
-        return digest_of({"job": values})
-
-
-def caption_job(job: ShardJob, done: dict[str, Any]) -> ShardJob:
-    """The job as one of captions only, given the manifest that stands."""
-    return replace(job, encode=False, replaces=done["job"])
 
 
 @dataclass

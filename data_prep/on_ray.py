@@ -29,7 +29,8 @@ from ray.data.datasource import Datasource, ReadTask
 from data_prep.caption_vllm import engine_result, engine_row, vllm_gpus, vllm_settings
 from data_prep.captions import CaptionerUnavailable, captioner_name
 from data_prep.config import ConcurrencyConfig, PrepareConfig
-from data_prep.ledger import Ledger, LedgerError, ShardJob
+from data_prep.jobs import ShardJob
+from data_prep.ledger import Ledger, LedgerError
 from data_prep.recaption import numbers_to_skip
 from data_prep.resources import ResourceError, StageResources, describe, plan_resources
 from data_prep.reuse import Reuse

@@ -14,8 +14,9 @@ from typing import Any
 
 from data_prep.config import PrepareConfig
 from data_prep.inputs import content_sha256, fingerprint, name_shards
+from data_prep.jobs import ShardJob, caption_job
 from data_prep.latents import read_info_values
-from data_prep.ledger import Ledger, LedgerError, ShardJob, caption_job
+from data_prep.ledger import Ledger, LedgerError
 from data_prep.shards import ShardError
 from data_prep.storage import Location
 

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.jobs import ShardJob
 from data_prep.latents import Bucket
-from data_prep.ledger import Ledger, ShardJob
+from data_prep.ledger import Ledger
 from data_prep.rows import Row, decided, join_windows
 from data_prep.storage import Location, StorageError
 

@@ -17,8 +17,9 @@ from data_prep.config import PrepareConfig
 from data_prep.duplicates import MASK_NAME, write_mask
 from data_prep.index import LatentIndex
 from data_prep.inputs import name_shards
+from data_prep.jobs import Digests, ShardJob
 from data_prep.latents import Bucket, DatasetInfo, read_info_values
-from data_prep.ledger import Digests, Ledger, ShardJob, sha256_of
+from data_prep.ledger import Ledger, sha256_of
 from data_prep.recaption import failed_captions, plan_captions
 from data_prep.storage import Location, absolute, open_folder
 

@@ -30,8 +30,9 @@ from data_prep.config import PrepareConfig
 from data_prep.decode import DecodeStage
 from data_prep.duplicates import perceptual_hash
 from data_prep.filters import judge_pixels, judge_source
+from data_prep.jobs import ShardJob
 from data_prep.latents import Bucket, LatentRecord
-from data_prep.ledger import Ledger, ShardJob
+from data_prep.ledger import Ledger
 from data_prep.recaption import commit_captions_if_complete
 from data_prep.reuse import Reuse
 from data_prep.rows import PAYLOAD, ROW_SCHEMA, Row, decided, frames_of, join_windows, split_windows

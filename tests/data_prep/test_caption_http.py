@@ -14,9 +14,9 @@ import pytest
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 
+from data_prep.caption_config import CaptionConfig
 from data_prep.caption_http import HttpCaptioner
 from data_prep.captions import CaptionerUnavailable, Written
-from data_prep.config import CaptionConfig
 from data_prep.moving_shapes import random_spec, render_clip
 from pipeline.recipes import RecipeError, load_recipe
 

@@ -12,9 +12,10 @@ import pytest
 import ray
 
 from data_prep import on_ray
+from data_prep.caption_config import CaptionConfig
 from data_prep.caption_vllm import engine_row, vllm_gpus
 from data_prep.captions import CaptionerUnavailable
-from data_prep.config import CaptionConfig, ConcurrencyConfig, PrepareConfig
+from data_prep.config import ConcurrencyConfig, PrepareConfig
 from data_prep.resources import ResourceError, plan_resources
 from data_prep.stages import ROW_SCHEMA
 

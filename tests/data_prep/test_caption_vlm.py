@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.caption_config import CaptionConfig, folder_identity
 from data_prep.caption_vlm import VlmCaptioner, load_processor, render_prompt
 from data_prep.captions import CaptionerUnavailable
-from data_prep.config import CaptionConfig, PrepareConfig, folder_identity
+from data_prep.config import PrepareConfig
 from data_prep.moving_shapes import random_spec, render_clip
 
 from .vlm_models import save_llava, save_qwen2_vl

@@ -17,8 +17,9 @@ import pytest
 import ray
 from fastapi.responses import JSONResponse
 
+from data_prep.caption_config import CaptionConfig
 from data_prep.captions import CaptionerUnavailable
-from data_prep.config import BucketConfig, CaptionConfig, ConcurrencyConfig, PrepareConfig
+from data_prep.config import BucketConfig, ConcurrencyConfig, PrepareConfig
 from data_prep.moving_shapes import write_world
 from data_prep.on_ray import ShardSource, build_pipeline, prepare
 from data_prep.resources import describe, plan_resources

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.caption_config import CaptionConfig
 from data_prep.captions import CaptionerUnavailable, Written
-from data_prep.config import CaptionConfig, PrepareConfig
+from data_prep.config import PrepareConfig
 from data_prep.latents import LatentDataset, LatentDatasetError
 from data_prep.ledger import SettingsChanged
 from data_prep.recaption import SourceGone

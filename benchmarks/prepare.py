@@ -88,7 +88,7 @@ def bare_loop(
 
 
 def _rows_of(shard: str, config: PrepareConfig, read_rows: Any) -> list[dict[str, Any]]:
-    from data_prep.ledger import ShardJob
+    from data_prep.jobs import ShardJob
 
     job = ShardJob(Path(shard).stem, shard, "", "", "")
     return [row for row in read_rows(job, config, set()) if row["number"] >= 0]

@@ -10,28 +10,11 @@ import pytest
 
 from data_prep.config import BucketConfig, PrepareConfig
 from data_prep.moving_shapes import write_world
+from tests.tiny_codec import CODEC
 
 from .store import CREDENTIALS, Store, running_store
 
 ROOT = Path(__file__).parents[2]
-
-CODEC = {
-    "base_dim": 8,
-    "decoder_base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 1, 1, 1],
-    "num_res_blocks": 1,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.1, -0.1, 0.0, 0.2],
-    "latents_std": [0.8, 1.0, 1.2, 0.9],
-}
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ import pytest
 from data_prep.config import FilterConfig, PrepareConfig
 from data_prep.ledger import Ledger
 from flow.codec import build_vae, save_codec
+from tests.tiny_codec import CODEC
 
-from .conftest import CODEC
 from .local import digests, prepare_locally
 
 Change = Callable[[PrepareConfig], PrepareConfig]
@@ -88,6 +88,33 @@ def write_scored(path: Path, source: str, scores: list[float]) -> str:
     return str(path)
 
 
+class Output:
+    """An output that is prepared twice, and the same from scratch."""
+
+    def __init__(self, folder: Path, shard: str, done: Counter[str]) -> None:
+        self.folder, self.fresh, self.shard, self.done = (
+            folder / "out",
+            folder / "fresh",
+            shard,
+            done,
+        )
+
+    def prepare(self, config: PrepareConfig, codec: Path, **how: Any) -> tuple[int, int, int]:
+        """What was made, on top of what stands."""
+        self.done.clear()
+        prepare_locally(config, [self.shard], self.folder, codec, redo=True, **how)
+        return made(self.done)
+
+    def is_as_from_scratch(self, config: PrepareConfig, codec: Path) -> bool:
+        prepare_locally(config, [self.shard], self.fresh, codec)
+        return digests(self.folder) == digests(self.fresh)
+
+
+@pytest.fixture
+def output(tmp_path: Path, scored: str, done: Counter[str]) -> Output:
+    return Output(tmp_path, scored, done)
+
+
 @pytest.fixture
 def base(config: PrepareConfig) -> PrepareConfig:
     return config.model_copy(update={"filters": FilterConfig(matching_score_above=0.15)})
@@ -112,134 +139,95 @@ def base(config: PrepareConfig) -> PrepareConfig:
 )
 def test_changed_settings_redo_only_what_they_affect(
     base: PrepareConfig,
-    scored: str,
+    output: Output,
     codec_dir: Path,
-    tmp_path: Path,
-    done: Counter[str],
     change: Change,
     decoded: int,
     captioned: int,
     encoded: int,
 ) -> None:
-    out, fresh, other = tmp_path / "out", tmp_path / "fresh", change(base)
-    assert prepare_locally(base, [scored], out, codec_dir).counts["kept"] == 3
-    assert made(done) == (3, 3, 3)
-    done.clear()
-    prepare_locally(other, [scored], out, codec_dir, redo=True)
-    assert made(done) == (decoded, captioned, encoded)
-    prepare_locally(other, [scored], fresh, codec_dir)
-    assert digests(out) == digests(fresh)
+    assert output.prepare(base, codec_dir) == (3, 3, 3)
+    assert output.prepare(change(base), codec_dir) == (decoded, captioned, encoded)
+    assert output.is_as_from_scratch(change(base), codec_dir)
 
 
 def test_another_codec_keeps_the_captions(
-    base: PrepareConfig, scored: str, codec_dir: Path, tmp_path: Path, done: Counter[str]
+    base: PrepareConfig, output: Output, codec_dir: Path, tmp_path: Path
 ) -> None:
-    out, fresh, other = tmp_path / "out", tmp_path / "fresh", tmp_path / "codec"
+    other = tmp_path / "codec"
     save_codec(build_vae(CODEC), other)
-    prepare_locally(base, [scored], out, codec_dir)
-    done.clear()
-    prepare_locally(base, [scored], out, other, redo=True)
-    assert made(done) == (3, 0, 3)
-    prepare_locally(base, [scored], fresh, other)
-    assert digests(out) == digests(fresh)
+    output.prepare(base, codec_dir)
+    assert output.prepare(base, other) == (3, 0, 3)
+    assert output.is_as_from_scratch(base, other)
 
 
 def test_a_new_captioner_and_a_new_filter_at_once_keep_the_latents(
-    base: PrepareConfig,
-    scored: str,
-    codec_dir: Path,
-    tmp_path: Path,
-    done: Counter[str],
-    monkeypatch: pytest.MonkeyPatch,
+    base: PrepareConfig, output: Output, codec_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, fresh = tmp_path / "out", tmp_path / "fresh"
-    prepare_locally(base, [scored], out, codec_dir)
-    done.clear()
+    output.prepare(base, codec_dir)
     monkeypatch.setattr(PrepareConfig, "caption_digest", lambda self: "another captioner")
-    monkeypatch.setattr(
-        "data_prep.caption_measured.MeasuredCaptioner.caption", lambda self, frames: "Other words."
-    )
+
+    def caption(self: object, frames: object) -> str:
+        output.done["MeasuredCaptioner"] += 1
+        return "Other words."
+
+    monkeypatch.setattr("data_prep.caption_measured.MeasuredCaptioner.caption", caption)
     other = filters(matching_score_above=0.25)(base)
-    prepare_locally(other, [scored], out, codec_dir, redo=True)
-    assert made(done) == (2, 0, 0)
-    prepare_locally(other, [scored], fresh, codec_dir)
-    assert digests(out) == digests(fresh)
+    assert output.prepare(other, codec_dir) == (2, 2, 0)
+    assert output.is_as_from_scratch(other, codec_dir)
 
 
 def test_of_a_changed_shard_only_the_changed_samples_are_made(
-    base: PrepareConfig,
-    world: list[str],
-    scored: str,
-    codec_dir: Path,
-    tmp_path: Path,
-    done: Counter[str],
+    base: PrepareConfig, output: Output, world: list[str], codec_dir: Path
 ) -> None:
-    out, fresh = tmp_path / "out", tmp_path / "fresh"
-    prepare_locally(base, [scored], out, codec_dir)
-    done.clear()
+    output.prepare(base, codec_dir)
     # One json is corrected, which lets its clip in; another changes, and its clip stays as it is.
-    write_scored(Path(scored), world[0], [0.9, 0.2, 0.35, 0.4])
-    prepare_locally(base, [scored], out, codec_dir)
-    assert made(done) == (2, 1, 1)
-    prepare_locally(base, [scored], fresh, codec_dir)
-    assert digests(out) == digests(fresh)
+    write_scored(Path(output.shard), world[0], [0.9, 0.2, 0.35, 0.4])
+    assert output.prepare(base, codec_dir) == (2, 1, 1)
+    assert output.is_as_from_scratch(base, codec_dir)
 
 
 def test_several_windows_are_taken_over_whole(
-    base: PrepareConfig, scored: str, codec_dir: Path, tmp_path: Path, done: Counter[str]
+    base: PrepareConfig, output: Output, codec_dir: Path
 ) -> None:
     several = settings(windows_per_clip=3)(base)
-    out, fresh = tmp_path / "out", tmp_path / "fresh"
-    prepare_locally(several, [scored], out, codec_dir)
-    assert done["VideoCodec"] > 3
-    done.clear()
+    assert output.prepare(several, codec_dir)[2] > 3
     other = filters(matching_score_above=0.25)(several)
-    prepare_locally(other, [scored], out, codec_dir, redo=True)
-    assert made(done) == (0, 0, 0)
-    prepare_locally(other, [scored], fresh, codec_dir)
-    assert digests(out) == digests(fresh)
+    assert output.prepare(other, codec_dir) == (0, 0, 0)
+    assert output.is_as_from_scratch(other, codec_dir)
 
 
 def test_a_redo_that_is_stopped_goes_on_to_the_same_bytes(
-    base: PrepareConfig, scored: str, codec_dir: Path, tmp_path: Path, done: Counter[str]
+    base: PrepareConfig, output: Output, codec_dir: Path
 ) -> None:
-    out, fresh, other = tmp_path / "out", tmp_path / "fresh", filters(static_below=0.01)(base)
-    prepare_locally(base, [scored], out, codec_dir)
-    done.clear()
-    prepare_locally(other, [scored], out, codec_dir, redo=True, shuffle=1, stop_after=2)
-    prepare_locally(other, [scored], out, codec_dir)
-    assert done["VideoCodec"] == 0
-    prepare_locally(other, [scored], fresh, codec_dir)
-    assert digests(out) == digests(fresh)
+    other = filters(static_below=0.01)(base)
+    output.prepare(base, codec_dir)
+    assert output.prepare(other, codec_dir, shuffle=1, stop_after=2)[2] == 0
+    assert output.prepare(other, codec_dir)[2] == 0
+    assert output.is_as_from_scratch(other, codec_dir)
 
 
 def test_a_lost_latent_file_is_made_anew(
-    base: PrepareConfig, scored: str, codec_dir: Path, tmp_path: Path, done: Counter[str]
+    base: PrepareConfig, output: Output, codec_dir: Path
 ) -> None:
-    out, fresh, other = tmp_path / "out", tmp_path / "fresh", filters(static_below=0.01)(base)
-    prepare_locally(base, [scored], out, codec_dir)
-    done.clear()
-    for path in (out / "latents").iterdir():
+    other = filters(static_below=0.01)(base)
+    output.prepare(base, codec_dir)
+    for path in (output.folder / "latents").iterdir():
         path.unlink()
-    prepare_locally(other, [scored], out, codec_dir, redo=True)
-    assert made(done) == (3, 3, 3)
-    prepare_locally(other, [scored], fresh, codec_dir)
-    assert digests(out) == digests(fresh)
+    assert output.prepare(other, codec_dir) == (3, 3, 3)
+    assert output.is_as_from_scratch(other, codec_dir)
 
 
 def test_a_manifest_of_before_there_were_digests_is_no_help_and_no_harm(
-    base: PrepareConfig, scored: str, codec_dir: Path, tmp_path: Path, done: Counter[str]
+    base: PrepareConfig, output: Output, codec_dir: Path
 ) -> None:
-    out, fresh, other = tmp_path / "out", tmp_path / "fresh", filters(static_below=0.01)(base)
-    prepare_locally(base, [scored], out, codec_dir)
-    done.clear()
-    ledger = Ledger(out)
+    other = filters(static_below=0.01)(base)
+    output.prepare(base, codec_dir)
+    ledger = Ledger(output.folder)
     manifest = ledger.manifest("scored")
     assert manifest is not None
     for name in ("outcome_digest", "encode_digest"):
         del manifest[name]
     ledger.write_manifest("scored", manifest)
-    prepare_locally(other, [scored], out, codec_dir, redo=True)
-    assert made(done) == (3, 0, 3)
-    prepare_locally(other, [scored], fresh, codec_dir)
-    assert digests(out) == digests(fresh)
+    assert output.prepare(other, codec_dir) == (3, 0, 3)
+    assert output.is_as_from_scratch(other, codec_dir)

@@ -21,24 +21,10 @@ from flow.codec import (
     save_codec,
     video_frames,
 )
+from tests.tiny_codec import wan_like
 from training.codec import CodecConfig
 
-# As Wan2.2's, but narrow: residual, patches of 2, three halvings.
-WAN = {
-    "base_dim": 4,
-    "decoder_base_dim": 4,
-    "z_dim": 4,
-    "dim_mult": [1, 1, 1, 1],
-    "num_res_blocks": 1,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 16,
-}
+WAN = wan_like(4)
 STATISTICS = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [0.5, 1.0, 2.0, 1.5]}
 # Of the form that ships here: patches of 4, two halvings.
 SHIPPED = CodecConfig(z_dim=4, encoder_width=4, decoder_width=4).vae_config()

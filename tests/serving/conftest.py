@@ -15,28 +15,11 @@ from flow.text import TextSpec
 from flow.weights import ModelSpec, VideoSpec, save_model
 from serving.session import LoadedModel, load
 from tests.flow.models import TINY
+from tests.tiny_codec import CODEC
 
 FPS = 8.0
 TRAINED_FRAMES = 9
 SIZE = 32
-
-CODEC = {
-    "base_dim": 8,
-    "decoder_base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 1, 1, 1],
-    "num_res_blocks": 1,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 16,
-    "latents_mean": [0.1, -0.1, 0.0, 0.2],
-    "latents_std": [0.8, 1.0, 1.2, 0.9],
-}
 
 
 @pytest.fixture(scope="session", autouse=True)

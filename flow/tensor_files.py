@@ -10,7 +10,7 @@ tensors are for.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,12 +149,17 @@ class TensorFolder:
         return cls(path, files, shapes)
 
     def read(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        names: Container[str] | None = None,
     ) -> Iterator[dict[str, Tensor]]:
-        """File by file, its tensors on `device`; floating-point ones in `dtype`, one converted at a time."""
-        for name, keys in self.files.items():
-            with safe_open(self.path / name, framework="pt", device=str(device)) as file:
-                yield {key: _cast(file.get_tensor(key), dtype) for key in keys}
+        """File by file, its tensors of these names (None: all) on `device`; floating-point ones in `dtype`, one converted at a
+        time. A file without any is not opened."""
+        for name, there in self.files.items():
+            if keys := [key for key in there if names is None or key in names]:
+                with safe_open(self.path / name, framework="pt", device=str(device)) as file:
+                    yield {key: _cast(file.get_tensor(key), dtype) for key in keys}
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:

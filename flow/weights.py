@@ -13,14 +13,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flow.config import ConfigError, FlowConfig
 from flow.convention import LatentConvention
@@ -251,12 +251,19 @@ def read_spec(directory: str | Path) -> ModelSpec:
 
 
 def load_model(
-    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    leave_out: Sequence[str] = (),
 ) -> tuple[FlowModel, ModelSpec]:
     """A model folder -> (model in eval mode on `device` in `dtype`, spec).
 
     Weights go straight from their files, one after another, to where the model keeps them: no second copy. `CheckpointError`
     names tensors that are missing, extra or of another shape before any is read.
+
+    leave_out: names of modules (such as "flow.shallow") that the model will be without, lists of modules empty; nothing of
+    theirs is read.
     """
     spec = read_spec(directory)
     files = TensorFolder.open(directory)
@@ -264,7 +271,12 @@ def load_model(
         model = FlowModel(spec.flow)
     needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_shapes(needed, files.shapes, str(directory))
-    for tensors in files.read(device, dtype):
+    for name in leave_out:
+        owner, _, last = name.rpartition(".")
+        part = getattr(model.get_submodule(owner), last)
+        empty = nn.ModuleList() if isinstance(part, nn.ModuleList) else None
+        setattr(model.get_submodule(owner), last, empty)
+    for tensors in files.read(device, dtype, model.state_dict().keys()):
         model.load_state_dict(tensors, strict=False, assign=True)
     return model.requires_grad_(True).eval(), spec
 

@@ -97,6 +97,13 @@ def model_facts(spec: ModelSpec, name: str) -> ModelFacts:
     )
 
 
+_NOT_OF_STAGE: dict[Stage, tuple[str, ...]] = {
+    "deep": ("flow.shallow", "denoiser"),
+    "decode": ("flow.deep.layers",),
+}
+"""Modules of `FlowModel` that a stage can do without."""
+
+
 def load(
     model_dir: str | Path,
     *,
@@ -108,20 +115,17 @@ def load(
     """Read a model folder as `flow.weights.save_model` writes it.
 
     Args:
-        stage: keep in memory only what this stage needs; None keeps all.
+        stage: read only what this stage needs; None reads all.
 
     Raises:
         CheckpointError, CodecError, TextError: a part is missing or does not fit.
         InvalidRequest: see `model_facts`.
     """
     folder = Path(model_dir)
-    model, spec = load_model(folder, device=device, dtype=dtype)
-    model.eval().requires_grad_(False)
+    leave_out = _NOT_OF_STAGE[stage] if stage else ()
+    model, spec = load_model(folder, device=device, dtype=dtype, leave_out=leave_out)
+    model.requires_grad_(False)
     facts = model_facts(spec, folder.name)
-    if stage == "deep":
-        model.flow.shallow, model.denoiser = torch.nn.ModuleList(), None
-    elif stage == "decode":
-        model.flow.deep.layers = torch.nn.ModuleList()
     codec = None if stage == "deep" else load_codec(folder, spec, device)
     text_encoder = None if stage == "decode" else build_text_encoder(spec.text, device)
     return LoadedModel(model, spec, facts, device, codec, text_encoder, sampler or Sampler())

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flow.weights as weights
+from flow import tensor_files
 from flow.codec import LatentConvention
 from flow.config import ConfigError
 from flow.flow import FlowModel
@@ -54,6 +55,24 @@ def test_saved_model_comes_back_with_its_spec(tmp_path: Path, model: FlowModel) 
     half, _ = load_model(tmp_path / "m", dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     loaded.flow(x, text).loss().backward()
+
+
+def test_what_is_left_out_is_not_read(
+    tmp_path: Path, model: FlowModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path / "m", model, SPEC)
+    read = []
+    cast = tensor_files._cast
+    monkeypatch.setattr(
+        tensor_files, "_cast", lambda value, dtype: read.append(value.numel()) or cast(value, dtype)
+    )
+    deep, _ = load_model(tmp_path / "m", leave_out=("flow.shallow", "denoiser"))
+    assert (len(deep.flow.shallow), deep.denoiser) == (0, None)
+    whole = model.state_dict()
+    for name, value in deep.state_dict().items():
+        assert torch.equal(value, whole[name])
+    assert sum(read) == sum(value.numel() for value in deep.state_dict().values())
+    assert 0 < sum(read) < sum(value.numel() for value in whole.values())
 
 
 def test_extra_files_arrive_with_the_model_and_a_model_is_replaced_whole(

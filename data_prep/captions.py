@@ -90,34 +90,6 @@ class Captioner(Protocol):
         ...
 
 
-def build_captioner(config: CaptionConfig, device: str = "cpu", *, seed: int = 0) -> Captioner:
-    """The captioner of a recipe; `vllm` is not built here, it is a stage of Ray Data's own.
-
-    Args:
-        config: the settings.
-        device: torch device of a `vlm`.
-        seed: the run's seed, sent to an endpoint.
-
-    Raises:
-        CaptionerUnavailable: the model cannot be loaded, or the key is not there.
-    """
-    if config.backend == "measured":
-        from data_prep.caption_measured import MeasuredCaptioner
-
-        return MeasuredCaptioner()
-    if config.backend == "vlm":
-        from data_prep.caption_vlm import VlmCaptioner
-
-        return VlmCaptioner(config, device)
-    if config.backend == "http":
-        from data_prep.caption_http import HttpCaptioner
-
-        return HttpCaptioner(config, seed=seed)
-    raise CaptionerUnavailable(
-        f"captioner.backend {config.backend!r} runs on Ray Data only; here use vlm or http"
-    )
-
-
 def captioner_name(config: CaptionConfig) -> str:
     """How captions are signed: the back end, and its model without the path to it."""
     if not config.model:

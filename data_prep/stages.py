@@ -24,7 +24,8 @@ from typing import Protocol
 
 import numpy as np
 
-from data_prep.captions import CaptionerUnavailable, Written, build_captioner
+from data_prep.captioners import build_captioner
+from data_prep.captions import CaptionerUnavailable, Written
 from data_prep.clips import Bars, ClipTooShort
 from data_prep.config import PrepareConfig
 from data_prep.decode import DecodeStage

@@ -23,7 +23,7 @@ from data_prep.jobs import ShardJob
 from data_prep.latents import Bucket
 from data_prep.ledger import Ledger
 from data_prep.rows import Row, decided, join_windows
-from data_prep.storage import Location, StorageError
+from data_prep.storage import Location
 
 log = logging.getLogger("flowreel.prepare")
 
@@ -80,7 +80,7 @@ def _open_shard(out: Location, job: ShardJob) -> _Shard | None:
     try:
         done = ledger.manifest(job.name)
         return _Shard(ledger, job, done) if done is not None else None
-    except (FileNotFoundError, StorageError, pa.ArrowInvalid, KeyError) as error:
+    except (FileNotFoundError, pa.ArrowInvalid, KeyError, IndexError) as error:
         # What is lost or of an older form is made again.
         log.warning("nothing of shard %s is taken over: %s", job.name, error)
         return None

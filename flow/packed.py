@@ -5,12 +5,14 @@ at every call and, on AMD processors, runs at half their vector width; with weig
 is some hundred small operations, so those that are not products are few and write in place.
 Knows one block and its caches. Does not know guidance, solvers or frames.
 
-Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, W width, C numbers per token.
+Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, W width, C numbers per token, R = B L rows,
+P = B H pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,39 +66,54 @@ class _Norm:
         return torch.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
-class _Attend:
-    """Causal attention of new places over one layer's cache, which it writes; `scores` has room for all heads."""
+class _Pass(NamedTuple):
+    """What all layers of one pass share."""
 
-    def __init__(self, cache: LayerCache, scores: Tensor | None) -> None:
-        self.cache, self.scores = cache, scores
+    place: int
+    turn_L1A: Tensor
+    """Turns of queries and keys, complex."""
+    future_LL: Tensor
+    """-inf above the diagonal."""
+    scores_PLS: Tensor | None
+    """Room for the scores of all heads; None where they would be too many."""
+    new_PLL: Tensor | None
+    """The part of them between the new places."""
+
+
+class _Attend:
+    """Causal attention of new places over one layer's cache, which it writes."""
+
+    def __init__(self, cache: LayerCache) -> None:
+        self.kv_2BHSD = cache.kv_2BHSD
         self.batch = cache.k_BHSD.shape[0]
         # Sequences and heads as one axis, for the batched product.
         self.k_PDS, self.v_PSD = cache.k_BHSD.flatten(0, 1).mT, cache.v_BHSD.flatten(0, 1)
 
-    def __call__(self, qkv_3BHLD: Tensor, place: int, future_LL: Tensor) -> Tensor:
-        """Queries (scaled), keys and values of places place .. place + L - 1 -> [B, L, W].
+    def __call__(self, qkv_3BHLD: Tensor, shared: _Pass) -> Tensor:
+        """Queries (scaled), keys and values of places place .. place + L - 1 -> [B L, W].
 
-        future_LL: -inf above the diagonal. Half the batch of the cache counts for both its halves.
+        Half the batch of the cache counts for both its halves.
         """
-        _, rows, heads, length, _ = qkv_3BHLD.shape
-        stop = place + length
+        _, rows, _, length, _ = qkv_3BHLD.shape
         q_BHLD, kv_2BHLD = qkv_3BHLD[0], qkv_3BHLD[1:]
-        written = self.cache.kv_2BHSD.narrow(3, place, length)
+        written = self.kv_2BHSD.narrow(3, shared.place, length)
         if rows < self.batch:
             q_BHLD = q_BHLD.expand(2, -1, -1, -1, -1).flatten(0, 1)
             written, kv_2BHLD = written.unflatten(1, (2, rows)), kv_2BHLD.unsqueeze(1)
         written.copy_(kv_2BHLD)
-        if self.scores is None:
-            k, v = self.cache.kv_2BHSD[:, :, :, :stop]
+        stop = shared.place + length
+        if shared.scores_PLS is None or shared.new_PLL is None:
+            k, v = self.kv_2BHSD.narrow(3, 0, stop)
             out = attend_last(q_BHLD, k, v, scale=1.0)
         else:
-            pages = self.batch * heads
-            scores = self.scores[: pages * length * stop].view(pages, length, stop)
-            torch.bmm(q_BHLD.reshape(pages, length, -1), self.k_PDS.narrow(2, 0, stop), out=scores)
-            scores.narrow(2, place, length).add_(future_LL)
+            scores = shared.scores_PLS
+            torch.bmm(
+                q_BHLD.reshape(len(scores), length, -1), self.k_PDS.narrow(2, 0, stop), out=scores
+            )
+            shared.new_PLL.add_(shared.future_LL)
             torch.softmax(scores, -1, out=scores)
             out = torch.bmm(scores, self.v_PSD.narrow(1, 0, stop)).view(q_BHLD.shape)
-        return out.transpose(1, 2).reshape(self.batch, length, -1)
+        return out.transpose(1, 2).reshape(self.batch * length, -1)
 
 
 class _Layer:
@@ -114,19 +131,20 @@ class _Layer:
         self.up = _Linear(mlp.up.weight, mlp.up.bias, rows, gelu=True)
         self.down = _Linear(mlp.down.weight, mlp.down.bias, rows)
 
-    def extend(
-        self, h_BLW: Tensor, turn_L1A: Tensor, attend: _Attend, place: int, future_LL: Tensor
-    ) -> Tensor:
+    def extend(self, h_RW: Tensor, attend: _Attend, shared: _Pass) -> Tensor:
         """`TransformerLayer.extend`; a guided pair that came as one, as to the first layer, leaves as two."""
-        rows, length, _ = h_BLW.shape
-        qkv = self.qkv(self.norm(h_BLW))
+        qkv_R = self.qkv(self.norm(h_RW))
+        length = len(shared.turn_L1A)
+        qkv_BL3HD = qkv_R.view(-1, length, 3, self.heads, self.head_dim)
         # Queries and keys are turned in place, as complex numbers.
-        pairs = torch.view_as_complex(qkv.view(rows, length, 3 * self.heads, -1, 2))
-        pairs[:, :, : 2 * self.heads].mul_(turn_L1A)
-        qkv_3BHLD = qkv.view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = self.proj(attend(qkv_3BHLD, place, future_LL))
-        out.unflatten(0, (-1, rows)).add_(h_BLW)
-        return out.add_(self.down(self.up(self.mlp_norm(out))))
+        pairs = torch.view_as_complex(qkv_R.view(-1, length, 3 * self.heads, self.head_dim // 2, 2))
+        pairs.narrow(2, 0, 2 * self.heads).mul_(shared.turn_L1A)
+        out_RW = self.proj(attend(qkv_BL3HD.permute(2, 0, 3, 1, 4), shared))
+        if len(out_RW) == len(h_RW):
+            out_RW += h_RW
+        else:
+            out_RW.view(-1, *h_RW.shape).add_(h_RW)
+        return out_RW.add_(self.down(self.up(self.mlp_norm(out_RW))))
 
 
 class _Weights:
@@ -158,13 +176,13 @@ class _Weights:
         self.out = _Linear(weight, bias, rows)
         self.epsilon = torch.tensor(RMS_EPSILON)
 
-    def affine(self, h_BLW: Tensor) -> tuple[Tensor, Tensor]:
+    def affine(self, h_RW: Tensor) -> tuple[Tensor, Tensor]:
         """`AffineBlock.affine`; overwrites h."""
         if self.normed:
-            norm = torch.linalg.vector_norm(h_BLW, dim=-1, keepdim=True)
-            mean_square = torch.addcmul(self.epsilon, norm, norm, value=1 / h_BLW.shape[-1])
-            h_BLW.mul_(mean_square.rsqrt_())
-        out = self.out(h_BLW)
+            norm = torch.linalg.vector_norm(h_RW, dim=-1, keepdim=True)
+            mean_square = torch.addcmul(self.epsilon, norm, norm, value=1 / h_RW.shape[-1])
+            h_RW.mul_(mean_square.rsqrt_())
+        out = self.out(h_RW)
         if self.clip > 0:
             out = torch.add(self.shift, out.sigmoid_(), alpha=2 * self.clip)
         elif self.softplus:
@@ -193,12 +211,12 @@ class PackedBlock:
     """A block with packed weights writing to `caches`; `rows`: the most places of a call."""
 
     def __init__(self, block: AffineBlock, caches: Sequence[LayerCache], rows: int) -> None:
-        batch, heads, places = caches[0].k_BHSD.shape[:3]
+        self.batch, self.heads, places = caches[0].k_BHSD.shape[:3]
         self.rows = min(rows, places)
-        self.weights = _weights_of(block, batch * self.rows)
-        size = batch * heads * self.rows * places
-        scores = torch.empty(size) if size <= SCORES_MAX else None
-        self._attend = [_Attend(cache, scores) for cache in caches]
+        self.weights = _weights_of(block, self.batch * self.rows)
+        size = self.batch * self.heads * self.rows * places
+        self._scores = torch.empty(size) if size <= SCORES_MAX else None
+        self._attend = [_Attend(cache) for cache in caches]
         self._future = torch.full((self.rows, self.rows), float("-inf")).triu_(1)
 
     def predict(self, s_BLC: Tensor, rope: Rope, place: int) -> tuple[Tensor, Tensor]:
@@ -206,9 +224,15 @@ class PackedBlock:
         their keys and values go to the caches. A guided pair's tokens are the same twice: given once, they are doubled.
         """
         length = s_BLC.shape[1]
+        scores = new = None
+        if self._scores is not None:
+            pages, stop = self.batch * self.heads, place + length
+            scores = self._scores[: pages * length * stop].view(pages, length, stop)
+            new = scores.narrow(2, place, length)
         turn = rope.turn_LA[place : place + length, None]
-        future = self._future[:length, :length]
-        h_BLW = self.weights.embed(s_BLC)
+        shared = _Pass(place, turn, self._future[:length, :length], scores, new)
+        h_RW = self.weights.embed(s_BLC.flatten(0, 1))
         for layer, attend in zip(self.weights.layers, self._attend, strict=True):
-            h_BLW = layer.extend(h_BLW, turn, attend, place, future)
-        return self.weights.affine(h_BLW)
+            h_RW = layer.extend(h_RW, attend, shared)
+        mu, sigma = self.weights.affine(h_RW)
+        return mu.unflatten(0, (-1, length)), sigma.unflatten(0, (-1, length))

@@ -118,7 +118,7 @@ def _settle(
     tokens[:, kept : kept + 1] = new[:, kept : kept + 1]
     if kept + 1 < size:
         rest = tokens[:, kept + 1 :]
-        rest += carry[kept + 1 : size, kept:size] @ change[:, kept:]
+        rest.baddbmm_(carry[kept + 1 : size, kept:size].expand(len(rest), -1, -1), change[:, kept:])
         # A masked place still enters a product with weight 0, so a guess must be finite.
         rest.nan_to_num_(nan=0.0).clamp_(-GUESS_MAX, GUESS_MAX)
     return kept

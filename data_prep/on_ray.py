@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -399,6 +400,8 @@ def _run(plan: RunPlan, config: PrepareConfig, progress: Progress | None) -> _Do
     cpus, resources = _resources(config, _captioning(config, encodes=encodes))
     if not encodes:
         del resources["encode"]
+    read = resources["read"]
+    resources["read"] = read._replace(workers=min(read.workers, len(plan.jobs)))
     done = _Done(resources=describe(resources, cpus))
     log.info("preparing %d shards on %s", len(plan.jobs), done.resources)
     say: Progress = progress or (lambda stage, done, total: None)
@@ -519,7 +522,11 @@ def _our_ray_data(config: PrepareConfig) -> Iterator[None]:
     for name, level in quiet.items():
         logging.getLogger(name).setLevel(level)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Of few shards, that they are fewer than the actors of a stage.
+            few = "The (minimum|maximum) number of concurrent"
+            warnings.filterwarnings("ignore", message=few, category=UserWarning)
+            yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)

@@ -85,6 +85,18 @@ def test_the_whole_run_on_ray_equals_one_process(
     assert again.reused_now == again.counts["kept"] == report.counts["kept"]
 
 
+def test_a_run_of_one_shard_has_nothing_to_warn_of(
+    cluster: None,
+    config: PrepareConfig,
+    world: list[str],
+    codec_dir: Path,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    assert prepare(config, world[:1], tmp_path, codec_dir).counts == {"kept": 4}
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+
+
 def test_every_stage_is_an_operator_of_its_own(
     cluster: None, config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
 ) -> None:

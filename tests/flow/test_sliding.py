@@ -14,7 +14,7 @@ from flow.flow import FlowModel
 from flow.inverse import Inverter
 from flow.packed import can_pack
 from flow.sampling import DeepStream, batch_noise
-from flow.sliding import Window, slide, suggest
+from flow.sliding import Window, _settle, _settle_unseen, slide, suggest
 from flow.spec import SampleSpec
 from flow.weights import import_released
 from tests.flow.models import TRAINED, randn, shaken, texts, tiny_model
@@ -186,6 +186,27 @@ def test_a_token_whose_neighbour_is_not_a_number_is_not_accepted_as_it_stands() 
     assert _slide(inverter, z[:, :8], until=6, tolerance=0.05) <= 6
     clean = _residual_rms(model, inverter.tokens_BLC, z)
     assert clean[:, :6].max() <= 0.05 + 1e-9
+
+
+@pytest.mark.parametrize("near", [0, 3, 8], ids=["none near", "three near", "all near"])
+def test_settling_seen_and_unseen_is_the_same(near: int) -> None:
+    """With the prefix known on the host, by slices; without, by masks."""
+    inverter, z = _inverter(_model()), randn(2, 8, 4)
+    carry = Window(8, cold=8, columns=GRID[1], period=8).carry_matrix(z)
+    inverter.tokens_BLC[:, :8] = randn(2, 8, 4, seed=1)
+    inverter.evaluate(0, 8)
+    exact = torch.addcmul(inverter.mu_BLC[:, :8], inverter.sigma_BLC[:, :8], z)
+    inverter.tokens_BLC[:, :near] = exact[:, :near]
+    before = inverter.tokens_BLC.clone()
+    kept = _settle(inverter, 0, 8, z, carry, 1e-6)
+    seen = inverter.tokens_BLC.clone()
+    inverter.tokens_BLC.copy_(before)
+    unseen = _settle_unseen(inverter, 0, 8, z, carry, 1e-6)
+    assert kept == int(unseen) == near
+    torch.testing.assert_close(inverter.tokens_BLC, seen, atol=1e-12, rtol=0)
+    assert torch.equal(
+        seen[:, : near + 1][:, :8], torch.cat([before[:, :near], exact[:, near : near + 1]], 1)
+    )
 
 
 def test_frames_do_not_depend_on_how_long_the_video_goes_on() -> None:

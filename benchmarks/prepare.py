@@ -194,7 +194,7 @@ def feeder(
     from data_prep.stages import DecodeStage, EncodeStage, read_rows
 
     rows = [row for shard in shards for row in _rows_of(shard, config, read_rows)]
-    todo = iter(list(islice(cycle(rows), clips + 1)))
+    todo = islice(cycle(rows), clips + 1)
     lock, ready = threading.Lock(), queue.Queue(maxsize=2 * decoders)  # type: ignore[var-annotated]
 
     def decode() -> None:

@@ -146,6 +146,8 @@ class DecodeStage:
 def _with_frames(row: Row, frames_THW3: np.ndarray, pts_s: list[float], bars: Bars) -> Row:
     """The row with the frames of one window in the place of its media."""
     frames = frames_THW3.tobytes()
+    digest = hashlib.sha256(str(frames_THW3.shape).encode())
+    digest.update(frames)
     notes = [row["note"]] if row["note"] else []
     if any(bars):
         sides = zip(("top", "bottom", "left", "right"), bars, strict=True)
@@ -155,7 +157,7 @@ def _with_frames(row: Row, frames_THW3: np.ndarray, pts_s: list[float], bars: Ba
         "media": None,
         "frames": frames,
         "frames_shape": list(frames_THW3.shape),
-        "frames_digest": hashlib.sha256(f"{frames_THW3.shape}".encode() + frames).hexdigest(),
+        "frames_digest": digest.hexdigest(),
         "pts_s": pts_s,
         "bars": list(bars),
         "note": "; ".join(notes),

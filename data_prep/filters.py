@@ -28,6 +28,10 @@ _BLACK, _WHITE = 20, 235
 _NEARLY_ALL = 0.99
 
 
+METADATA_REASONS = ("low_matching_score", "not_desirable", "several_shots", "missing_metadata")
+"""Reasons that depend on the metadata filters alone, whose settings `PrepareConfig.outcome_digest` leaves out."""
+
+
 class Drop(NamedTuple):
     """A sample is not kept: the reason code and the values behind it."""
 

@@ -35,6 +35,7 @@ from data_prep.ledger import Ledger, LedgerError
 from data_prep.recaption import numbers_to_skip
 from data_prep.resources import ResourceError, StageResources, describe, plan_resources
 from data_prep.reuse import Reuse
+from data_prep.rows import split_windows
 from data_prep.run import (
     PrepareReport,
     RunPlan,
@@ -58,7 +59,6 @@ from data_prep.stages import (
     Stage,
     read_rows,
     run_stage,
-    split_windows,
     with_caption,
 )
 from data_prep.storage import Location, StorageError, absolute

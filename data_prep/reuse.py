@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.filters import METADATA_REASONS
 from data_prep.jobs import ShardJob
 from data_prep.latents import Bucket
 from data_prep.ledger import Ledger
@@ -27,8 +28,6 @@ from data_prep.storage import Location
 
 log = logging.getLogger("flowreel.prepare")
 
-METADATA_REASONS = ("low_matching_score", "not_desirable", "several_shots", "missing_metadata")
-"""Why the metadata filters dropped a sample: these verdicts are always given anew."""
 _SHARDS_HELD = 4
 _LIGHT = ("key", "window", "frames_digest")
 
@@ -121,6 +120,7 @@ class _Shard:
     def outcome(self, row: Row) -> Row | None:
         """See `Reuse.outcome`."""
         old = self.status.get(row["source_digest"])
+        # What the metadata filters said is always judged anew.
         if old is None or old["status"] == "failed" or old["reason"] in METADATA_REASONS:
             return None
         if old["status"] == "dropped":

@@ -53,7 +53,6 @@ __all__ = [
     "Stage",
     "read_rows",
     "run_stage",
-    "split_windows",
     "with_caption",
 ]
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks.processes import OTHERS, Watch, cpu_seconds, machine_seconds
 from data_prep.config import BucketConfig, PrepareConfig
-from data_prep.latents import Bucket
+from data_prep.latents.records import Bucket
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_CODEC = ROOT / "pipeline" / "assets" / "tiny_codec"
@@ -45,8 +45,8 @@ def write_clips(
     out: Path, clips: int, per_shard: int, size: tuple[int, int], frames: int, fps: float
 ) -> list[str]:
     """Shards of H.264 moving shapes of that size at 24 fps; a few clips are rendered, the rest repeat them under their own keys."""
-    from data_prep.moving_shapes import random_spec, render_clip
-    from data_prep.shards import write_shard
+    from data_prep.sources.moving_shapes import random_spec, render_clip
+    from data_prep.sources.samples import write_shard
     from media.write import encode_mp4
 
     length = int((frames + 3) / fps * 24) + 1
@@ -88,7 +88,7 @@ def bare_loop(
 
 
 def _rows_of(shard: str, config: PrepareConfig, read_rows: Any) -> list[dict[str, Any]]:
-    from data_prep.jobs import ShardJob
+    from data_prep.ledger.job import ShardJob
 
     job = ShardJob(Path(shard).stem, shard, "", "", "")
     return [row for row in read_rows(job, config, set()) if row["number"] >= 0]

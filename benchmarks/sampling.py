@@ -28,11 +28,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flow.certificate import certificate
+from flow.counters import Counters
 from flow.flow import DeepShallowFlow
 from flow.inverse import Inverter
-from flow.packed import can_pack
+from flow.packed_weights import can_pack
+from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream
-from flow.spec import Counters, SampleSpec
 from flow.tokens import frame_sequence, patchify
 from flow.weights import import_released
 

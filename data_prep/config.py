@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from data_prep.caption_config import CaptionConfig
+from data_prep.captions.config import CaptionConfig
 
 PREPARE_VERSION = 3
 """Raised when the code changes what a sample becomes."""

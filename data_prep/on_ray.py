@@ -27,15 +27,20 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data.block import Block, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from data_prep.caption_vllm import engine_result, engine_row, vllm_gpus, vllm_settings
-from data_prep.captions import CaptionerUnavailable, captioner_name
+from data_prep.captions.captioner import CaptionerUnavailable, captioner_name
+from data_prep.captions.vllm import (
+    engine_result,
+    engine_row,
+    vllm_gpus,
+    vllm_settings,
+)
 from data_prep.config import ConcurrencyConfig, PrepareConfig
-from data_prep.jobs import ShardJob
-from data_prep.ledger import Ledger, LedgerError
-from data_prep.recaption import numbers_to_skip
+from data_prep.ledger.job import ShardJob
+from data_prep.ledger.ledger import Ledger, LedgerError
+from data_prep.ledger.recaption import numbers_to_skip
+from data_prep.ledger.reuse import Reuse
 from data_prep.resources import ResourceError, StageResources, describe, plan_resources
-from data_prep.reuse import Reuse
-from data_prep.rows import split_windows
+from data_prep.row import split_windows
 from data_prep.run import (
     PrepareReport,
     RunPlan,
@@ -46,7 +51,7 @@ from data_prep.run import (
     plan_run,
     report_of,
 )
-from data_prep.shards import ShardError
+from data_prep.sources.samples import ShardError
 from data_prep.stages import (
     PAYLOAD,
     ROW_SCHEMA,
@@ -61,7 +66,11 @@ from data_prep.stages import (
     run_stage,
     with_caption,
 )
-from data_prep.storage import Location, StorageError, absolute
+from data_prep.storage.location import (
+    Location,
+    StorageError,
+    absolute,
+)
 
 log = logging.getLogger("flowreel.prepare")
 
@@ -302,7 +311,7 @@ def vllm_processor(config: PrepareConfig, *, engines: int) -> Any:
     """Ray's processor for the captioner's settings; needs the model's processor, not vLLM."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    from data_prep.caption_vlm import load_processor, render_prompt
+    from data_prep.captions.vlm import load_processor, render_prompt
 
     captioner = config.captioner
     settings = vllm_settings(captioner, engines=engines, seed=config.seed)
@@ -345,10 +354,10 @@ def prepare(
         config: the settings.
         shards: WebDataset tars (local paths or URIs that pyarrow opens) and folders of loose files. With
             `only` None means those that the output was prepared from, where they were.
-        out: output folder, path or URI, read by `data_prep.latents.LatentDataset`.
+        out: output folder, path or URI, read by `data_prep.latents.dataset.LatentDataset`.
         codec: folder or hub id for `flow.codec.VideoCodec.load`.
         redo: make the shards of an output that other settings made anew, instead of refusing; of their samples only what
-            the change affects (`data_prep.reuse`).
+            the change affects (`data_prep.ledger.reuse`).
         only: "captions" writes captions for the latents that stand, where they are missing or of
             another captioner; latent files are not touched.
         progress: called with (stage, done, total); total is None while unknown.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from data_prep.config import ConcurrencyConfig, bounds
+from flowreel.errors import FlowreelError
 
 _MIN_CPUS = 0.5
 # Shares of a small machine, by where the time goes; they add up to 0.9.
@@ -19,7 +20,7 @@ _SMALL = {
 }  # fmt: skip
 
 
-class ResourceError(ValueError):
+class ResourceError(FlowreelError, ValueError):
     """The stages do not fit the CPUs or GPUs that are free."""
 
 

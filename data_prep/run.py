@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import PrepareConfig
-from data_prep.duplicates import MASK_NAME, write_mask
-from data_prep.index import LatentIndex
-from data_prep.inputs import name_shards
-from data_prep.jobs import Digests, ShardJob
-from data_prep.latents import Bucket, DatasetInfo, read_info_values
-from data_prep.ledger import Ledger, sha256_of
-from data_prep.recaption import failed_captions, plan_captions
-from data_prep.storage import Location, absolute, open_folder
+from data_prep.latents.duplicates import MASK_NAME, write_mask
+from data_prep.latents.index import LatentIndex
+from data_prep.latents.records import (
+    Bucket,
+    DatasetInfo,
+    read_info_values,
+)
+from data_prep.ledger.job import Digests, ShardJob
+from data_prep.ledger.ledger import Ledger, sha256_of
+from data_prep.ledger.recaption import failed_captions, plan_captions
+from data_prep.sources.find import name_shards
+from data_prep.storage.location import Location, absolute
+from data_prep.storage.store import open_folder
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ def shards_left(
 
 
 def plan_caption_run(config: PrepareConfig, shards: Sequence[str] | None, out: Location) -> RunPlan:
-    """What `--only captions` has to do: see `data_prep.recaption.plan_captions`."""
+    """What `--only captions` has to do: see `data_prep.ledger.recaption.plan_captions`."""
     out = absolute(out)
     sources = None if shards is None else [absolute(source) for source in shards]
     plan = plan_captions(config, sources, out)

@@ -7,7 +7,7 @@
     EncodeStage   frames → posterior moments, fp16
     SinkStage     rows → staged samples → finished shards
 
-A row is a dict of ROW_SCHEMA (`data_prep.rows`). `status` is empty while a sample goes on; a stage that
+A row is a dict of ROW_SCHEMA (`data_prep.row`). `status` is empty while a sample goes on; a stage that
 decides sets it with a reason and drops the payload, and later stages pass the row through: every
 sample ends in exactly one status row, whatever is raised. Knows nothing of Ray.
 """
@@ -24,21 +24,29 @@ from typing import Protocol
 
 import numpy as np
 
-from data_prep.captioners import build_captioner
-from data_prep.captions import CaptionerUnavailable, Written
-from data_prep.clips import Bars, ClipTooShort
+from data_prep.captions.captioner import CaptionerUnavailable, Written
+from data_prep.captions.choose import build_captioner
+from data_prep.clips.cut import Bars, ClipTooShort
+from data_prep.clips.decode import DecodeStage
+from data_prep.clips.filters import judge_pixels, judge_source
 from data_prep.config import PrepareConfig
-from data_prep.decode import DecodeStage
-from data_prep.duplicates import perceptual_hash
-from data_prep.filters import judge_pixels, judge_source
-from data_prep.jobs import ShardJob
-from data_prep.latents import Bucket, LatentRecord
-from data_prep.ledger import Ledger
-from data_prep.recaption import commit_captions_if_complete
-from data_prep.reuse import Reuse
-from data_prep.rows import PAYLOAD, ROW_SCHEMA, Row, decided, frames_of, join_windows, split_windows
-from data_prep.shards import ShardSummary, read_shard
-from data_prep.storage import Location, StorageError
+from data_prep.latents.duplicates import perceptual_hash
+from data_prep.latents.records import Bucket, LatentRecord
+from data_prep.ledger.job import ShardJob
+from data_prep.ledger.ledger import Ledger
+from data_prep.ledger.recaption import commit_captions_if_complete
+from data_prep.ledger.reuse import Reuse
+from data_prep.row import (
+    PAYLOAD,
+    ROW_SCHEMA,
+    Row,
+    decided,
+    frames_of,
+    join_windows,
+    split_windows,
+)
+from data_prep.sources.samples import ShardSummary, read_shard
+from data_prep.storage.location import Location, StorageError
 from media.errors import MediaError
 
 __all__ = [

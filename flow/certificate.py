@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flow.flow import DeepShallowFlow
 from flow.guidance import guide_pair
+from flow.sample_spec import SampleSpec
 from flow.sampling import Noise, frame_noise
-from flow.spec import SampleSpec
 from flow.tokens import frame_sequence, patchify
 
 

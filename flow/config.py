@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from flowreel.errors import FlowreelError
+
 TIME_FREQUENCIES = 8
 """Rotary frequencies spent on time; the other `head_dim/2 - 8` are shared by rows and columns."""
 
@@ -25,7 +27,7 @@ Lookahead = Literal["every", "once", "none"]
 LOOKAHEADS: tuple[Lookahead, ...] = ("every", "once", "none")
 
 
-class ConfigError(ValueError):
+class ConfigError(FlowreelError, ValueError):
     """A configuration that cannot be built; the message is one line: key, value got, rule."""
 
 

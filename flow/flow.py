@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from flow.block import AffineBlock
 from flow.config import FlowConfig
+from flow.counters import Work
 from flow.denoiser import Denoiser
-from flow.inverse import Work, invert_block
+from flow.inverse import invert_block
 from flow.rope import Rope, RopeCache
 from flow.tokens import frame_sequence, patchify, unpatchify
 

@@ -5,7 +5,7 @@ Knows one block, its key-value cache and guidance. Does not know frames, orders,
 come in the block's own order, and a caller says which stretch of them to solve.
 
 A schedule is a generator: it yields the stretch of places that it wants evaluated next, and finds mu and sigma filled in
-when it goes on. So one pass may serve one inverter (`Inverter.solve`) or many (`flow.together`).
+when it goes on. So one pass may serve one inverter (`Inverter.solve`) or many (`flow.stream_batch`).
 
 The system is triangular: after k sweeps of a stretch its first k tokens are exactly right, whatever the start
 values, so sweep k leaves them out. A place is *fresh* when its keys and values were computed from the final
@@ -18,46 +18,19 @@ holds sos and place i token i, so that place i says mu and sigma of token i + 1.
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flow.attention import LayerCache
 from flow.block import AffineBlock
+from flow.counters import Work
 from flow.guidance import guide_pair
-from flow.packed import PackedBlock, can_pack
+from flow.packed_weights import PackedBlock, can_pack
 from flow.rope import Rope
 
 Steps = Generator[tuple[int, int], None, int]
 """Yields (start, stop): the places to evaluate next. Returns the number of iterations."""
-
-
-@dataclass
-class Work:
-    """What a solver did. `iterations`: passes through the transformer; `evaluations`: token positions in
-    them (a guided pair counts once); `prefilled`: known positions read in to start or restart."""
-
-    iterations: int = 0
-    evaluations: int = 0
-    prefilled: int = 0
-
-    def copy(self) -> Work:
-        return Work(self.iterations, self.evaluations, self.prefilled)
-
-    def add(self, other: Work) -> None:
-        """Count another solver's work with this one's."""
-        self.iterations += other.iterations
-        self.evaluations += other.evaluations
-        self.prefilled += other.prefilled
-
-    def since(self, earlier: Work) -> Work:
-        """The difference to an earlier copy."""
-        return Work(
-            self.iterations - earlier.iterations,
-            self.evaluations - earlier.evaluations,
-            self.prefilled - earlier.prefilled,
-        )
 
 
 class Inverter:

@@ -30,6 +30,7 @@ from flow.attention import TransformerLayer
 from flow.flow import LOG_SQRT_2PI, DeepShallowFlow
 from flow.rope import Rope
 from flow.tokens import frame_sequence
+from flowreel.errors import FlowreelError
 
 Per = Literal["video", "frame", "token"]
 Unit = Literal["nats", "nats_per_dim", "bits_per_dim"]
@@ -46,7 +47,7 @@ FrameWindow = tuple[int, int, int]
 """(first frame in sight, first new frame, end), as `SampleSpec.windows` gives them."""
 
 
-class LikelihoodError(ValueError):
+class LikelihoodError(FlowreelError, ValueError):
     """A likelihood that is asked for in an unknown way; the message names the value and the rule."""
 
 

@@ -16,12 +16,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from flow.counters import Counters, Work
 from flow.flow import SHALLOW_TOLERANCE, DeepShallowFlow, FlowModel
-from flow.inverse import Inverter, Steps, Work
+from flow.inverse import Inverter, Steps
 from flow.likelihood import FrameWindow
+from flow.sample_spec import SampleError, SampleSpec
 from flow.score import tweedie
 from flow.sliding import Window, slide
-from flow.spec import Counters, SampleError, SampleSpec
 from flow.tokens import frame_sequence, patchify
 
 Noise = Callable[[int], Tensor]

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowreel.errors import FlowreelError
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FORMAT = "flowreel-model-1"
@@ -32,7 +34,7 @@ Progress = Callable[[int, int], None]
 Shape = tuple[int, ...]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FlowreelError, ValueError):
     """A checkpoint that cannot be loaded or written; the message names the tensors or the file."""
 
 

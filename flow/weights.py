@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from flow.config import ConfigError, FlowConfig
-from flow.convention import LatentConvention
 from flow.flow import FlowModel
-from flow.released import open_released
+from flow.latent_convention import LatentConvention
+from flow.released_checkpoint import open_released
 from flow.tensor_files import (
     FORMAT,
     CheckpointError,

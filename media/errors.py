@@ -18,8 +18,10 @@ survives pickling.
 
 from __future__ import annotations
 
+from flowreel.errors import FlowreelError
 
-class MediaError(ValueError):
+
+class MediaError(FlowreelError, ValueError):
     """Anything wrong with a media file; `reason` is its code in status rows."""
 
     reason: str = "media_error"

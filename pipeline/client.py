@@ -15,13 +15,14 @@ from typing import Any, Self
 import httpx
 import numpy as np
 
+from flowreel.errors import FlowreelError
 from media.write import encode_png
 from pipeline.report import Frames, Sample
 
 POLL_S = 0.1
 
 
-class RequestFailed(RuntimeError):
+class RequestFailed(FlowreelError, RuntimeError):
     """The service refused a request or failed it; the message is the service's own."""
 
 

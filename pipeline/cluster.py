@@ -18,14 +18,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowreel.errors import FlowreelError
 from pipeline.recipes import ClusterConfig, Recipe, save_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("flow", "media", "data_prep", "training", "serving", "pipeline")
+PACKAGES = ("flowreel", "flow", "media", "data_prep", "training", "serving", "pipeline")
 SUBMITTED_STAGES = ("demo", "prepare", "train")
 
 
-class SubmitError(ValueError):
+class SubmitError(FlowreelError, ValueError):
     """A job that could not be handed to a cluster."""
 
 

@@ -21,13 +21,14 @@ from pydantic import (
 )
 
 from data_prep.config import PrepareConfig
-from data_prep.storage import open_folder
+from data_prep.storage.store import open_folder
 from flow.codec import HUB_ID
 from flow.config import FlowConfig
 from flow.text import TextSpec
 from flow.weights import VideoSpec
+from flowreel.errors import FlowreelError
 from serving.config import Limits, Resources, Sampler
-from training.codec import CodecConfig
+from training.codec_training import CodecConfig
 from training.config import TrainConfig
 
 ASSETS = Path(__file__).parent / "assets"
@@ -36,7 +37,7 @@ TINY_CODEC = ASSETS / "tiny_codec"
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-class RecipeError(ValueError):
+class RecipeError(FlowreelError, ValueError):
     """A recipe that cannot be read: the message is one line."""
 
 

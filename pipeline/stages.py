@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.moving_shapes import COLOURS, write_world
 from data_prep.on_ray import prepare
 from data_prep.run import PrepareReport, plan_caption_run, shards_left
+from data_prep.sources.moving_shapes import COLOURS, write_world
 from flow.codec import latent_frames, video_frames
 from pipeline.client import Request, Video, VideoClient
 from pipeline.cluster import local_or_given
 from pipeline.console import Reporter
-from pipeline.evaluate import (
+from pipeline.demo_figures import (
     captions_to_show,
     codec_quality,
     colour_accuracy,

@@ -32,8 +32,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from media.errors import MediaError
 from media.write import decode_image
 from serving.config import Limits
-from serving.dispatch import FRAMES_NAME, VIDEO_NAME, Dispatcher, Stages
-from serving.jobs import Job, JobStore
+from serving.dispatcher import (
+    FRAMES_NAME,
+    VIDEO_NAME,
+    Dispatcher,
+    Stages,
+)
+from serving.job_store import Job, JobStore
 from serving.requests import (
     CreateVideo,
     Generation,

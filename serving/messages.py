@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flow.certificate import Certificate
-from flow.spec import Counters
+from flow.counters import Counters
 
 Frames = npt.NDArray[np.uint8]
 Stage = Literal["deep", "decode"]

@@ -44,8 +44,9 @@ from starlette.types import ASGIApp
 from flow.weights import read_spec
 from serving.api import create_app
 from serving.config import Limits, Resources, Sampler
-from serving.jobs import JobStore
+from serving.job_store import JobStore
 from serving.messages import Chunk, DeepFrame, Frames, Opening, PackedTensor, Stage
+from serving.replica import ComputeThread, Credit
 from serving.requests import (
     Generation,
     ModelFacts,
@@ -62,9 +63,7 @@ from serving.session import (
     load,
     model_facts,
 )
-from serving.stage import (
-    ComputeThread,
-    Credit,
+from serving.start import (
     ServeStartError,
     bindable_port,
     process_runs,
@@ -211,7 +210,7 @@ def _load_stage(config: StageConfig, stage: Stage) -> LoadedModel:
 
 
 class RayStages:
-    """`serving.dispatch.Stages` over the deployments."""
+    """`serving.dispatcher.Stages` over the deployments."""
 
     def __init__(self, decoder: DeploymentHandle, ready_timeout_s: float) -> None:
         self._decoder, self._ready_timeout_s = decoder, ready_timeout_s

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from flowreel.errors import FlowreelError
 from serving.config import Limits, Schedule
 
 TEMPORAL_FACTOR = 4
@@ -33,7 +34,7 @@ CELL_PIXELS = 16
 """Pixels per latent row and column, likewise; a model's config.json may say otherwise."""
 
 
-class ServingError(Exception):
+class ServingError(FlowreelError):
     """The root: a refusal with an HTTP status and the four fields of OpenAI's error body."""
 
     status = 500

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from flow.certificate import Certificate, certificate
 from flow.codec import VideoCodec
+from flow.counters import Counters, Work
 from flow.flow import SHALLOW_TOLERANCE, FlowModel
-from flow.inverse import Work
+from flow.prompt import format_prompt
+from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, FrameStream, frame_noise
-from flow.spec import Counters, SampleSpec
-from flow.text import TextEncoder, build_text_encoder, format_prompt
+from flow.text import TextEncoder, build_text_encoder
 from flow.weights import ModelSpec, load_model
 from serving.config import Sampler
 from serving.messages import (

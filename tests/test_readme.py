@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.places import ROOT
+
 README = (ROOT / "README.md").read_text()
 ROWS = re.findall(r"^\| [^|]+ \| `([^`]+\.py)` \| (.+) \|$", README, flags=re.MULTILINE)
 

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from flow.flow import FlowModel
 from flow.weights import ModelSpec, save_model
+from flowreel.errors import FlowreelError
 from training.parallel import Parallel, networks
 
 MARKER_NAME = "complete.json"
@@ -39,7 +40,7 @@ FORMAT_VERSION = 1
 CODEC_FOLDER = "codec"
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatch(FlowreelError, ValueError):
     """A checkpoint that does not fit what is to be trained; the message names every difference."""
 
 

@@ -16,11 +16,17 @@ from typing import Any
 
 import torch
 
-from data_prep.latents import LatentDataset
+from data_prep.latents.dataset import LatentDataset
 from flow.config import FlowConfig
 from flow.flow import FlowModel
 from flow.likelihood import noise_floor
 from flow.text import TextSpec, build_text_encoder
+from training.batch_sampler import Sampler, StepPlan
+from training.batches import (
+    BatchMaker,
+    LatentStore,
+    Prompts,
+)
 from training.checkpoint import (
     Checkpoint,
     check_fits,
@@ -30,12 +36,10 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import TrainConfig
-from training.data import BatchMaker, LatentStore, Prompts
-from training.evaluation import HeldOut
+from training.held_out import HeldOut
 from training.history import HISTORY_NAME, History
 from training.metrics import step_cost
 from training.parallel import Parallel, join_workers, shard_model
-from training.sampler import Sampler, StepPlan
 from training.step import StepMetrics, TrainStep
 from training.tracking import MetricsLogger, TrackingRun
 

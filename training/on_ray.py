@@ -24,6 +24,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from flow.config import FlowConfig
 from flow.text import TextSpec
 from flow.weights import VideoSpec
+from flowreel.errors import FlowreelError
 from training.config import TrainConfig
 from training.history import HistoryTail
 from training.loop import TrainJob, train
@@ -41,7 +42,7 @@ START_TIMEOUT_S = "300"
 START_ATTEMPTS = 2
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(FlowreelError, RuntimeError):
     """Training on Ray stopped; the message is the first worker's own error.
 
     Attributes:

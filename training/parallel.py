@@ -23,12 +23,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from flow.denoiser import Denoiser
 from flow.flow import FlowModel
+from flowreel.errors import FlowreelError
 from training.config import TrainConfig
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 
 
-class ParallelError(ValueError):
+class ParallelError(FlowreelError, ValueError):
     """A number of processes or a kind of collectives that cannot be had here."""
 
 

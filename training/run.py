@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.latents import LatentDataset
+from data_prep.latents.dataset import LatentDataset
 from flow.codec import VideoCodec
 from flow.config import FlowConfig
 from flow.text import TextSpec
 from flow.weights import ModelSpec, VideoSpec
+from flowreel.errors import FlowreelError
 from training.checkpoint import (
     CODEC_FOLDER,
     Checkpoint,
@@ -41,7 +42,7 @@ CONFIG_NAME = "train.json"
 Progress = Callable[[list[dict[str, Any]]], None]
 
 
-class RunError(ValueError):
+class RunError(FlowreelError, ValueError):
     """A dataset, a codec and a model that do not belong together."""
 
 

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from flow.config import FlowConfig
 from flow.flow import FlowModel
+from flowreel.errors import FlowreelError
+from training.batches import TrainBatch
 from training.config import TrainConfig
-from training.data import TrainBatch
 from training.objective import denoiser_backward, flow_backward
 from training.optim import ShardedAdamW, SkipRule, local_tensor
 from training.parallel import Parallel, forget_gathered, networks
 
 
-class SkippedTooOften(RuntimeError):
+class SkippedTooOften(FlowreelError, RuntimeError):
     """Steps were skipped so many times in a row that the run makes no sense any more."""
 
 

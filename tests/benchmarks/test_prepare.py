@@ -14,8 +14,9 @@ import pytest
 from benchmarks.prepare import PipelineRun, feeder, main, verdicts, write_clips
 from benchmarks.processes import Watch, cpu_seconds, family, pss_bytes
 from data_prep.config import BucketConfig, PrepareConfig
+from tests.places import TINY_CODEC
 
-TINY = Path(__file__).parents[2] / "pipeline" / "assets" / "tiny_codec"
+TINY = TINY_CODEC
 BUSY = "import time\nend = time.process_time() + {seconds}\nwhile time.process_time() < end: pass\ntime.sleep(30)"
 
 

@@ -13,6 +13,7 @@ import torch
 from benchmarks import sampling
 from benchmarks.sampling import Bar, Case, Row, Sampler, measure, residual_curve, verdicts
 from tests.flow.models import randn, texts, tiny_model
+from tests.places import ROOT
 
 GOOD = Row("default", 60.0, 3.5, 0.1, 0.1, 2e-2, 0.2, 0.2, 0.1)
 SLOW = dataclasses.replace(GOOD, wall_s=1.0)
@@ -72,7 +73,7 @@ def test_imports_neither_ray_nor_diffusers() -> None:
         "bad = {'ray', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:

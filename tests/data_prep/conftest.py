@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import BucketConfig, PrepareConfig
-from data_prep.moving_shapes import write_world
+from data_prep.sources.moving_shapes import write_world
+from tests.data_prep.s3_server import (
+    CREDENTIALS,
+    Store,
+    running_store,
+)
+from tests.places import ROOT
 from tests.tiny_codec import CODEC
-
-from .store import CREDENTIALS, Store, running_store
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.config import CapConfig, PrepareConfig
-from data_prep.shards import write_shard
-
-from .bad_media import (
+from data_prep.sources.samples import write_shard
+from tests.data_prep.bad_media import (
     audio_only,
     claiming_frames,
     flat,
@@ -30,10 +29,9 @@ from .bad_media import (
     video,
     without_duration,
 )
-from .local import prepare_locally
-from .test_shards import header, tar_of
-
-ROOT = Path(__file__).parents[2]
+from tests.data_prep.in_process import prepare_locally
+from tests.data_prep.sources.test_samples import header, tar_of
+from tests.places import ROOT
 
 
 class Row(NamedTuple):

@@ -17,21 +17,28 @@ import pytest
 import ray
 from fastapi.responses import JSONResponse
 
-from data_prep.caption_config import CaptionConfig
-from data_prep.captions import CaptionerUnavailable
+from data_prep.captions.captioner import CaptionerUnavailable
+from data_prep.captions.config import CaptionConfig
 from data_prep.config import BucketConfig, ConcurrencyConfig, PrepareConfig
-from data_prep.moving_shapes import write_world
 from data_prep.on_ray import ShardSource, build_pipeline, prepare
 from data_prep.resources import describe, plan_resources
 from data_prep.run import plan_run
-from data_prep.shards import write_shard
+from data_prep.sources.moving_shapes import write_world
+from data_prep.sources.samples import write_shard
+from tests.data_prep.bad_media import (
+    moving,
+    sample,
+    video,
+)
+from tests.data_prep.chat_endpoint import serving
+from tests.data_prep.in_process import (
+    caption_locally,
+    digests,
+    prepare_locally,
+)
+from tests.data_prep.vlm_models import save_llava
+from tests.places import ROOT
 
-from .bad_media import moving, sample, video
-from .endpoint import serving
-from .local import caption_locally, digests, prepare_locally
-from .vlm_models import save_llava
-
-ROOT = Path(__file__).parents[2]
 # Ray runs its workers at nice 15: beside anything else on two CPUs they would starve.
 RAY_ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "240"}
 

@@ -15,17 +15,24 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.alone import Alone
+from data_prep.clips.machine_lock import Alone
 from data_prep.config import BucketConfig, CapConfig, FilterConfig, PrepareConfig
-from data_prep.latents import LatentDataset
-from data_prep.rows import ROW_SCHEMA, Row, frames_of
-from data_prep.shards import write_shard
+from data_prep.latents.dataset import LatentDataset
+from data_prep.row import (
+    ROW_SCHEMA,
+    Row,
+    frames_of,
+)
+from data_prep.sources.samples import write_shard
 from data_prep.stages import CaptionStage, DecodeStage, run_stage
 from media.errors import DecodeTimeout, UnreadableVideo
 from media.write import encode_mp4, encode_png
-
-from .bad_media import moving, video, with_bars
-from .local import prepare_locally
+from tests.data_prep.bad_media import (
+    moving,
+    video,
+    with_bars,
+)
+from tests.data_prep.in_process import prepare_locally
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (20, 32, 64, 3), dtype=np.uint8)
 

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import PrepareConfig
-from data_prep.ledger import Ledger
-from data_prep.moving_shapes import write_world
+from data_prep.ledger.ledger import Ledger
+from data_prep.sources.moving_shapes import write_world
 from pipeline.recipes import load_recipe
-
-from .local import digests, prepare_locally
-from .store import Store
-from .test_on_ray import RAY_ENVIRONMENT, ROOT
-from .test_resuming import downloaded
+from tests.data_prep.in_process import digests, prepare_locally
+from tests.data_prep.ledger.test_resuming import downloaded
+from tests.data_prep.s3_server import Store
+from tests.data_prep.test_on_ray import RAY_ENVIRONMENT, ROOT
 
 
 def flowreel(*arguments: str) -> subprocess.Popen[str]:

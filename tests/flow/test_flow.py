@@ -7,8 +7,8 @@ import torch
 from torch.autograd.functional import jacobian
 
 from flow.flow import FlowModel
+from flow.sample_spec import SampleSpec
 from flow.sampling import sample
-from flow.spec import SampleSpec
 from flow.tokens import unpatchify
 from tests.flow.models import randn, shaken, texts, tiny_config, tiny_model
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flow.flow import FlowModel
+from flow.sample_spec import SampleSpec
 from flow.sampling import sample
-from flow.spec import SampleSpec
 from flow.tokens import patchify
 from flow.weights import import_released
 

@@ -22,7 +22,7 @@ from flow.likelihood import (
     noisy_likelihood,
     over_draws,
 )
-from flow.spec import SampleSpec
+from flow.sample_spec import SampleSpec
 from tests.flow.models import STRUCTURES, latents, randn, texts, tiny_config, tiny_model
 
 

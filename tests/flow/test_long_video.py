@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, FrameStream
-from flow.spec import SampleSpec
 from tests.flow.models import texts, tiny_model
 
 TRAINED_FRAMES = 3

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flow.certificate import certificate
+from flow.counters import Counters
 from flow.flow import FlowModel
+from flow.sample_spec import SampleError, SampleSpec
 from flow.sampling import DeepStream, FrameStream, batch_noise, frame_noise, sample
-from flow.spec import Counters, SampleError, SampleSpec
 from flow.weights import import_released
 from tests.flow.models import TRAINED, randn, texts, tiny_model
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flow.flow import FlowModel
 from flow.likelihood import likelihood
+from flow.sample_spec import SampleError, SampleSpec
 from flow.sampling import DeepStream, FrameStream, sample
 from flow.score import score, tweedie
-from flow.spec import SampleError, SampleSpec
 from tests.flow.models import STRUCTURES, latents, randn, texts, tiny_config, tiny_model
 
 

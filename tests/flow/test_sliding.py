@@ -12,10 +12,10 @@ from torch import Tensor
 from flow.certificate import certificate
 from flow.flow import FlowModel
 from flow.inverse import Inverter
-from flow.packed import can_pack
+from flow.packed_weights import can_pack
+from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, batch_noise
 from flow.sliding import Window, _settle, _settle_unseen, slide, suggest
-from flow.spec import SampleSpec
 from flow.weights import import_released
 from tests.flow.models import TRAINED, randn, shaken, texts, tiny_model
 

@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from flow.sizes import SizeError, bucket_size
-from flow.text import (
+from flow.aspects import SizeError, bucket_size
+from flow.prompt import (
     EXTEND_PREFIX,
     LAST_PREFIX,
     VIDEO_TO_VIDEO_PREFIX,
+    format_prompt,
+)
+from flow.text import (
     TextError,
     TextSpec,
     build_text_encoder,
-    format_prompt,
 )
 from tests.flow.tiny_t5 import byte_t5
 

@@ -29,6 +29,7 @@ from flow.weights import (
     save_model,
 )
 from tests.flow.models import TINY, randn, texts, tiny_config, tiny_model
+from tests.places import ROOT
 
 SPEC = ModelSpec(
     flow=TINY,
@@ -268,7 +269,7 @@ def test_a_writer_killed_between_shards_leaves_no_half_model_and_its_remains_are
         save_model(tmp_path / "m", model, SPEC)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "m")],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
@@ -354,7 +355,7 @@ def test_loading_and_converting_holds_the_model_once(tmp_path: Path, shard_bytes
     (tmp_path / "config.json").write_text(json.dumps(spec.to_dict()))
     done = subprocess.run(
         [sys.executable, "-c", LOADING, str(tmp_path)],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,

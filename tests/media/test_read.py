@@ -25,8 +25,8 @@ from media.errors import (
 )
 from media.read import VideoInfo, VideoReader
 from media.write import encode_mp4
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 ODD = Path(os.environ.get("FLOWREEL_ODD_VIDEOS", ROOT.parent / "shared" / "odd_videos"))
 needs_odd = pytest.mark.skipif(not ODD.is_dir(), reason="FLOWREEL_ODD_VIDEOS is not there")
 

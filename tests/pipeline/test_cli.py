@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.places import ROOT
+
 COMMANDS = (
     "demo", "prepare", "train-codec", "train", "sample", "score", "evaluate", "serve", "import-weights", "submit", "doctor",
 )  # fmt: skip
@@ -19,7 +21,7 @@ def flowreel(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         check=False,
     )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 
-PATH = Path(__file__).parents[2] / "ray_cluster.yaml"
+from tests.places import ROOT
+
+PATH = ROOT / "ray_cluster.yaml"
 
 
 def test_ray_accepts_the_cluster_file() -> None:

@@ -19,9 +19,9 @@ from media.read import read_video
 from pipeline.cli import app
 from serving.session import load, prompt_text
 from tests.flow.models import shaken, tiny_config
-from tests.flow.released import released_state, released_yaml
+from tests.flow.released_models import released_state, released_yaml
 from tests.flow.test_codec import SD, STATISTICS, WAN, made
-from tests.flow.test_released import STRUCTURE, VIDEO
+from tests.flow.test_released_checkpoint import STRUCTURE, VIDEO
 from tests.flow.tiny_t5 import byte_t5
 
 PROMPT = "a red circle"
@@ -85,8 +85,8 @@ def test_image_release_becomes_a_model_that_paints_through_the_sd_vae(
         painted = np.asarray(picture)
     assert painted.shape == (32, 32, 3)
     # The same by hand: the noise, the flow's inverse, the convention, the library's own decoder.
+    from flow.sample_spec import SampleSpec
     from flow.sampling import sample
-    from flow.spec import SampleSpec
 
     loaded = load(tmp_path / "model")
     assert loaded.text_encoder is not None

@@ -22,8 +22,8 @@ import pytest
 
 from media.read import read_video
 from pipeline.client import Request, VideoClient
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 MICRO = (
     "world.num_clips=40", "world.num_images=8", "world.clips_per_shard=24", "train.steps=6", "train.checkpoint_every=3",
     "train.batch_size=4", "train.image_batch_size=4", "model.deep_width=64", "model.shallow_width=32",
@@ -130,8 +130,8 @@ def served_frames(run: Path, mp4: Path) -> np.ndarray:
 
 
 def test_sample_makes_the_served_video_frame_for_frame(run: Path, tmp_path: Path) -> None:
+    from pipeline.make_video import sample_video
     from pipeline.recipes import load_recipe
-    from pipeline.single import sample_video
 
     prompt = "A red circle moves left over a dark background."
     recipe = load_recipe(str(run / "recipe.yaml"))

@@ -17,10 +17,10 @@ import pytest
 from media.write import encode_png
 from serving.api import create_app
 from serving.config import Limits
-from serving.jobs import JobStore
+from serving.job_store import JobStore
 from serving.requests import Generation, StageFailed
 from serving.session import LoadedModel, generate
-from tests.serving.local import LocalStages
+from tests.serving.in_process import LocalStages
 
 LIMITS = Limits(
     prompt_chars=50,

@@ -23,7 +23,11 @@ from serving.config import Limits, Resources
 from serving.on_ray import ServedApp, serve_model
 from serving.requests import Generation
 from serving.session import LoadedModel, generate
-from serving.stage import ServeStartError, process_runs, wait_ready
+from serving.start import (
+    ServeStartError,
+    process_runs,
+    wait_ready,
+)
 from tests.serving.conftest import FPS, TRAINED_FRAMES
 
 LIMITS = Limits(

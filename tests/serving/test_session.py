@@ -28,7 +28,7 @@ from serving.session import (
     prompt_text,
     sample_spec,
 )
-from serving.stage import ServeStartError
+from serving.start import ServeStartError
 from tests.serving.conftest import FPS, SIZE, TRAINED_FRAMES
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from flow.weights import load_model
+from tests.places import ROOT
 from tests.training.world import write_dataset
 from training.checkpoint import latest_complete
 from training.history import read_history
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 

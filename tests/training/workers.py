@@ -12,10 +12,10 @@ from typing import Any
 
 from flow.config import FlowConfig
 from flow.text import TextSpec
+from tests.places import ROOT
 from training.config import TrainConfig
 from training.loop import TrainJob, train
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 280
 
 

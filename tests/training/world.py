@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.latents import (
+from data_prep.latents.records import (
     CAPTION_SCHEMA,
     LATENT_SCHEMA,
     Bucket,

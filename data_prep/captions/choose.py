@@ -1,0 +1,34 @@
+"""Which back end a recipe's captioner is. Back ends are imported as they are asked for: two of them are heavy."""
+
+from __future__ import annotations
+
+from data_prep.captions.captioner import Captioner, CaptionerUnavailable
+from data_prep.captions.config import CaptionConfig
+
+
+def build_captioner(config: CaptionConfig, device: str = "cpu", *, seed: int = 0) -> Captioner:
+    """The captioner of a recipe; `vllm` is not built here, it is a stage of Ray Data's own.
+
+    Args:
+        config: the settings.
+        device: torch device of a `vlm`.
+        seed: the run's seed, sent to an endpoint.
+
+    Raises:
+        CaptionerUnavailable: the model cannot be loaded, or the key is not there.
+    """
+    if config.backend == "measured":
+        from data_prep.captions.measured import MeasuredCaptioner
+
+        return MeasuredCaptioner()
+    if config.backend == "vlm":
+        from data_prep.captions.vlm import VlmCaptioner
+
+        return VlmCaptioner(config, device)
+    if config.backend == "http":
+        from data_prep.captions.http import HttpCaptioner
+
+        return HttpCaptioner(config, seed=seed)
+    raise CaptionerUnavailable(
+        f"captioner.backend {config.backend!r} runs on Ray Data only; here use vlm or http"
+    )

@@ -1,0 +1,200 @@
+"""What is kept and why not: decisions on metadata and on what the decoder found.
+
+Pure policies that return a `Drop` or None; the reasons are those of status rows. Knows nothing of
+Ray or files.
+
+    low_matching_score, not_desirable, several_shots     from the json that Panda-70M writes
+    missing_metadata                                     where the run's policy is `drop`
+    small_area, short_duration                           from the json where it has them, and the decoder
+    static_clip, black_frames, white_frames, letterbox   from the pixels
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.clips.cut import Bars
+from data_prep.config import FilterConfig
+
+_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
+_BLACK, _WHITE = 20, 235
+"""Grey levels up to and from which a pixel is black and white."""
+_NEARLY_ALL = 0.99
+
+
+METADATA_REASONS = ("low_matching_score", "not_desirable", "several_shots", "missing_metadata")
+"""Reasons that depend on the metadata filters alone, whose settings `PrepareConfig.outcome_digest` leaves out."""
+
+
+class Drop(NamedTuple):
+    """A sample is not kept: the reason code and the values behind it."""
+
+    reason: str
+    detail: str
+
+
+def judge_metadata(metadata: dict[str, Any], config: FilterConfig) -> Drop | None:
+    """The first metadata filter that a sample fails. Costs nothing, so it comes before decoding.
+
+    Fields may hold one value or a list for the clip's parts: every part must pass.
+    """
+    missing = []
+    if config.matching_score_above is not None:
+        scores = _numbers(metadata.get("matching_score"))
+        if not scores:
+            missing.append("matching_score")
+        elif min(scores) <= config.matching_score_above:
+            return Drop(
+                "low_matching_score",
+                f"matching score {min(scores):g}, not above {config.matching_score_above:g}",
+            )
+    if config.desirable:
+        marks = _texts(metadata.get("desirable_filtering"))
+        if not marks:
+            missing.append("desirable_filtering")
+        elif any(mark != "desirable" for mark in marks):
+            return Drop("not_desirable", f"marked {', '.join(marks)[:200]}")
+    if config.one_shot:
+        shots = count_spans(metadata.get("shot_boundary_detection"))
+        if not shots:
+            missing.append("shot_boundary_detection")
+        elif shots > 1:
+            return Drop("several_shots", f"{shots} shots")
+    if missing and config.missing_metadata == "drop":
+        return Drop("missing_metadata", f"no readable {', '.join(missing)}")
+    return _judge_claims(metadata, config)
+
+
+def _judge_claims(metadata: dict[str, Any], config: FilterConfig) -> Drop | None:
+    """Size and length as the json claims them; where it does not, the decoder will tell."""
+    sides = [_numbers(metadata.get(name)) for name in ("height", "width")]
+    if all(len(side) == 1 and side[0] > 0 for side in sides):
+        drop = judge_source(int(sides[0][0]), int(sides[1][0]), None, config)
+        if drop is not None:
+            return drop
+    duration_s = claimed_duration_s(metadata)
+    if duration_s is not None and duration_s < config.min_duration_s:
+        return Drop("short_duration", f"{duration_s:.3f} s, under {config.min_duration_s:g} s")
+    return None
+
+
+def claimed_duration_s(metadata: dict[str, Any]) -> float | None:
+    """Length of the clip by its json: `duration`, or the one span of `clips` or `timestamp`.
+
+    >>> claimed_duration_s({"clips": [["0:00:13.847", "0:00:24.858"]]})
+    11.011
+    """
+    plain = _numbers(metadata.get("duration"))
+    if len(plain) == 1 and plain[0] > 0:
+        return plain[0]
+    for name in ("clips", "timestamp"):
+        spans = list(_spans(metadata.get(name)))
+        if len(spans) == 1 and len(spans[0]) == 2:
+            begin_s, end_s = (_seconds(part) for part in spans[0])
+            if begin_s is not None and end_s is not None and end_s > begin_s:
+                return round(end_s - begin_s, 6)
+    return None
+
+
+def _seconds(value: Any) -> float | None:
+    """Seconds of a number or of H:MM:SS.mmm."""
+    if isinstance(value, str) and (match := _CLOCK.fullmatch(value.strip())):
+        hours, minutes, seconds = match.groups()
+        return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
+    numbers = _numbers(value)
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def judge_source(
+    height: int, width: int, duration_s: float | None, config: FilterConfig
+) -> Drop | None:
+    """The first filter on the source itself that fails (`duration_s` is None for images)."""
+    if height * width < config.min_area_pixels:
+        return Drop(
+            "small_area",
+            f"{height}×{width} = {height * width} pixels, under {config.min_area_pixels}",
+        )
+    if duration_s is not None and duration_s < config.min_duration_s:
+        return Drop("short_duration", f"{duration_s:.3f} s, under {config.min_duration_s:g} s")
+    return None
+
+
+def judge_bars(bars: Bars, height: int, width: int, config: FilterConfig) -> Drop | None:
+    """Whether the black bars of a source of this size leave too little picture."""
+    inside_height, inside_width = bars.size_inside(height, width)
+    share = 1 - inside_height * inside_width / (height * width)
+    if share > config.max_bar_share:
+        return Drop(
+            "letterbox", f"bars take {share:.3f} of the area, over {config.max_bar_share:g}"
+        )
+    return None
+
+
+def judge_pixels(frames_THW3: npt.NDArray[np.uint8], config: FilterConfig) -> Drop | None:
+    """The first pixel filter that the frames of a window fail, by their mean of the three colours.
+
+    A frame is black (white) where 99% of its pixels are at most 20 (at least 235) of 255. A single
+    frame, an image, is never static.
+    """
+    shares = ((config.max_black_frames, "black"), (config.max_white_frames, "white"))
+    if config.static_below is None and all(most is None for most, _ in shares):
+        return None
+    grey_TP = frames_THW3.mean(axis=-1, dtype=np.float32).reshape(len(frames_THW3), -1)
+    for most, name in shares:
+        if most is None:
+            continue
+        extreme_TP = grey_TP <= _BLACK if name == "black" else grey_TP >= _WHITE
+        count = int((extreme_TP.mean(axis=1) >= _NEARLY_ALL).sum())
+        if count > most * len(grey_TP):
+            return Drop(f"{name}_frames", f"{count} of {len(grey_TP)} frames are {name}")
+    if config.static_below is not None and len(grey_TP) > 1:
+        change = float(np.mean([np.abs(b - a).mean() for a, b in itertools.pairwise(grey_TP)]))
+        if change < config.static_below:
+            return Drop(
+                "static_clip",
+                f"frames change by {change:.3f} grey levels, under {config.static_below:g}",
+            )
+    return None
+
+
+def count_spans(value: Any) -> int:
+    """How many (start, end) spans a shot list holds, however it is nested; 0 where it is none.
+
+    >>> count_spans([["0:00:00.000", "0:00:11.178"]]), count_spans("nonsense")
+    (1, 0)
+    """
+    return sum(1 for _ in _spans(value))
+
+
+def _spans(value: Any) -> Iterator[Any]:
+    """The innermost lists of plain values, in no order."""
+    stack, visited = [value], 0
+    while stack and visited < 100_000:
+        item = stack.pop()
+        visited += 1
+        if not isinstance(item, list | tuple) or not item:
+            continue
+        if all(isinstance(part, str | int | float) for part in item):
+            yield item
+        else:
+            stack.extend(item)
+
+
+def _numbers(value: Any) -> list[float]:
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) and v == v for v in values
+    ):
+        return []
+    return [float(v) for v in values]
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [str(v) for v in values] if all(isinstance(v, str) and v for v in values) else []

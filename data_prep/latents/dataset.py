@@ -1,0 +1,185 @@
+"""Random access to the records of a prepared dataset. Torch is imported only when tensors are asked for."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.storage.location import Location
+from data_prep.storage.store import open_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data_prep.latents.index import Place
+from data_prep.latents.records import (
+    Bucket,
+    DatasetInfo,
+    LatentDatasetError,
+    LatentRecord,
+    is_held_out,
+    read_record,
+)
+
+_OPEN_FILES = 16
+
+
+Split = Literal["train", "held_out", "all"]
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Records stacked: tensors fp32 [B, T, C, h, w] in codec units, captions in the same order."""
+
+    mean_BTCHW: Tensor
+    logvar_BTCHW: Tensor
+    captions: list[str]
+    """The captions that came with the clips."""
+    synthetic: list[str]
+    """The captions that the captioner wrote."""
+    ids: list[str]
+
+
+@dataclass
+class LatentDataset:
+    """Random access to the records of a prepared dataset.
+
+    Ids are held in memory; where a record lies is looked up in the mapped index (`data_prep.latents.index`), moments and captions
+    are read by row group, and the last few groups are kept. An id is `SHARD/KEY/WINDOW`. Shards without a manifest are not seen.
+
+    Args:
+        root: the folder that `prepare` wrote, a path or a URI such as s3://bucket/latents.
+        split: "train", "held_out" (keys whose hash is 0 mod 16) or "all".
+        duplicates: "skip" leaves out what `duplicates.parquet` masks, "keep" does not.
+
+    Raises:
+        LatentDatasetError: no dataset there, or of another version.
+        StorageError: the disk or store fails.
+    """
+
+    root: Location
+    split: Split = "train"
+    cached_groups: int = 256
+    duplicates: Literal["skip", "keep"] = "skip"
+    info: DatasetInfo = field(init=False)
+    buckets: dict[Bucket, list[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        from data_prep.latents.duplicates import masked_ids
+        from data_prep.latents.index import LatentIndex
+
+        if self.split not in ("train", "held_out", "all"):
+            raise LatentDatasetError(f"split is {self.split!r}; use train, held_out or all")
+        self.folder = open_folder(self.root)
+        self.info = DatasetInfo.read(self.root)
+        self.index = LatentIndex.open(self.root)
+        self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._masked = masked_ids(self.folder) if self.duplicates == "skip" else frozenset()
+        self.buckets = {}
+        for name, ids in self.index.ids(self.split).items():
+            if seen := [i for i in ids if i not in self._masked]:
+                self.buckets[Bucket.parse(name)] = seen
+        self.buckets = dict(sorted(self.buckets.items()))
+
+    def __len__(self) -> int:
+        return sum(len(ids) for ids in self.buckets.values())
+
+    def captions(self, name: str) -> tuple[str, str]:
+        """Original and synthetic caption of an id."""
+        return self._texts(self._place(name))
+
+    def get(self, name: str) -> LatentRecord:
+        """The whole record of an id, as it is stored."""
+        place = self._place(name)
+        with self.folder.open(place.path) as source, pq.ParquetFile(source) as file:
+            return read_record(file.read_row_group(place.group), place.row)
+
+    def load(self, ids: Sequence[str]) -> LatentBatch:
+        """The records of `ids`, all of one bucket, in the order given.
+
+        Where only means are stored, log-variances come back as −30 (no posterior noise).
+
+        Raises:
+            LatentDatasetError: no ids, an unknown id, or ids of different latent shapes.
+        """
+        import torch
+
+        if not ids:
+            raise LatentDatasetError("no ids to load; give at least one")
+        places = [self._place(name) for name in ids]
+        rows = [self._row(place) for place in places]
+        shapes = {tuple(row["shape"]) for row in rows}
+        if len(shapes) > 1:
+            raise LatentDatasetError(
+                f"ids of latent shapes {sorted(shapes)} in one batch; take them from one bucket"
+            )
+        means = np.stack([_moments(row, "mean") for row in rows])
+        logvars = np.stack([_moments(row, "logvar") for row in rows])
+        texts = [self._texts(place) for place in places]
+        return LatentBatch(
+            mean_BTCHW=torch.from_numpy(means),
+            logvar_BTCHW=torch.from_numpy(logvars),
+            captions=[original for original, _ in texts],
+            synthetic=[synthetic for _, synthetic in texts],
+            ids=list(ids),
+        )
+
+    def _place(self, name: str) -> Place:
+        shard, _, rest = name.partition("/")
+        key, _, window = rest.rpartition("/")
+        place = None
+        if window.isdigit() and name not in self._masked and self._is_ours(key):
+            place = self.index.find(key, int(window), shard)
+        if place is None:
+            raise LatentDatasetError(
+                f"no record {name!r} in the {self.split} split of {self.folder.where()}; ids are in .buckets"
+            )
+        return place
+
+    def _is_ours(self, key: str) -> bool:
+        return self.split == "all" or is_held_out(key) == (self.split == "held_out")
+
+    def _texts(self, place: Place) -> tuple[str, str]:
+        group = self._group(place.caption_path, place.caption_group, ("caption", "synthetic"))
+        original, synthetic = (
+            group[name][place.caption_row].as_py() for name in group.schema.names
+        )
+        return original, synthetic
+
+    def _row(self, place: Place) -> dict[str, Any]:
+        group = self._group(place.path, place.group, ("shape", "mean", "logvar"))
+        return dict(group.slice(place.row, 1).to_pylist()[0])
+
+    def _group(self, path: str, group: int, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a row group, from the cache where it is there."""
+        key = (path, group)
+        if key not in self._groups:
+            if path not in self._files:
+                while len(self._files) >= _OPEN_FILES:
+                    self._files.pop(next(iter(self._files))).close(force=True)
+                # Of a store's file the footer comes now, and of its row groups each when it is wanted.
+                self._files[path] = pq.ParquetFile(self.folder.open(path))
+            with self.folder.failing("read", path):
+                table = self._files[path].read_row_group(group, columns=list(columns))
+            self._groups[key] = table
+            while len(self._groups) > self.cached_groups:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_groups": OrderedDict(), "_files": {}}
+
+
+def _moments(row: dict[str, Any], name: str) -> npt.NDArray[np.float32]:
+    if row[name] is None:
+        return np.full(row["shape"], -30.0, dtype=np.float32)
+    return np.frombuffer(row[name], dtype="<f2").reshape(row["shape"]).astype(np.float32)

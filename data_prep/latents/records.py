@@ -1,0 +1,280 @@
+"""Latent shards on disk: record schema, writer, and the dataset that training reads.
+
+    ROOT/dataset.json                  DatasetInfo: codec digest, latent convention, fps, buckets
+    ROOT/manifests/SHARD.json          the files of a finished input shard (data_prep.ledger.ledger)
+    ROOT/latents/SHARD.TxHxW.parquet   one row per (key, window): moments of the codec's posterior
+    ROOT/captions/SHARD.parquet        one row per (key, window): original and synthetic caption
+    ROOT/status/SHARD.parquet          one row per sample that went in, kept or not
+
+A shard counts only once its manifest stands. Captions and latents are separate files, so that
+new captions never need new latents. ROOT is a local folder or one in an object store
+(`data_prep.storage.folder`), of which a reader takes the row groups that it needs. Knows nothing of Ray, of
+decoding, or of the flow; torch is imported only when tensors are asked for.
+
+    LatentDatasetError(ValueError)   no dataset here, another version, an unknown id
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.storage.location import Location
+from data_prep.storage.store import open_folder
+from flowreel.errors import FlowreelError
+
+if TYPE_CHECKING:
+    from flow.codec import LatentConvention
+
+
+FORMAT_VERSION = 1
+
+
+GROUP_BYTES = 1 << 20
+
+
+HELD_OUT_SHARE = 16
+"""One key in so many is held out."""
+
+
+LATENT_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("window", pa.int32(), nullable=False),
+        pa.field("number", pa.int32(), nullable=False),
+        pa.field("shape", pa.list_(pa.int32(), 4), nullable=False),
+        pa.field("dtype", pa.string(), nullable=False),
+        pa.field("mean", pa.large_binary(), nullable=False),
+        pa.field("logvar", pa.large_binary()),
+        pa.field("pts_s", pa.list_(pa.float64()), nullable=False),
+        pa.field("fps", pa.float32(), nullable=False),
+        pa.field("bucket", pa.string(), nullable=False),
+        pa.field("bars", pa.list_(pa.int32(), 4), nullable=False),
+        pa.field("codec", pa.string(), nullable=False),
+        pa.field("look", pa.binary()),  # perceptual hash, data_prep.latents.duplicates
+        pa.field("frames_digest", pa.string()),  # SHA-256 of what was encoded
+    ]
+)
+
+
+CAPTION_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("window", pa.int32(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
+        pa.field("synthetic", pa.string(), nullable=False),
+        pa.field("captioner", pa.string(), nullable=False),
+        # `code: detail` where no synthetic caption could be had, else null.
+        pa.field("caption_error", pa.string()),
+    ]
+)
+
+
+STATUS_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("number", pa.int32(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        pa.field("source_digest", pa.string()),  # SHA-256 of the sample as it was read
+    ]
+)
+
+
+class LatentDatasetError(FlowreelError, ValueError):
+    """A latent dataset that cannot be read, or an id that is not in it."""
+
+
+class Bucket(NamedTuple):
+    """Size of a clip in pixels: `frames` (4k+1; 1 for images), `height`, `width`.
+
+    >>> str(Bucket(17, 64, 64)), Bucket.parse("17x64x64") == Bucket(17, 64, 64)
+    ('17x64x64', True)
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, text: str) -> Bucket:
+        """The bucket of a text such as 17x64x64. Raises LatentDatasetError on another form."""
+        parts = text.split("x")
+        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise LatentDatasetError(f"{text!r} is no bucket; write FRAMESxHEIGHTxWIDTH")
+        return cls(*(int(part) for part in parts))
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a sample's key belongs to the held-out split: a stable hash, 1 in 16."""
+    return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+@dataclass(frozen=True)
+class LatentRecord:
+    """Moments of one window of one clip, as they are stored."""
+
+    key: str
+    window: int
+    number: int
+    """Place of the sample in its input shard."""
+    bucket: Bucket
+    fps: float
+    pts_s: Sequence[float]
+    """[frames] source time of each frame, seconds."""
+    mean: npt.NDArray[np.float16]
+    """[t, C, h, w] posterior mean, codec units."""
+    logvar: npt.NDArray[np.float16] | None
+    """[t, C, h, w] posterior log-variance, or None where only the mean is kept."""
+    codec: str
+    """Digest of the codec that made the moments."""
+    look: bytes | None = None
+    """Perceptual hash of the frames (`data_prep.latents.duplicates`)."""
+    bars: tuple[int, ...] = (0, 0, 0, 0)
+    """Black rows and columns cut off the source before the resize: top, bottom, left, right, pixels."""
+    frames_digest: str | None = None
+    """SHA-256 of the frames that were encoded; None in older datasets."""
+
+    def row(self) -> dict[str, Any]:
+        """The record as a row of LATENT_SCHEMA."""
+        return {
+            "key": self.key,
+            "window": self.window,
+            "number": self.number,
+            "shape": list(self.mean.shape),
+            "dtype": "float16",
+            "mean": np.ascontiguousarray(self.mean, dtype="<f2").tobytes(),
+            "logvar": None
+            if self.logvar is None
+            else np.ascontiguousarray(self.logvar, dtype="<f2").tobytes(),
+            "pts_s": [float(t) for t in self.pts_s],
+            "fps": self.fps,
+            "bucket": str(self.bucket),
+            "bars": list(self.bars),
+            "codec": self.codec,
+            "look": self.look,
+            "frames_digest": self.frames_digest,
+        }
+
+
+def rows_per_group(row: dict[str, Any]) -> int:
+    """Rows in a row group: about a megabyte of moments, so that one record is read cheaply."""
+    record_bytes = len(row.get("mean") or b"") + len(row.get("logvar") or b"")
+    return max(1, min(64, GROUP_BYTES // record_bytes)) if record_bytes else 4096
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
+    """Write rows, already in order, as Parquet and return their number; same rows, same bytes.
+
+    Only one row group is held in memory.
+    """
+    written = 0
+    group: list[dict[str, Any]] = []
+    with pq.ParquetWriter(
+        path, schema, compression="zstd", use_dictionary=False, write_statistics=False
+    ) as writer:
+        for row in rows:
+            group.append(row)
+            if len(group) >= rows_per_group(row):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                written, group = written + len(group), []
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+    return written + len(group)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is common to all records of a dataset; `dataset.json`."""
+
+    codec_digest: str
+    convention: LatentConvention
+    fps: float
+    """Frame rate of the clips (images have none), frames per second."""
+    buckets: tuple[Bucket, ...]
+    latent_channels: int
+    prepare_digest: str
+    """Digest of the settings that decide what a sample becomes."""
+    version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "codec_digest": self.codec_digest,
+            "convention": self.convention.to_dict(),
+            "fps": self.fps,
+            "buckets": [str(bucket) for bucket in self.buckets],
+            "latent_channels": self.latent_channels,
+            "prepare_digest": self.prepare_digest,
+        }
+
+    @classmethod
+    def read(cls, root: Location) -> DatasetInfo:
+        """From `root/dataset.json`. Raises LatentDatasetError where there is none to read."""
+        from flow.codec import LatentConvention
+
+        values = read_info_values(root)
+        return cls(
+            codec_digest=values["codec_digest"],
+            convention=LatentConvention.from_dict(values["convention"]),
+            fps=values["fps"],
+            buckets=tuple(Bucket.parse(text) for text in values["buckets"]),
+            latent_channels=values["latent_channels"],
+            prepare_digest=values["prepare_digest"],
+            version=values["version"],
+        )
+
+
+def read_info_values(root: Location) -> dict[str, Any]:
+    """`root/dataset.json` as plain values, its version checked; without torch."""
+    folder = open_folder(root)
+    try:
+        values = json.loads(folder.read("dataset.json"))
+    except FileNotFoundError as error:
+        raise LatentDatasetError(
+            f"no latent dataset in {folder.where()}: dataset.json is missing; prepare one"
+        ) from error
+    if values.get("version") != FORMAT_VERSION:
+        raise LatentDatasetError(
+            f"{folder.where('dataset.json')} has format version {values.get('version')!r}; "
+            f"this code reads {FORMAT_VERSION}. Prepare the shards again"
+        )
+    return dict(values)
+
+
+def read_record(group: pa.Table, row: int) -> LatentRecord:
+    """A row of a row group of LATENT_SCHEMA as a record."""
+    values = group.slice(row, 1).to_pylist()[0]
+    moments = {
+        name: np.frombuffer(values[name], dtype="<f2").reshape(values["shape"])
+        for name in ("mean", "logvar")
+        if values[name] is not None
+    }
+    return LatentRecord(
+        key=values["key"],
+        window=values["window"],
+        number=values["number"],
+        bucket=Bucket.parse(values["bucket"]),
+        fps=values["fps"],
+        pts_s=values["pts_s"],
+        mean=moments["mean"],
+        logvar=moments.get("logvar"),
+        codec=values["codec"],
+        look=values["look"],
+        bars=tuple(values["bars"]),
+        frames_digest=values.get("frames_digest"),
+    )

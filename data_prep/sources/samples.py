@@ -1,0 +1,323 @@
+"""Shards in, samples out: members grouped by key, whatever state the shard is in; and tars written.
+
+A shard is a tar or a folder of loose files (`data_prep.sources.archive`). Knows where Panda-70M hides things
+(a failed download is a json without an mp4; scores are strings holding Python literals) but not what
+is made of a sample. Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.sources.archive import (
+    Folder,
+    Listing,
+    Member,
+    ShardError,
+    Tar,
+    is_harmless,
+    open_members,
+    open_shard,
+)
+
+__all__ = [
+    "Sample",
+    "ShardError",
+    "ShardSummary",
+    "open_shard",
+    "parse_metadata",
+    "plain_caption",
+    "read_literal",
+    "read_shard",
+    "write_shard",
+]
+
+VIDEO_SUFFIXES = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "flv", "wmv")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TEXT_SUFFIXES = ("txt", "json")
+TEXT_BYTES = 1 << 20
+"""Most bytes of a caption or of a json."""
+_MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+_LITERAL_CHARS = 100_000
+_WORD = re.compile(r"[a-z0-9_-]{1,40}")
+_LITERAL_KEYS = (
+    "matching_score", "desirable_filtering", "shot_boundary_detection", "clips", "timestamp"
+)  # fmt: skip
+
+
+@dataclass
+class Sample:
+    """One sample of a shard. `problem` is a reason code when it cannot go on, else empty."""
+
+    key: str
+    number: int
+    media: bytes = b""
+    suffix: str = ""
+    """Of the media, lower case, without the dot; empty where there is none."""
+    caption: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+    detail: str = ""
+    note: str = ""
+    """What was odd about a sample that goes on all the same."""
+
+    @property
+    def is_image(self) -> bool:
+        return self.suffix in IMAGE_SUFFIXES
+
+
+@dataclass
+class ShardSummary:
+    """Filled while a shard is read; complete when the reader is exhausted."""
+
+    num_samples: int = 0
+    truncated: bool = False
+    ignored_members: int = 0
+    """Links, devices, sparse files, names that climb or are absolute, hidden files."""
+    error: str = ""
+    """Why nothing, or nothing more, could be read, where that is so."""
+    sha256: str = ""
+    """Of the shard's whole content."""
+
+
+@dataclass
+class Group:
+    """The members of one sample, by suffix."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+
+
+def read_shard(
+    source: str, *, max_media_bytes: int = 512 * 2**20, summary: ShardSummary | None = None
+) -> Iterator[Sample]:
+    """The samples of a tar or folder, numbered from 0; never raises on what is in it.
+
+    Samples come in the order of their first members, wherever the others lie (`group_members` says
+    which belong together). Where a tar ends too early, the sample that the cut went through has
+    the problem `truncated_shard` and `summary.truncated` is set.
+
+    Args:
+        source: path of a tar or folder, or URI of a tar.
+        max_media_bytes: media over this many bytes are never read: problem `video_too_large`.
+        summary: filled as a side effect.
+
+    Raises:
+        ShardError: the shard cannot be opened.
+    """
+    summary = summary if summary is not None else ShardSummary()
+    shard = open_members(source)
+    try:
+        listing = shard.list()
+        summary.truncated, summary.error = listing.truncated, listing.error
+        summary.ignored_members = listing.ignored
+        seen: set[str] = set()
+        for group in group_members(listing.members):
+            sample = _read_sample(shard, group, summary.num_samples, max_media_bytes)
+            summary.num_samples += 1
+            _find_problem(sample, group, listing, seen)
+            seen.add(group.key)
+            yield sample
+            summary.truncated = summary.truncated or sample.problem == "truncated_shard"
+        summary.sha256 = shard.content_sha256()
+    finally:
+        shard.close()
+
+
+def group_members(members: Sequence[Member]) -> list[Group]:
+    """Members by sample, in the order of each sample's first member.
+
+    A key is a member's path without its last suffix, so that keys may hold dots. What is no media
+    goes to the sample with media whose key it begins with (`a.mp4`: `a.txt`, `a.frames.npy`), the
+    longest such; without media, captions and metadata make a sample by themselves. A second member
+    of the same name begins a second sample of that key.
+
+    >>> [(g.key, sorted(g.members)) for g in group_members([
+    ...     Member("a.b.mp4", 1, 0), Member("c.txt", 1, 0), Member("a.b.txt", 1, 0)])]
+    [('a.b', ['mp4', 'txt']), ('c', ['txt'])]
+    """
+    media, texts = set(), set()
+    for member in members:
+        stem, _, suffix = member.name.rpartition(".")
+        if suffix.lower() in _MEDIA_SUFFIXES:
+            media.add(stem)
+        elif suffix.lower() in TEXT_SUFFIXES:
+            texts.add(stem)
+    groups: list[Group] = []
+    latest: dict[str, Group] = {}
+    for member in members:
+        key, suffix = _split_name(member.name, media, texts)
+        group = latest.get(key)
+        if group is None or suffix in group.members:
+            group = latest[key] = Group(_clean(key).removeprefix("./"))
+            groups.append(group)
+        group.members[suffix] = member
+    return groups
+
+
+def _split_name(name: str, media: set[str], texts: set[str]) -> tuple[str, str]:
+    """Key and suffix of a member, given the stems of all media and of all texts."""
+    stem, _, suffix = name.rpartition(".")
+    if suffix.lower() in _MEDIA_SUFFIXES:
+        return stem, suffix.lower()
+    folder, slash, base = name.rpartition("/")
+    parts = base.split(".")
+    stems = [folder + slash + ".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+    found = next((s for s in stems if s in media), None)
+    found = found or next((s for s in reversed(stems) if s in texts), None)
+    key = found or folder + slash + parts[0]
+    return key, name[len(key) + 1 :].lower()
+
+
+def _read_sample(shard: Tar | Folder, group: Group, number: int, max_media_bytes: int) -> Sample:
+    """The sample of a group, in the order in which its members lie."""
+    sample = Sample(_clean(group.key), number)
+    sample.suffix = next((s for s in _MEDIA_SUFFIXES if s in group.members), "")
+    texts: dict[str, bytes] = {}
+    for suffix, member in sorted(group.members.items(), key=lambda item: item[1].offset):
+        if suffix == sample.suffix:
+            data = shard.read(member, max_media_bytes)
+            if data is None:
+                sample.problem = "video_too_large"
+                sample.detail = f"{member.size_bytes} bytes, over the cap of {max_media_bytes}"
+            sample.media = data or b""
+        elif suffix in TEXT_SUFFIXES:
+            data = shard.read(member, TEXT_BYTES)
+            if data is None:
+                sample.note = f"{suffix}: {member.size_bytes} bytes not read, over {TEXT_BYTES}"
+            texts[suffix] = data or b""
+        else:
+            continue
+        if data is not None and len(data) < member.size_bytes:
+            sample.problem = "truncated_shard"
+    sample.metadata = parse_metadata(texts.get("json", b""))
+    text = decode_text(texts.get("txt", b""))
+    sample.caption = plain_caption(text or str(sample.metadata.get("caption") or ""))
+    return sample
+
+
+def _find_problem(sample: Sample, group: Group, listing: Listing, seen: set[str]) -> None:
+    """Set the first problem that stands in the sample's way."""
+    if listing.truncated and listing.members[-1] in group.members.values():
+        sample.problem = "truncated_shard"
+    if sample.problem == "truncated_shard":
+        sample.detail = "the shard ends before this sample does"
+    elif sample.problem:
+        pass
+    elif group.key in seen:
+        sample.problem = "duplicate_key"
+        sample.detail = "an earlier sample of this shard has the same key"
+    elif not sample.suffix:
+        status = str(sample.metadata.get("status", ""))
+        # Whatever a json says must not become a reason: only what looks like a downloader's word.
+        failed = status != "success" and _WORD.fullmatch(status) is not None
+        sample.problem = status if failed else "no_media"
+        message = str(sample.metadata.get("error_message") or "no video or image member")
+        sample.detail = message[:300]
+    if sample.problem:
+        sample.media = b""
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a caption file: UTF-8 or UTF-16 by its mark, UTF-8, else Windows-1252.
+
+    >>> decode_text("Café".encode()) == decode_text("Café".encode("cp1252")) == "Café"
+    True
+    """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace").strip()
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace").strip()
+
+
+def _clean(text: str) -> str:
+    """Names that are not UTF-8 arrive with lone surrogates, which no file format here can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def parse_metadata(data: bytes) -> dict[str, Any]:
+    """A sample's json; scores that Panda-70M writes as Python literals become values.
+
+    Anything unreadable is left out, so that the missing-metadata policy decides.
+    """
+    try:
+        values = json.loads(decode_text(data)) if data else {}
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    for key in _LITERAL_KEYS:
+        if isinstance(values.get(key), str):
+            values[key] = read_literal(values[key])
+    return values
+
+
+def read_literal(text: str) -> Any:
+    """The value of a Python literal, or the text itself where it is none (never evaluated).
+
+    >>> read_literal("[0.44, 0.5]"), read_literal("desirable")
+    ([0.44, 0.5], 'desirable')
+    """
+    if len(text) > _LITERAL_CHARS:
+        return text
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text
+
+
+def plain_caption(text: str) -> str:
+    """A caption, or the first of a stringified list of captions.
+
+    >>> plain_caption("['A car.', 'A road.']")
+    'A car.'
+    """
+    text = _clean(text).strip()
+    if text.startswith("[") and text.endswith("]"):
+        values = read_literal(text)
+        if isinstance(values, list) and values and all(isinstance(v, str) for v in values):
+            return values[0].strip()
+    return text
+
+
+def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
+    """Write samples with the webdataset library; same samples, same bytes. Replaces atomically.
+
+    Args:
+        path: the tar to write.
+        samples: dicts of `__key__` and members by suffix; `txt` a str, `json` any JSON value,
+            media bytes.
+
+    Raises:
+        ShardError: a key with a dot or slash at fault, or a member that cannot be encoded.
+    """
+    import webdataset
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            with webdataset.TarWriter(file, mtime=0.0, compress=False) as writer:
+                for sample in samples:
+                    key = sample.get("__key__", "")
+                    if not key or "." in key.rpartition("/")[2] or not is_harmless(key):
+                        raise ShardError(
+                            f"sample key {key!r}: a key has a base name without dots, no '..' "
+                            "and no leading '/'"
+                        )
+                    writer.write(sample)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,243 @@
+"""A folder on a disk or in an object store, by the same few calls.
+
+    open_folder("/data/latents")             a local folder
+    open_folder("s3://bucket/latents")       any URI that pyarrow.fs knows (data_prep.storage.location)
+
+A file is there whole or not at all: a local one is written under another name, synced and renamed;
+a store shows one only after its completed PUT. Names are relative to their folder. Knows nothing of
+what the files hold.
+
+    LockHeld(RuntimeError)       somebody else holds the lock
+    StorageError(RuntimeError)   the disk or the store failed
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from data_prep.storage.location import (
+    Location,
+    absolute,
+    failing,
+    filesystem_of,
+    shown,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import fs
+
+_PARTIAL = re.compile(r"\..+\.\d+\.tmp")
+
+
+_T = TypeVar("_T")
+
+
+_R = TypeVar("_R")
+
+
+class LockHeld(RuntimeError):
+    """Somebody else holds the lock."""
+
+
+def map_at_once(function: Callable[[_T], _R], values: Sequence[_T], threads: int) -> Iterator[_R]:
+    """`map`, on some threads where what is asked answers slowly; in order."""
+    if threads == 1 or len(values) < 2:
+        yield from map(function, values)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="storage") as pool:
+        # In parts, so that no more results wait than are soon taken.
+        for start in range(0, len(values), 2 * threads):
+            yield from pool.map(function, values[start : start + 2 * threads])
+
+
+class Folder(ABC):
+    """Files below one location, by relative names such as `manifests/00000.json`."""
+
+    threads = 1
+    """How many requests are worth making at once."""
+
+    def __init__(self, location: Location) -> None:
+        self.location = absolute(location)
+        self._opened: tuple[fs.FileSystem, str] | None = None
+
+    def _at(self, name: str = "") -> tuple[fs.FileSystem, str]:
+        if self._opened is None:
+            self._opened = filesystem_of(self.location)
+        filesystem, root = self._opened
+        return filesystem, f"{root}/{name}" if name else root
+
+    def where(self, name: str = "") -> str:
+        """Location of a file, for messages."""
+        return f"{shown(self.location)}/{name}" if name else shown(self.location)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def failing(self, action: str, name: str = "") -> AbstractContextManager[None]:
+        """`failing` for a file of this folder."""
+        return failing(action, f"{shown(self.location)}/{name}" if name else self.location)
+
+    def read(self, name: str) -> bytes:
+        """The whole of a small file. Raises FileNotFoundError, StorageError."""
+        with self.failing("read", name):
+            filesystem, path = self._at(name)
+            with filesystem.open_input_stream(path) as stream:
+                return bytes(stream.read())
+
+    def exists(self, name: str) -> bool:
+        """Whether a file is there."""
+        with self.failing("look at", name):
+            filesystem, path = self._at(name)
+            return bool(filesystem.get_file_info(path).is_file)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file, or of all files below a folder; 0 where there is neither."""
+        from pyarrow import fs
+
+        with self.failing("look at", name):
+            filesystem, path = self._at(name)
+            info = filesystem.get_file_info(path)
+            if info.is_file:
+                return int(info.size)
+            below = fs.FileSelector(path, recursive=True, allow_not_found=True)
+            return sum(int(found.size or 0) for found in filesystem.get_file_info(below))
+
+    def open(self, name: str) -> pa.NativeFile:
+        """A file for random access. Raises FileNotFoundError, StorageError."""
+        with self.failing("open", name):
+            filesystem, path = self._at(name)
+            return filesystem.open_input_file(path)
+
+    def names(self, folder: str = "") -> list[str]:
+        """Base names of the files right in a folder, sorted; none where it is not there."""
+        return self._list(folder, files=True)
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Base names of the folders right in a folder, sorted."""
+        return self._list(folder, files=False)
+
+    def _list(self, folder: str, *, files: bool) -> list[str]:
+        from pyarrow import fs
+
+        with self.failing("list", folder):
+            filesystem, path = self._at(folder)
+            found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        wanted = fs.FileType.File if files else fs.FileType.Directory
+        bases = (info.base_name for info in found if info.type == wanted)
+        return sorted(base for base in bases if not base.startswith("."))
+
+    @abstractmethod
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        """A file, whole or not at all. Raises StorageError."""
+
+    @abstractmethod
+    def replacing(self, name: str) -> AbstractContextManager[Path]:
+        """A local path to write to; what is there on leaving becomes the file, whole."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    @abstractmethod
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder and all in it, if it is there."""
+
+    @abstractmethod
+    def remove_partials(self) -> None:
+        """Remove what killed writers left; only for who holds the folder's locks."""
+
+    @abstractmethod
+    def lock(self, name: str, *, wait_s: float = 0.0) -> AbstractContextManager[Callable[[], None]]:
+        """Hold a lock of this folder against every other process, until it dies at the latest.
+
+        Gives a function that raises LockHeld where the lock was lost in the meantime.
+
+        Args:
+            name: of the lock's file.
+            wait_s: how long to wait for who holds it.
+
+        Raises:
+            LockHeld: somebody else holds it.
+        """
+
+
+class LocalFolder(Folder):
+    """A folder on a disk of this machine, or on a file system that several share."""
+
+    def _path(self, name: str) -> Path:
+        return Path(self.location, name)
+
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        with self.replacing(name) as partial, partial.open("wb") as file:
+            file.write(data)
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        path = self._path(name)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with self.failing("write", name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield partial
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+
+    def remove(self, name: str) -> None:
+        with self.failing("remove", name):
+            self._path(name).unlink(missing_ok=True)
+
+    def remove_folder(self, name: str) -> None:
+        path = self._path(name)
+        with self.failing("remove", name):
+            if path.is_dir():
+                shutil.rmtree(path)
+
+    def remove_partials(self) -> None:
+        for path in Path(self.location).rglob(".*.tmp"):
+            if _PARTIAL.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self, name: str, *, wait_s: float = 0.0) -> Iterator[Callable[[], None]]:
+        deadline = time.monotonic() + wait_s
+        with self.failing("lock", name):
+            Path(self.location).mkdir(parents=True, exist_ok=True)
+            file = self._path(name).open("a")
+        with file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= deadline:
+                        raise LockHeld(self.where(name)) from error
+                    time.sleep(0.05)
+            yield lambda: None
+
+
+def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
+    """A local file, whole or not at all. Raises StorageError."""
+    LocalFolder(path.parent).write(path.name, data)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

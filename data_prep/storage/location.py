@@ -1,0 +1,224 @@
+"""Where files lie: local paths and URIs of object stores, and what it means when either fails.
+
+    open_stream("s3://bucket/00000.tar")     one file, front to back, in bounded memory
+    file_version(...)                        what tells a file from another in its place
+
+A store's endpoint, region and credentials are those of the standard AWS variables; endpoint and
+region may also be in the URI: `s3://b/k?endpoint_override=http://host:9000&region=x`. Knows nothing
+of what the files hold.
+
+    StorageError(RuntimeError)   the disk or the store failed; never an OSError, so that nobody takes
+                                 it for a fault of the file's content
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+from urllib.parse import parse_qsl, urlsplit
+
+from flowreel.errors import FlowreelError
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+Location = str | os.PathLike[str]
+"""A local path or a URI."""
+
+READ_AHEAD_BYTES = 8 * 2**20
+"""What is held of a file that is read front to back from a store."""
+_STORE_ATTEMPTS = 7
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class StorageError(FlowreelError, RuntimeError):
+    """A disk or an object store failed; what was finished before is whole."""
+
+
+def is_uri(location: Location) -> bool:
+    """Whether a location is a URI other than of a local file."""
+    return "://" in str(location) and not str(location).startswith("file://")
+
+
+def absolute(location: Location) -> str:
+    """A local path made absolute (workers have other working folders); URIs stay.
+
+    >>> absolute("s3://bucket/a"), absolute("/data/a")
+    ('s3://bucket/a', '/data/a')
+    """
+    text = str(location)
+    if is_uri(text):
+        return text
+    return str(Path(text.removeprefix("file://")).absolute())
+
+
+def shown(location: Location) -> str:
+    """A location without a URI's options, for manifests and messages.
+
+    >>> shown("s3://bucket/a.tar?endpoint_override=http://h:9000")
+    's3://bucket/a.tar'
+    """
+    text = str(location)
+    if not is_uri(text):
+        return text
+    parts = urlsplit(text)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+@contextmanager
+def failing(action: str, location: Location) -> Iterator[None]:
+    """Turn an OSError (but for a missing file) into a StorageError that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        where = shown(location)
+        why = " ".join(str(error.strerror or error).split())[:300]
+        if error.errno in _FULL:
+            advice = "free some space"
+        elif is_uri(location):
+            advice = "see that the store answers and that the credentials may do this"
+        else:
+            advice = "see to the disk"
+        raise StorageError(
+            f"cannot {action} {where}: {why}; {advice}, then run the same command again: "
+            "what is finished is kept"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _s3(endpoint: str, region: str) -> fs.S3FileSystem:
+    from pyarrow import fs
+
+    options: dict[str, Any] = {}
+    if endpoint:
+        scheme, _, host = endpoint.rpartition("://")
+        options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
+    if region:
+        options["region"] = region
+    return fs.S3FileSystem(
+        **options,
+        connect_timeout=5.0,
+        request_timeout=30.0,
+        # A small file then is one PUT, not a multipart upload of one part.
+        allow_delayed_open=True,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_STORE_ATTEMPTS),
+    )
+
+
+def filesystem_of(location: Location) -> tuple[fs.FileSystem, str]:
+    """The pyarrow file system of a location, and its path there.
+
+    Raises:
+        ValueError: a scheme that pyarrow does not know.
+        StorageError: credentials in the URI.
+    """
+    from pyarrow import fs
+
+    text = absolute(location)
+    if not is_uri(text):
+        return fs.LocalFileSystem(), text
+    parts = urlsplit(text)
+    if parts.scheme != "s3":
+        found, path = fs.FileSystem.from_uri(text)
+        return found, path
+    query = dict(parse_qsl(parts.query))
+    if "@" in parts.netloc:
+        # It would be kept in manifests and logs.
+        raise StorageError(
+            f"the URI of {shown(text)} holds credentials; give them as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or in ~/.aws"
+        )
+    environment = os.environ.get
+    endpoint = (
+        query.get("endpoint_override")
+        or environment("AWS_ENDPOINT_URL_S3")
+        or environment("AWS_ENDPOINT_URL")
+        or ""
+    )
+    if "scheme" in query and "://" not in endpoint:
+        endpoint = f"{query['scheme']}://{endpoint}"
+    region = query.get("region") or environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
+    if not region and not endpoint:
+        with failing("find the region of", text):
+            region = fs.resolve_s3_region(parts.netloc)
+    path = f"{parts.netloc}{parts.path}".rstrip("/")
+    return _s3(endpoint, region or ""), path
+
+
+class _Stream:
+    """A file for reading; a read that fails is a StorageError."""
+
+    def __init__(self, location: str, stream: Any) -> None:
+        self._location = location
+        self._stream = stream
+
+    def read(self, size_bytes: int = -1) -> bytes:
+        with failing("read", self._location):
+            data: bytes = self._stream.read(size_bytes) if size_bytes >= 0 else self._stream.read()
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        # Asks nothing of the disk or store; what fails here is a place that cannot be.
+        return int(self._stream.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_stream(location: Location, *, seekable: bool = False) -> IO[bytes]:
+    """Open a file for reading once, front to back (of a store's file 8 MiB are held at a time), or, `seekable`, here and
+    there.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: the disk or store fails, now or in a later `read`.
+    """
+    text = absolute(location)
+    with failing("open", text):
+        if not is_uri(text):
+            stream: Any = open(text, "rb")  # noqa: SIM115 (closed by the caller)
+        else:
+            found, path = filesystem_of(text)
+            if seekable:
+                # The header and the small files around it come in one request.
+                stream = io.BufferedReader(found.open_input_file(path), 1 << 17)
+            else:
+                stream = found.open_input_stream(path, buffer_size=READ_AHEAD_BYTES)
+    return cast("IO[bytes]", _Stream(text, stream))
+
+
+def file_version(location: Location) -> str:
+    """What tells a file from another that takes its place: size and modification time, or a store's
+    etag (its times are whole seconds).
+
+    Raises:
+        FileNotFoundError, StorageError: it is not there; the disk or store fails.
+    """
+    text = absolute(location)
+    with failing("look at", text):
+        if not is_uri(text):
+            found = os.stat(text)
+            return f"size:{found.st_size} mtime_ns:{found.st_mtime_ns}"
+        filesystem, path = filesystem_of(text)
+        with filesystem.open_input_file(path) as file:
+            size_bytes, etag = file.size(), file.metadata().get("ETag")
+        if etag is not None:
+            return f"size:{size_bytes} etag:{etag.decode().strip(chr(34))}"
+        return f"size:{size_bytes} mtime_ns:{filesystem.get_file_info(path).mtime_ns}"

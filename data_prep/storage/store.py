@@ -1,0 +1,79 @@
+"""A folder in an object store, and the way to a folder wherever it lies. Knows nothing of what files hold."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.storage.location import (
+    Location,
+    failing,
+    is_uri,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+from data_prep.storage.folder import Folder, LocalFolder
+
+_STORE_THREADS = 16
+
+
+def open_folder(location: Location) -> Folder:
+    """The folder at a location; nothing is made or looked at yet."""
+    return StoreFolder(location) if is_uri(location) else LocalFolder(location)
+
+
+class StoreFolder(Folder):
+    """A prefix in an object store. Its folders are only the slashes in its files' names."""
+
+    threads = _STORE_THREADS
+
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        with self.failing("write", name), ThreadPoolExecutor(1) as pool:
+            # Not in this thread, which Ctrl-C may interrupt: closing a stream early would complete
+            # the upload of what it had.
+            pool.submit(self._put, name, data).result()
+
+    def _put(self, name: str, data: bytes | pa.Buffer) -> None:
+        filesystem, path = self._at(name)
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        import pyarrow as pa
+
+        with tempfile.TemporaryDirectory(prefix="flowreel-") as folder:
+            partial = Path(folder, "file")
+            with failing("write", partial):
+                yield partial
+            with pa.memory_map(str(partial)) as content:
+                self.write(name, content.read_buffer())
+
+    def remove(self, name: str) -> None:
+        with self.failing("remove", name):
+            filesystem, path = self._at(name)
+            try:
+                filesystem.delete_file(path)
+            except FileNotFoundError:
+                return
+
+    def remove_folder(self, name: str) -> None:
+        with self.failing("remove", name):
+            filesystem, path = self._at(name)
+            try:
+                filesystem.delete_dir(path)
+            except FileNotFoundError:
+                return
+
+    def remove_partials(self) -> None:
+        """A store shows no partial file; its own rules end uploads that were never completed."""
+
+    def lock(self, name: str, *, wait_s: float = 0.0) -> AbstractContextManager[Callable[[], None]]:
+        from data_prep.storage.lease import hold_lease
+
+        return hold_lease(self, name, wait_s=wait_s)

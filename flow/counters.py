@@ -1,0 +1,77 @@
+"""What sampling took: `Work` of one solver, `Counters` of one video. Knows numbers; computes nothing of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Work:
+    """What a solver did. `iterations`: passes through the transformer; `evaluations`: token positions in
+    them (a guided pair counts once); `prefilled`: known positions read in to start or restart."""
+
+    iterations: int = 0
+    evaluations: int = 0
+    prefilled: int = 0
+
+    def copy(self) -> Work:
+        return Work(self.iterations, self.evaluations, self.prefilled)
+
+    def add(self, other: Work) -> None:
+        """Count another solver's work with this one's."""
+        self.iterations += other.iterations
+        self.evaluations += other.evaluations
+        self.prefilled += other.prefilled
+
+    def since(self, earlier: Work) -> Work:
+        """The difference to an earlier copy."""
+        return Work(
+            self.iterations - earlier.iterations,
+            self.evaluations - earlier.evaluations,
+            self.prefilled - earlier.prefilled,
+        )
+
+
+@dataclass
+class Counters:
+    """What sampling took: the deep block frame by frame as this stream made them, the shallow blocks in all."""
+
+    per_frame: list[Work] = field(default_factory=list)
+    """The deep block's work, one entry per frame."""
+    seconds: list[float] = field(default_factory=list, compare=False)
+    """From the start of a frame to its end, the time in which others shared its passes included."""
+    tokens_per_frame: int = 0
+    shallow: list[Work] = field(default_factory=list)
+    """Work of each shallow block, the first block of the flow first; all frames of a call count as one pass."""
+
+    @property
+    def iterations(self) -> int:
+        """Passes through the deep block."""
+        return sum(work.iterations for work in self.per_frame)
+
+    @property
+    def token_evaluations(self) -> int:
+        """Token positions in those passes; a guided pair counts once."""
+        return sum(work.evaluations for work in self.per_frame)
+
+    @property
+    def prefilled(self) -> int:
+        """Known positions (text, context) read in parallel."""
+        return sum(work.prefilled for work in self.per_frame)
+
+    @property
+    def evaluations_per_token(self) -> float:
+        """`token_evaluations` over the tokens made: 1 for `sequential`."""
+        made = sum(work.iterations > 0 for work in self.per_frame) * self.tokens_per_frame
+        return self.token_evaluations / made if made else 0.0
+
+    @property
+    def ms_per_iteration(self) -> float:
+        """Milliseconds of a pass through the deep block, everything around it included."""
+        return 1e3 * sum(self.seconds) / self.iterations if self.iterations else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens made per second of the deep block."""
+        seconds = sum(self.seconds)
+        return len(self.per_frame) * self.tokens_per_frame / seconds if seconds else 0.0

@@ -1,0 +1,203 @@
+"""`flowreel inspect`: a dataset's figures as tables in the terminal, and as a page with pictures that opens without a server.
+
+Reads what `data_prep.latents.inspection` found and draws; it measures nothing itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from data_prep.latents.inspection import (
+    Channels,
+    Inspection,
+    Picture,
+    dropped_pictures,
+    inspect_dataset,
+    kept_pictures,
+)
+from data_prep.storage.location import Location, is_uri
+from pipeline.console import Reporter
+
+Frames = npt.NDArray[np.uint8]
+_THUMBNAIL_SIDE = 192
+_BINS = 12
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a histogram: its label, count, and height in 0..1."""
+
+    label: str
+    count: int
+    height: float
+
+
+def inspect(
+    root: Location, page: Path | None, codec: str, pictures: int, reporter: Reporter
+) -> Path:
+    """Print the tables and write the page (`root/inspect.html`, or `inspect.html` here for a store); returns its path.
+
+    Raises:
+        LatentDatasetError: no dataset, a damaged one, or latents of another codec.
+        CodecError: the codec cannot be loaded.
+    """
+    found = inspect_dataset(root)
+    print_tables(found, reporter)
+    kept: list[Picture] = []
+    if pictures and found.counts.get("kept"):
+        from flow.codec import VideoCodec
+
+        kept = kept_pictures(root, VideoCodec.load(codec), pictures)
+    dropped = dropped_pictures(root, pictures) if pictures else []
+    page = page or (Path("inspect.html") if is_uri(root) else Path(root, "inspect.html"))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(render(found, kept, dropped))
+    reporter.console.print(f"page  {page}", soft_wrap=True)
+    return page
+
+
+def print_tables(found: Inspection, reporter: Reporter) -> None:
+    """Samples, buckets, captions, channels, bytes."""
+    rows = [["kept", "", str(found.counts.get("kept", 0))]]
+    rows += [[status, reason, str(n)] for (status, reason), n in found.reasons.items()]
+    if found.duplicates:
+        rows.append(["kept", "of these masked as near-duplicates", str(found.duplicates)])
+    title = f"{found.total} samples of {found.shards} shards"
+    reporter.table(title, ["status", "reason", "samples"], rows)
+    rows = [
+        [str(b.bucket), str(b.clips), clock(b.seconds) if b.seconds else "–", size(b.size_bytes)]
+        for b in found.buckets
+    ]
+    reporter.table("buckets", ["frames x height x width", "clips", "length", "bytes"], rows)
+    rows = [
+        [
+            kind,
+            *(f"{np.quantile(words, q):.0f}" for q in (0.0, 0.5, 0.95, 1.0)),
+            str(words.count(0)),
+        ]
+        for kind, words in found.caption_words.items()
+        if words
+    ]
+    reporter.table("words of a caption", ["", "least", "median", "95%", "most", "empty"], rows)
+    if found.channels is not None:
+        rows = [
+            [str(c), f"{found.channels.shift[c]:+.2f}", f"{found.channels.scale[c]:.2f}"]
+            for c in furthest(found.channels)[:6]
+        ]
+        title = (
+            f"channels furthest from the codec's own statistics ({found.channels.records} records)"
+        )
+        reporter.table(title, ["channel", "(mean - codec's) / codec's std", "std / codec's"], rows)
+    rows = [[kind, size(count)] for kind, count in found.size_bytes.items() if count]
+    reporter.table("bytes on disk", ["", ""], rows)
+
+
+def furthest(channels: Channels) -> list[int]:
+    """Channels by how far mean and standard deviation are from the codec's, the furthest first."""
+    with np.errstate(divide="ignore"):
+        distance = np.maximum(np.abs(channels.shift), np.abs(np.log(channels.scale)))
+    return [int(c) for c in np.argsort(-distance, kind="stable")]
+
+
+def render(found: Inspection, kept: list[Picture], dropped: list[Picture]) -> str:
+    """The page as text; every picture is in it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "assets"),
+        undefined=StrictUndefined,
+        autoescape=select_autoescape(["html", "j2"]),
+    )
+    environment.filters |= {"size": size, "clock": clock}
+    fps = found.info.fps
+    return environment.get_template("inspect.html.j2").render(
+        found=found,
+        name=found.root.rstrip("/").rpartition("/")[2],
+        seconds=sum(b.seconds for b in found.buckets),
+        latents_bytes=found.size_bytes["latents"],
+        histograms={kind: histogram(words) for kind, words in found.caption_words.items()},
+        channels=_channel_marks(found.channels) if found.channels is not None else [],
+        kept=[(picture, thumbnail(picture.frames, fps)) for picture in kept],
+        dropped=[(picture, thumbnail(picture.frames, fps)) for picture in dropped],
+    )
+
+
+def histogram(values: list[int]) -> list[Bar]:
+    """Up to twelve bars of whole-number bins.
+
+    >>> [(bar.label, bar.count) for bar in histogram([3, 4, 4, 6])]
+    [('3', 1), ('4', 2), ('5', 0), ('6', 1)]
+    """
+    if not values:
+        return []
+    low, high = min(values), max(values)
+    step = -(-(high - low + 1) // _BINS)
+    starts = range(low, high + 1, step)
+    counts = [sum(start <= v < start + step for v in values) for start in starts]
+    labels = [str(s) if step == 1 else f"{s}–{s + step - 1}" for s in starts]
+    top = max(counts)
+    return [Bar(label, n, n / top) for label, n in zip(labels, counts, strict=True)]
+
+
+def _channel_marks(channels: Channels) -> list[dict[str, Any]]:
+    """Every channel as an interval mean ± std in the codec's units, clipped to ±3."""
+    marks = []
+    for channel, (shift, scale) in enumerate(zip(channels.shift, channels.scale, strict=True)):
+        low, high = (float(np.clip(shift + sign * scale, -3, 3)) for sign in (-1, 1))
+        middle = float(np.clip(shift, -3, 3))
+        words = f"channel {channel}: mean {shift:+.2f}, std {scale:.2f} in the codec's units"
+        marks.append({"low": low, "high": high, "middle": middle, "words": words})
+    return marks
+
+
+def thumbnail(frames: Frames | None, fps: float) -> str:
+    """A `data:` URI of a WebP, moving where there are several frames; empty where there is none."""
+    if frames is None:
+        return ""
+    height, width = frames.shape[1:3]
+    scale = _THUMBNAIL_SIDE / max(height, width)
+    to = (max(1, round(width * scale)), max(1, round(height * scale)))
+    pictures = [Image.fromarray(f).resize(to, Image.Resampling.BICUBIC) for f in frames]
+    buffer = io.BytesIO()
+    moving = {
+        "save_all": True,
+        "append_images": pictures[1:],
+        "duration": round(1000 / fps),
+        "loop": 0,
+    }
+    pictures[0].save(buffer, "WEBP", quality=72, **(moving if len(pictures) > 1 else {}))
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def size(count: int) -> str:
+    """Bytes for people.
+
+    >>> size(999), size(36_000_000_000_000)
+    ('999 B', '36.0 TB')
+    """
+    value, units = float(count), ["kB", "MB", "GB", "TB", "PB"]
+    if value < 1000:
+        return f"{count} B"
+    while value >= 1000 and units:
+        value, unit = value / 1000, units.pop(0)
+    return f"{value:.1f} {unit}"
+
+
+def clock(seconds: float) -> str:
+    """A length of time for people.
+
+    >>> clock(4.25), clock(3725)
+    ('4.2 s', '1:02:05')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,119 @@
+"""What a trained model has learnt, in numbers: likelihood against baselines, and whether what is asked for is what is seen.
+
+Runs in one process on the exported model and the prepared latents. Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.captions.measured import measure
+from data_prep.latents.dataset import LatentDataset
+from data_prep.sources.moving_shapes import (
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    TONES,
+    random_spec,
+    render_clip,
+)
+from flow.codec import VideoCodec
+from flow.flow import LOG_SQRT_2PI
+from flow.likelihood import noise_floor
+from flow.text import build_text_encoder
+from flow.weights import load_model
+from training.codec_training import measure as measure_codec
+from training.held_out import (
+    Captions,
+    Estimate,
+    evaluate_nats,
+    gaussian_nats_per_dim,
+)
+
+CODEC_CLIPS = 32
+
+
+@dataclass(frozen=True)
+class ColourPrompt:
+    """A prompt in the captioner's own wording, and the colour it asks for."""
+
+    text: str
+    colour: str
+
+
+def colour_prompts(count: int) -> list[ColourPrompt]:
+    """Prompts that go round the colours evenly while shapes, motions and tones vary.
+
+    >>> colour_prompts(2)[0].text
+    'A red circle moves left over a dark background.'
+    """
+    colours, shapes, motions, tones = (tuple(names) for names in (COLOURS, SHAPES, MOTIONS, TONES))
+    prompts = []
+    for i in range(count):
+        colour = colours[i % len(colours)]
+        shape = shapes[(i + i // len(colours)) % len(shapes)]
+        motion, tone = motions[i % len(motions)], tones[(i // 2) % len(tones)]
+        text = f"A {colour} {shape} moves {motion} over a {tone} background."
+        prompts.append(ColourPrompt(text, colour))
+    return prompts
+
+
+def captions_to_show(latents: str | Path, count: int) -> list[str]:
+    """Different captions of the data itself to prompt with, held-out clips first; fewer where there are fewer."""
+    found: dict[str, None] = {}
+    for split in ("held_out", "train"):
+        dataset = LatentDataset(latents, split)
+        names = [name for bucket in sorted(dataset.buckets) for name in dataset.buckets[bucket]]
+        pairs = [dataset.captions(name) for name in names]
+        found |= dict.fromkeys(synthetic for _original, synthetic in pairs if synthetic)
+        found |= dict.fromkeys(original for original, _synthetic in pairs if original)
+    return list(found)[:count]
+
+
+def colour_accuracy(videos: list[tuple[str, np.ndarray]]) -> float:
+    """Share of (requested colour, frames [T, H, W, 3]) in which the measured captioner sees that colour."""
+    return sum(measure(frames).colour == colour for colour, frames in videos) / len(videos)
+
+
+def likelihoods(model_dir: Path, latents: str | Path, *, draws: int) -> dict[str, float]:
+    """Held-out nats per dimension (no ½ ln 2π): with true captions, shuffled ones, and of the best per-channel Gaussian.
+
+    Every estimate is a mean over the same clips and seeded noise draws; `*_stderr` is over the draws. An `nll` has ½ ln 2π.
+    A mean clearly under the noise floor warns (`NoiseFloorWarning`).
+    """
+    model, spec = load_model(model_dir)
+    encoder = build_text_encoder(spec.text)
+    train, held_out = LatentDataset(latents, "train"), LatentDataset(latents, "held_out")
+
+    def nats(captions: Captions) -> Estimate:
+        return evaluate_nats(
+            model.flow, held_out, encoder, spec.flow, captions=captions, draws=draws
+        )
+
+    true, shuffled = nats("true"), nats("shuffled")
+    gaussian = gaussian_nats_per_dim(train, held_out, spec.flow.noise_std, draws=draws)
+    return {
+        "held_out_nats_per_dim": true.mean,
+        "held_out_stderr": true.standard_error,
+        "held_out_nll_bits_per_dim": (true.mean + LOG_SQRT_2PI) / math.log(2),
+        "shuffled_caption_nats_per_dim": shuffled.mean,
+        "gaussian_nats_per_dim": gaussian.mean,
+        "noise_floor_nats_per_dim": noise_floor(spec.flow.noise_std),
+        "held_out_clips": len(true.ids),
+        "noise_draws": draws,
+    }
+
+
+def codec_quality(codec_source: str | Path, num_frames: int, fps: float) -> float:
+    """PSNR in dB of the codec on moving shapes that nothing was trained on."""
+    codec = VideoCodec.load(codec_source)
+    return measure_codec(
+        codec,
+        lambda seed, count: render_clip(random_spec(seed), count, fps),
+        CODEC_CLIPS,
+        num_frames,
+    )["psnr_db"]

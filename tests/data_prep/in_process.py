@@ -1,0 +1,108 @@
+"""The stages of `prepare` in one process, in any order and up to any point: Ray, only slower."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.config import PrepareConfig
+from data_prep.ledger.ledger import Ledger
+from data_prep.ledger.recaption import numbers_to_skip
+from data_prep.ledger.reuse import Reuse
+from data_prep.run import (
+    PrepareReport,
+    RunPlan,
+    finish_run,
+    plan_caption_run,
+    plan_run,
+    report_of,
+)
+from data_prep.stages import (
+    CaptionStage,
+    DecodeStage,
+    EncodeStage,
+    FilterStage,
+    Row,
+    SinkStage,
+    Stage,
+    read_rows,
+    run_stage,
+)
+from data_prep.storage.location import Location
+
+
+def finished_rows(plan: RunPlan, config: PrepareConfig) -> Iterator[Row]:
+    """Every row of the plan after all stages but the sink."""
+    skip = frozenset(job.name for job in plan.jobs if not job.encode)
+    reuse = Reuse(plan.out, plan.jobs)
+    stages: list[Stage] = [
+        DecodeStage(config, reuse=reuse),
+        FilterStage(config, reuse),
+        CaptionStage(config),
+    ]
+    if plan.codec:
+        stages.append(EncodeStage(config, plan.codec, skip))
+    ledger = Ledger(plan.out)
+    try:
+        for job in plan.jobs:
+            for row in read_rows(job, config, numbers_to_skip(ledger, job)):
+                for stage in stages:
+                    row = run_stage(stage, row)
+                yield row
+    finally:
+        for stage in stages:
+            stage.close()
+
+
+def prepare_locally(
+    config: PrepareConfig,
+    shards: list[str],
+    out: Location,
+    codec: Path,
+    *,
+    shuffle: int | None = None,
+    stop_after: int | None = None,
+    redo: bool = False,
+) -> PrepareReport:
+    """Like `prepare`, in this process: rows shuffled by a seed, or stopped after so many."""
+    with Ledger(out).lock():
+        plan = plan_run(config, shards, out, str(codec), redo=redo)
+        return _run(plan, config, shuffle, stop_after)
+
+
+def caption_locally(
+    config: PrepareConfig,
+    shards: list[str] | None,
+    out: Location,
+    *,
+    shuffle: int | None = None,
+    stop_after: int | None = None,
+) -> PrepareReport:
+    """Like `prepare` with `only="captions"`, in this process."""
+    with Ledger(out).lock():
+        return _run(plan_caption_run(config, shards, out), config, shuffle, stop_after)
+
+
+def _run(
+    plan: RunPlan, config: PrepareConfig, shuffle: int | None, stop_after: int | None
+) -> PrepareReport:
+    sink = SinkStage(config, plan.out, plan.jobs)
+    with sink.ledger.writing():
+        rows = list(finished_rows(plan, config))
+        if shuffle is not None:
+            random.Random(shuffle).shuffle(rows)
+        for row in rows[:stop_after]:
+            sink.accept(row)
+    finish_run(plan, config)
+    return report_of(plan, samples_now=len(rows), seconds=1.0, startup_s=0.0)
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Hash of every file of an output but the locks."""
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and not path.name.startswith(".lock")
+    }

@@ -1,0 +1,112 @@
+"""The sampler is a pure function of the step, and noise of the place in the batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_prep.latents.records import Bucket
+from training.batch_sampler import (
+    Sampler,
+    SamplerError,
+    random_stream,
+)
+
+VIDEO, WIDE, IMAGE = Bucket(9, 64, 64), Bucket(9, 64, 96), Bucket(1, 64, 64)
+BUCKETS = {
+    VIDEO: [f"v{i}" for i in range(37)],
+    WIDE: [f"w{i}" for i in range(3)],
+    IMAGE: [f"i{i}" for i in range(20)],
+}
+
+
+def sampler(**changes: object) -> Sampler:
+    values: dict[str, object] = {
+        "seed": 3,
+        "batch_size": 4,
+        "image_batch_size": 5,
+        "image_ratio": 0.2,
+        "drop_first_frame": 0.25,
+    }
+    return Sampler(BUCKETS, **{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_a_plan_depends_on_the_step_alone() -> None:
+    in_order = [sampler().plan(step) for step in range(200)]
+    one = sampler()
+    shuffled = {
+        int(step): one.plan(int(step)) for step in np.random.default_rng(0).permutation(200)
+    }
+    assert [shuffled[step] for step in range(200)] == in_order
+
+
+def test_another_seed_gives_other_batches() -> None:
+    assert sampler().plan(0).ids != sampler(seed=4).plan(0).ids
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.37, 1.0])
+def test_image_share_is_exact_at_any_time(ratio: float) -> None:
+    one = sampler(image_ratio=ratio)
+    images = np.cumsum([one.plan(step).mode == "image" for step in range(300)])
+    assert np.all(np.abs(images - ratio * np.arange(1, 301)) <= 1)
+
+
+def test_an_epoch_shows_every_sample_once_or_leaves_out_less_than_a_batch() -> None:
+    one = sampler(image_ratio=0.0)
+    seen = Counter(i for step in range(9 + 1) for i in one.plan(step).ids)
+    assert sum(i.startswith("v") for i in seen) == 36
+    assert all(count == 1 for i, count in seen.items() if i.startswith("v"))
+
+
+def test_a_bucket_smaller_than_a_batch_still_fills_one() -> None:
+    one = sampler(image_ratio=0.0)
+    plans = [p for p in (one.plan(step) for step in range(40)) if p.bucket == WIDE]
+    assert plans
+    assert all(len(p.ids) == 4 and set(p.ids) == {"w0", "w1", "w2"} for p in plans)
+
+
+def test_a_batch_never_mixes_buckets_and_images_never_drop_their_only_frame() -> None:
+    one = sampler()
+    for step in range(200):
+        plan = one.plan(step)
+        assert {i[0] for i in plan.ids} == {{VIDEO: "v", WIDE: "w", IMAGE: "i"}[plan.bucket]}
+        assert not (plan.mode == "image" and plan.drop_first)
+
+
+def test_first_frames_are_dropped_at_the_configured_rate() -> None:
+    one = sampler(image_ratio=0.0)
+    assert 0.2 < np.mean([one.plan(step).drop_first for step in range(1000)]) < 0.3
+
+
+def test_workers_take_disjoint_shares_in_order() -> None:
+    plan = sampler().plan(0)
+    places = [list(plan.share(rank, 2)) for rank in range(2)]
+    assert places == [[0, 1], [2, 3]]
+    with pytest.raises(SamplerError, match="4 does not divide among 3"):
+        plan.share(0, 3)
+
+
+def test_images_come_from_clips_where_there_are_no_images() -> None:
+    one = Sampler(
+        {VIDEO: BUCKETS[VIDEO]}, seed=0, batch_size=4, image_batch_size=4, image_ratio=0.5
+    )
+    assert {one.plan(step).mode for step in range(10)} == {"image", "video"}
+
+
+def test_missing_clips_are_said_by_name() -> None:
+    with pytest.raises(SamplerError, match="dataset has no video samples"):
+        Sampler({IMAGE: ["i"]}, seed=0, batch_size=4, image_batch_size=4, image_ratio=0.5)
+
+
+def test_random_streams_do_not_touch() -> None:
+    draws = {
+        tuple(random_stream(1, purpose, step, place).random(4))
+        for purpose in ("noise", "caption")
+        for step in range(3)
+        for place in range(3)
+    }
+    assert len(draws) == 18
+    again = random_stream(1, "noise", 2, 1).random(4)
+    assert tuple(again) in draws

@@ -1,0 +1,110 @@
+"""Held-out scores: same numbers for the same seed, captions worth something, the Gaussian baseline
+right.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data_prep.latents.dataset import LatentDataset
+from flow.flow import DeepShallowFlow, FlowModel
+from flow.likelihood import NoiseFloorWarning, noise_floor
+from flow.text import build_text_encoder
+from tests.training.world import TEXT, small_config, small_flow, write_dataset
+from training.batches import Prompts
+from training.held_out import (
+    EvaluationError,
+    HeldOut,
+    evaluate_nats,
+    gaussian_nats_per_dim,
+)
+from training.parallel import Parallel
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("latents") / "data", clips=400, images=0)
+
+
+def test_a_start_model_scores_the_second_moment(root: Path) -> None:
+    """At its start the flow is the identity, so its loss is half the mean square."""
+    held_out = LatentDataset(root, "held_out")
+    flow = FlowModel(small_flow()).flow
+    encoder = build_text_encoder(TEXT)
+    found = evaluate_nats(flow, held_out, encoder, small_flow(), draws=3)
+    again = evaluate_nats(flow, held_out, encoder, small_flow(), draws=3, batch_size=5)
+    assert found.per_clip == pytest.approx(again.per_clip, abs=1e-6)
+    assert found.draws == 3
+    assert 0 < found.standard_error < 0.05
+    assert found.mean == pytest.approx(float(np.mean(found.per_clip)))
+    captions = [
+        evaluate_nats(flow, held_out, encoder, small_flow(), captions=kind, draws=1).mean
+        for kind in ("true", "shuffled", "null")
+    ]
+    assert captions[0] == pytest.approx(captions[1]) == pytest.approx(captions[2])
+
+
+def test_the_gaussian_fits_what_is_gaussian(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data", clips=400, images=0, broken=0.5)
+    baseline = gaussian_nats_per_dim(
+        LatentDataset(root, "train"), LatentDataset(root, "held_out"), 0.3, draws=4
+    )
+    # The first frame's latents are all 0.5, later ones 0.3: nearly nothing but noise.
+    spread = 0.2**2 * (1 / 3) * (2 / 3) + 0.3**2
+    assert baseline.mean == pytest.approx(0.5 + 0.5 * math.log(spread), abs=0.02)
+    assert baseline.mean > noise_floor(0.3)
+
+
+def test_the_gaussian_beats_the_identity(root: Path) -> None:
+    held_out = LatentDataset(root, "held_out")
+    baseline = gaussian_nats_per_dim(LatentDataset(root, "train"), held_out, 0.3)
+    torch.manual_seed(0)
+    identity = evaluate_nats(
+        FlowModel(small_flow()).flow, held_out, build_text_encoder(TEXT), small_flow()
+    )
+    assert noise_floor(0.3) < baseline.mean < identity.mean
+    assert baseline.ids == identity.ids
+
+
+def test_unknown_captions_and_empty_splits_are_refused(root: Path, tmp_path: Path) -> None:
+    flow, encoder = FlowModel(small_flow()).flow, build_text_encoder(TEXT)
+    with pytest.raises(EvaluationError, match="captions is 'all'"):
+        evaluate_nats(flow, LatentDataset(root, "held_out"), encoder, small_flow(), captions="all")  # type: ignore[arg-type]
+    few = write_dataset(tmp_path / "few", clips=1, images=0)
+    # The one clip's key happens to be held out.
+    with pytest.raises(EvaluationError, match=r"train split .* is empty"):
+        evaluate_nats(flow, LatentDataset(few, "train"), encoder, small_flow())
+
+
+def leaky_flow() -> DeepShallowFlow:
+    """A flow whose deep block sees the token it predicts and has learnt to copy it."""
+    flow = FlowModel(small_flow()).flow
+
+    def copied(s_BLC: Tensor, rope: object, text: object = None) -> tuple[Tensor, Tensor]:
+        return 0.95 * s_BLC, torch.full_like(s_BLC, 0.1)
+
+    flow.deep.predict = copied  # type: ignore[method-assign, assignment]
+    return flow
+
+
+def test_a_leak_of_causality_is_under_the_floor_and_warned_of(root: Path) -> None:
+    held_out, encoder = LatentDataset(root, "held_out"), build_text_encoder(TEXT)
+    with pytest.warns(NoiseFloorWarning, match=r"held_out split.*a block sees the token"):
+        found = evaluate_nats(leaky_flow(), held_out, encoder, small_flow(), draws=2)
+    assert found.mean < noise_floor(0.3) - 1
+
+
+def test_training_warns_of_the_floor_on_its_first_worker_alone(root: Path) -> None:
+    prompts = Prompts(build_text_encoder(TEXT), small_flow(), 8.0)
+    during = HeldOut.open(root, prompts, small_flow(), small_config(eval_clips=8, eval_draws=1))
+    one = Parallel(0, 1, torch.device("cpu"), None)
+    with pytest.warns(NoiseFloorWarning, match="8 held-out clips"):
+        during.mean_nats(leaky_flow(), one)
+    during.mean_nats(leaky_flow(), Parallel(1, 2, torch.device("cpu"), None))
+    during.mean_nats(FlowModel(small_flow()).flow, one)

@@ -1,0 +1,153 @@
+"""Which samples a step trains on: a pure function of (seed, configuration, step).
+
+Nothing here has state, so only the step number is checkpointed and a run resumes exactly on any
+number of workers. All workers get the same plan and take their slices of it; randomness inside a
+sample comes from (seed, step, global place in the batch), so that many workers see what one would.
+Knows nothing of latents, models or files.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from data_prep.latents.records import Bucket
+from flowreel.errors import FlowreelError
+
+Mode = Literal["image", "video"]
+# Independent random streams of one sample; the numbers are part of a run's identity.
+PURPOSES = {"order": 0, "drop_first": 1, "noise": 2, "posterior": 3, "caption": 4, "evaluate": 5}
+
+
+class SamplerError(FlowreelError, ValueError):
+    """A dataset that the configured batches cannot be drawn from."""
+
+
+def random_stream(seed: int, purpose: str, step: int, place: int) -> np.random.Generator:
+    """The random numbers of one purpose at one place of one step, independent of all others.
+
+    Counter based (Philox 4x64), so that no stream depends on how many numbers another one drew.
+    """
+    counter = np.array([0, place, step, 0], dtype=np.uint64)
+    key = np.array([seed, PURPOSES[purpose]], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step's global batch.
+
+    Attributes:
+        step: number of the step, from 0.
+        mode: image or video, alike on all workers.
+        bucket: (frames, height, width) of the records read; image steps from clips read a video
+            bucket and use frame 0.
+        ids: the global batch in order; worker r of n takes `share(r, n)`.
+        drop_first: whether this step drops the first latent frame (alike on all workers: it
+            changes the shape).
+    """
+
+    step: int
+    mode: Mode
+    bucket: Bucket
+    ids: tuple[str, ...]
+    drop_first: bool
+
+    def share(self, rank: int, world: int) -> range:
+        """Global places of one worker's samples."""
+        if len(self.ids) % world:
+            raise SamplerError(
+                f"a batch of {len(self.ids)} does not divide among {world} workers; "
+                "choose batch sizes that are multiples of the workers"
+            )
+        size = len(self.ids) // world
+        return range(rank * size, (rank + 1) * size)
+
+
+class Sampler:
+    """Plans of all steps.
+
+    Args:
+        buckets: ids by bucket, as `LatentDataset.buckets` has them; one-frame buckets are images.
+        image_from_clips: image steps take first frames of clips where True; None: only where there
+            are no images.
+
+    Every `1/image_ratio`-th step is an image step (evenly spaced, so that the share is exact at
+    any time). Within a mode, an epoch cuts every bucket's seeded permutation into whole batches
+    and shuffles all of them; the next epoch permutes anew.
+    """
+
+    def __init__(
+        self,
+        buckets: Mapping[Bucket, Sequence[str]],
+        *,
+        seed: int,
+        batch_size: int,
+        image_batch_size: int,
+        image_ratio: float,
+        drop_first_frame: float = 0.0,
+        image_from_clips: bool | None = None,
+    ) -> None:
+        self.seed = seed
+        self.image_ratio = image_ratio
+        self.drop_first_frame = drop_first_frame
+        self._sizes: dict[Mode, int] = {"image": image_batch_size, "video": batch_size}
+        ordered = {b: tuple(buckets[b]) for b in sorted(buckets, key=tuple) if buckets[b]}
+        images = {b: ids for b, ids in ordered.items() if b.frames == 1}
+        videos = {b: ids for b, ids in ordered.items() if b.frames > 1}
+        from_clips = not images if image_from_clips is None else image_from_clips
+        self._buckets: dict[Mode, dict[Bucket, tuple[str, ...]]] = {
+            "image": videos if from_clips else images,
+            "video": videos,
+        }
+        shares: dict[Mode, float] = {"video": 1 - image_ratio, "image": image_ratio}
+        for mode, share in shares.items():
+            if share > 0 and not self._buckets[mode]:
+                raise SamplerError(
+                    f"{share:.0%} of the steps are {mode} steps, but the dataset has no {mode} "
+                    f"samples (buckets: {[tuple(b) for b in ordered]}); change image_ratio or image_source"
+                )
+        # One cache per sampler: the plan of an epoch is asked for once per step.
+        self._epoch = lru_cache(maxsize=4)(self._make_epoch)
+
+    def _mode(self, step: int) -> tuple[Mode, int]:
+        """The mode of a step, and how many steps of that mode came before it."""
+        images_before = math.floor(step * self.image_ratio)
+        if math.floor((step + 1) * self.image_ratio) > images_before:
+            return "image", images_before
+        return "video", step - images_before
+
+    def _make_epoch(self, mode: Mode, epoch: int) -> tuple[tuple[Bucket, tuple[str, ...]], ...]:
+        size = self._sizes[mode]
+        batches: list[tuple[Bucket, tuple[str, ...]]] = []
+        for bucket, ids in self._buckets[mode].items():
+            place = zlib.crc32(repr((mode, tuple(bucket))).encode())
+            rng = random_stream(self.seed, "order", epoch, place)
+            # A bucket smaller than a batch is gone through several times in one batch.
+            order = np.concatenate(
+                [rng.permutation(len(ids)) for _ in range(math.ceil(size / len(ids)))]
+            )
+            for start in range(0, len(order) - size + 1, size):
+                batches.append((bucket, tuple(ids[i] for i in order[start : start + size])))
+        shuffle = random_stream(self.seed, "order", epoch, zlib.crc32(mode.encode()) | 1 << 40)
+        return tuple(batches[i] for i in shuffle.permutation(len(batches)))
+
+    def batches_per_epoch(self, mode: Mode) -> int:
+        """Whole batches in one pass through the data."""
+        return sum(max(1, len(ids) // self._sizes[mode]) for ids in self._buckets[mode].values())
+
+    def plan(self, step: int) -> StepPlan:
+        """The global batch of a step."""
+        mode, count = self._mode(step)
+        epoch, index = divmod(count, self.batches_per_epoch(mode))
+        bucket, ids = self._epoch(mode, epoch)[index]
+        drop = mode == "video" and bool(
+            random_stream(self.seed, "drop_first", step, 0).random() < self.drop_first_frame
+        )
+        return StepPlan(step, mode, bucket, ids, drop)

@@ -1,0 +1,255 @@
+"""From a step's plan to the tensors of one worker: latents, noise and encoded prompts.
+
+All randomness of a sample comes from (seed, step, its place in the global batch), so that it does
+not matter which worker makes it. Knows nothing of models' insides, optimizers or processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.latents.dataset import LatentBatch, LatentDataset
+from data_prep.latents.records import Bucket
+from flow.codec import LatentConvention
+from flow.config import FlowConfig
+from flow.prompt import EXTEND_PREFIX, format_prompt
+from flow.text import TextEncoder
+from training.batch_sampler import (
+    Mode,
+    Sampler,
+    StepPlan,
+    random_stream,
+)
+from training.config import TrainConfig
+
+ASPECTS = {
+    name: int(name.split(":")[0]) / int(name.split(":")[1])
+    for name in ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
+}
+PROMPTS_KEPT = 50_000
+
+
+def aspect_name(height: int, width: int) -> str:
+    """The named aspect ratio (width:height) nearest to a picture's.
+
+    >>> aspect_name(192, 336)
+    '16:9'
+    """
+    return min(ASPECTS, key=lambda name: abs(math.log(ASPECTS[name] * height / width)))
+
+
+class Prompts:
+    """Captions in, encoded prompts out, each encoded once."""
+
+    def __init__(self, encoder: TextEncoder, flow: FlowConfig, fps: float) -> None:
+        self.encoder = encoder
+        self.flow = flow
+        self.fps = fps
+        self._encoded: OrderedDict[str, Tensor] = OrderedDict()
+
+    def format(self, caption: str, bucket: Bucket, mode: Mode, *, extend: bool = False) -> str:
+        """The prompt as the model is told it is to read it (`prompt_*` of its configuration)."""
+        return format_prompt(
+            caption,
+            fps=(0 if mode == "image" else self.fps) if self.flow.prompt_fps else None,
+            noise_std=self.flow.noise_std if self.flow.prompt_noise else None,
+            aspect_ratio=aspect_name(bucket.height, bucket.width)
+            if self.flow.prompt_aspect
+            else None,
+            prefix=EXTEND_PREFIX if extend else "",
+        )
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """fp32 [B, J, D]."""
+        missing = sorted({p for p in prompts if p not in self._encoded})
+        if missing:
+            for prompt, row in zip(missing, self.encoder.encode(missing), strict=True):
+                self._encoded[prompt] = row
+        out = torch.stack([self._encoded[p] for p in prompts])
+        while len(self._encoded) > PROMPTS_KEPT:
+            self._encoded.popitem(last=False)
+        return out
+
+
+class LatentStore:
+    """A latent dataset, kept whole in memory where it is small enough."""
+
+    def __init__(self, dataset: LatentDataset, cache_bytes: int) -> None:
+        self.dataset = dataset
+        self._cached: dict[str, tuple[Tensor, Tensor, str, str]] = {}
+        self._cache_bytes = cache_bytes
+        self._measured = False
+
+    def _fill(self, first: LatentBatch) -> None:
+        self._measured = True
+        count = sum(len(ids) for ids in self.dataset.buckets.values())
+        largest = 2 * 4 * first.mean_BTCHW[0].numel()
+        if count * largest > self._cache_bytes:
+            return
+        for ids in self.dataset.buckets.values():
+            for start in range(0, len(ids), 256):
+                part = ids[start : start + 256]
+                batch = self.dataset.load(part)
+                for i, sample in enumerate(part):
+                    self._cached[sample] = (
+                        batch.mean_BTCHW[i].clone(),
+                        batch.logvar_BTCHW[i].clone(),
+                        batch.captions[i],
+                        batch.synthetic[i],
+                    )
+
+    def load(self, ids: Sequence[str]) -> LatentBatch:
+        """The records of one bucket, in the order asked for."""
+        if not self._measured:
+            self._fill(self.dataset.load(list(ids)))
+        if not self._cached:
+            return self.dataset.load(list(ids))
+        rows = [self._cached[i] for i in ids]
+        return LatentBatch(
+            torch.stack([r[0] for r in rows]),
+            torch.stack([r[1] for r in rows]),
+            [r[2] for r in rows],
+            [r[3] for r in rows],
+            list(ids),
+        )
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One worker's share of a step.
+
+    Attributes:
+        x_noisy: x + σ·ε, fp32 [B, T, C, h, w] ([B, C, h, w] for image models).
+        text_BLD: encoded prompts, fp32 [B, J, D].
+        prompts: what they say.
+        mode: image or video.
+    """
+
+    x_noisy: Tensor
+    text_BLD: Tensor
+    prompts: list[str]
+    mode: Mode
+
+    def to(self, device: torch.device) -> TrainBatch:
+        return TrainBatch(
+            self.x_noisy.to(device, non_blocking=True),
+            self.text_BLD.to(device, non_blocking=True),
+            self.prompts,
+            self.mode,
+        )
+
+
+def _normal(rng: np.random.Generator, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def noised_latents(
+    batch: LatentBatch,
+    convention: LatentConvention,
+    sigma: float,
+    seed: int,
+    step: int,
+    places: Sequence[int],
+    *,
+    purpose: str = "noise",
+) -> Tensor:
+    """x + σ·ε [B, T, C, h, w]; noise of a sample depends on (seed, step, place) alone.
+
+    Posterior noise (where the convention samples it) has a stream of its own. Shared by training
+    and evaluation, so that both see data made one way.
+    """
+    shape = batch.mean_BTCHW.shape[1:]
+    posterior = None
+    if convention.posterior_noise:
+        posterior = torch.stack(
+            [_normal(random_stream(seed, "posterior", step, p), shape) for p in places]
+        )
+    x_BTCHW = convention.to_model(batch.mean_BTCHW, batch.logvar_BTCHW, posterior)
+    noise = torch.stack([_normal(random_stream(seed, purpose, step, p), shape) for p in places])
+    return x_BTCHW + sigma * noise
+
+
+class BatchMaker:
+    """Makes one worker's share of any step."""
+
+    def __init__(
+        self,
+        store: LatentStore,
+        prompts: Prompts,
+        config: TrainConfig,
+        flow: FlowConfig,
+        convention: LatentConvention,
+    ) -> None:
+        self.store = store
+        self.prompts = prompts
+        self.config = config
+        self.flow = flow
+        self.convention = convention
+
+    def _caption(self, plan: StepPlan, place: int, original: str, synthetic: str) -> str:
+        """One caption: dropped, original or synthetic (0.1 : 0.09 : 0.81 by default)."""
+        dropped, from_original = random_stream(
+            self.config.seed, "caption", plan.step, place
+        ).random(2)
+        if dropped < self.config.caption_dropout:
+            return ""
+        use_original = from_original < self.config.original_caption_ratio
+        return (original if use_original else synthetic) or original or synthetic
+
+    def make(self, plan: StepPlan, rank: int, world: int) -> TrainBatch:
+        """The samples `plan.share(rank, world)`, noised and with their prompts encoded."""
+        places = plan.share(rank, world)
+        records = self.store.load([plan.ids[p] for p in places])
+        if plan.mode == "image":
+            # A causal codec encodes frame 0 alone, so a clip's first latent frame is an image's
+            # latent.
+            records = replace(
+                records,
+                mean_BTCHW=records.mean_BTCHW[:, :1],
+                logvar_BTCHW=records.logvar_BTCHW[:, :1],
+            )
+        x_noisy = noised_latents(
+            records, self.convention, self.flow.noise_std, self.config.seed, plan.step, places
+        )
+        drop_first = plan.drop_first and x_noisy.shape[1] > 1
+        if drop_first:
+            x_noisy = x_noisy[:, 1:].contiguous()
+        captions = [
+            self._caption(plan, p, original, synthetic)
+            for p, original, synthetic in zip(
+                places, records.captions, records.synthetic, strict=True
+            )
+        ]
+        texts = [
+            self.prompts.format(c, plan.bucket, plan.mode, extend=drop_first) for c in captions
+        ]
+        if not self.flow.video:
+            x_noisy = x_noisy[:, 0]
+        return TrainBatch(x_noisy, self.prompts.encode(texts), texts, plan.mode)
+
+    def batches(
+        self, sampler: Sampler, start: int, stop: int, rank: int, world: int
+    ) -> Iterator[tuple[StepPlan, TrainBatch]]:
+        """Plans and shares of the steps start..stop-1; the next one is made ahead with `prefetch`."""
+        if not self.config.prefetch:
+            for step in range(start, stop):
+                plan = sampler.plan(step)
+                yield plan, self.make(plan, rank, world)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            plans = [sampler.plan(start)] if start < stop else []
+            ahead = [pool.submit(self.make, plan, rank, world) for plan in plans]
+            for step in range(start, stop):
+                plan, batch = plans.pop(), ahead.pop()
+                if step + 1 < stop:
+                    plans.append(sampler.plan(step + 1))
+                    ahead.append(pool.submit(self.make, plans[0], rank, world))
+                yield plan, batch.result()

@@ -210,7 +210,7 @@ def test_a_held_lock_in_a_store_is_refused(store: Store) -> None:
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(store: Store) -> None:
     script = (
-        "import sys, time\nfrom data_prep.storage.folder import open_folder\n"
+        "import sys, time\nfrom data_prep.storage.store import open_folder\n"
         "with open_folder(sys.argv[1]).lock('lock'):\n    print('held', flush=True)\n"
         "    time.sleep(60)"
     )

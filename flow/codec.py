@@ -19,34 +19,19 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flow.latent_convention import CodecError, LatentConvention
+from flow.codec_factors import (
+    CONFIG_NAME,
+    HUB_ID,
+    IMAGE_CLASS,
+    CodecError,
+    factors_of,
+)
+from flow.latent_convention import LatentConvention
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-CONFIG_NAME = "config.json"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # diffusers has no types of its own, and its attributes are not torch's.
 Vae = Any
-
-
-def latent_frames(num_frames: int, temporal_factor: int = 4) -> int:
-    """Latent frames of a clip: 1 + (num_frames - 1) / 4; other counts than 4k+1 are refused.
-
-    >>> latent_frames(81)
-    21
-    """
-    if num_frames < 1 or (num_frames - 1) % temporal_factor:
-        near = max(0, (num_frames - 1)) // temporal_factor * temporal_factor + 1
-        raise CodecError(
-            f"{num_frames} frames: the codec takes {temporal_factor}k+1 of them; "
-            f"the nearest counts are {near} and {near + temporal_factor}"
-        )
-    return 1 + (num_frames - 1) // temporal_factor
-
-
-def video_frames(num_latent_frames: int, temporal_factor: int = 4) -> int:
-    """Frames that so many latent frames decode to."""
-    return 1 + (num_latent_frames - 1) * temporal_factor
 
 
 def _to_signal(frames_BTHWC: Tensor) -> Tensor:
@@ -68,8 +53,7 @@ class VideoCodec:
         config = vae.config
         self.vae = vae.eval().requires_grad_(False)
         self.digest = digest
-        self.spatial_factor = int(config.scale_factor_spatial)
-        self.temporal_factor = int(config.scale_factor_temporal)
+        self.factors = factors_of(dict(config))
         self.latent_channels = int(config.z_dim)
         self.convention = LatentConvention(tuple(config.latents_mean), tuple(config.latents_std))
 
@@ -117,12 +101,8 @@ class VideoCodec:
             raise CodecError(
                 f"frames must be uint8 [B, T, H, W, 3], got {frames_BTHWC.dtype} {list(frames_BTHWC.shape)}"
             )
-        latent_frames(frames_BTHWC.shape[1], self.temporal_factor)
-        height, width = frames_BTHWC.shape[2:4]
-        if height % self.spatial_factor or width % self.spatial_factor:
-            raise CodecError(
-                f"frames of {height}x{width}: both sides must be multiples of {self.spatial_factor}"
-            )
+        self.factors.latent_frames(frames_BTHWC.shape[1])
+        self.factors.grid(*frames_BTHWC.shape[2:4])
 
     @torch.inference_mode()
     def encode(self, frames_BTHWC: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +121,7 @@ class VideoCodec:
         """One frame, then four by four: the causal cache is here and not in the module, so threads may share a codec."""
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
-        vae, step = self.vae, self.temporal_factor
+        vae, step = self.vae, self.factors.time
         if vae.config.patch_size is not None:
             signal_BCTHW = patchify(signal_BCTHW, patch_size=vae.config.patch_size)
         cache, hidden = _empty_cache(vae.encoder), []
@@ -196,8 +176,7 @@ class ImageCodec(VideoCodec):
         config = vae.config
         self.vae = vae.eval().requires_grad_(False)
         self.digest = digest
-        self.spatial_factor = 2 ** (len(config.block_out_channels) - 1)
-        self.temporal_factor = 1
+        self.factors = factors_of({**config, "_class_name": IMAGE_CLASS})
         self.latent_channels = int(config.latent_channels)
         shift, scale = config.shift_factor or 0.0, 1 / config.scaling_factor
         self.convention = LatentConvention(
@@ -240,7 +219,6 @@ class ImageStream(CodecStream):
 
 
 VIDEO_CLASS = "AutoencoderKLWan"
-IMAGE_CLASS = "AutoencoderKL"
 
 
 def build_vae(config: dict[str, Any]) -> Vae:

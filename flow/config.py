@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from flow.codec_factors import SD_FACTORS, WAN_FACTORS
 from flowreel.errors import FlowreelError
 
 TIME_FREQUENCIES = 8
@@ -227,11 +228,6 @@ _FIXED_RELEASED: dict[str, tuple[object, ...]] = {
     "cond_top_only": (1, True),
 }
 
-VIDEO_CELL_PIXELS = 16
-"""Pixels per latent row and column of the released video models' codec, Wan2.2's."""
-IMAGE_CELL_PIXELS = 8
-"""The same of the released image model's codec, the SD VAE."""
-
 
 @dataclass(frozen=True)
 class ReleasedNotes:
@@ -316,7 +312,7 @@ def _from_released(
         raise ConfigError(f"{path}: one of pt_seq_len and img_size is needed")
     video = bool(given.get("shallow_block_local", 0))
     if cells is None:
-        cells = (VIDEO_CELL_PIXELS if video else IMAGE_CELL_PIXELS) if given.get("vae") else 1
+        cells = ((WAN_FACTORS if video else SD_FACTORS).space) if given.get("vae") else 1
     pos_len = given.get("pt_seq_len") or given["img_size"] / cells / patch
     return cls(
         video=video,

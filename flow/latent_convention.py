@@ -14,11 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flowreel.errors import FlowreelError
-
-
-class CodecError(FlowreelError, ValueError):
-    """A codec that cannot be loaded, frames that it cannot take, or latents that lack their statistics."""
+from flow.codec_factors import CodecError
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
-"""The prompt as a model reads it. Knows the template; nothing of text encoders, torch or files."""
+"""The prompt as a model reads it: the template, and the one function that fills it for a clip.
+
+Training, serving, sampling and likelihood all call `prompt_for`, so that a clip reads alike wherever
+it is met. Knows nothing of text encoders, torch or files.
+"""
 
 from __future__ import annotations
 
+from flow.aspects import nearest_aspect
+from flow.config import FlowConfig
+
 EXTEND_PREFIX = "(extend) "
-
-
 LAST_PREFIX = "(last) "
-
-
 VIDEO_TO_VIDEO_PREFIX = "(v2v) "
 
 
@@ -40,3 +43,34 @@ def format_prompt(
     if aspect_ratio is not None:
         text = f"{text}\n in a {aspect_ratio} aspect ratio.\n"
     return text
+
+
+def prompt_for(
+    caption: str,
+    config: FlowConfig,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    prefix: str = "",
+) -> str:
+    """What a model of this configuration reads for one clip, in training and everywhere else.
+
+    One frame is an image, whoever asks for it; a shape is called by the nearest of the names that the
+    released models know.
+
+    Args:
+        num_frames: video frames of the whole clip; 1 is an image.
+        height, width: pixels.
+        fps: frames per second of the clip; not said of an image.
+        prefix: a task prefix, such as `EXTEND_PREFIX`.
+    """
+    is_image = num_frames == 1 or not config.video
+    return format_prompt(
+        caption,
+        fps=(0 if is_image else fps) if config.prompt_fps else None,
+        noise_std=config.noise_std if config.prompt_noise else None,
+        aspect_ratio=nearest_aspect(height, width) if config.prompt_aspect else None,
+        prefix=prefix,
+    )

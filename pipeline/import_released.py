@@ -12,7 +12,7 @@ import torch
 
 from flow.aspects import bucket_size
 from flow.codec import CodecError, VideoCodec
-from flow.config import IMAGE_CELL_PIXELS, VIDEO_CELL_PIXELS
+from flow.codec_factors import SD_FACTORS, WAN_FACTORS
 from flow.latent_convention import LatentConvention
 from flow.released_checkpoint import Released, open_released
 from flow.tensor_files import CheckpointError
@@ -82,7 +82,7 @@ def released_spec(
         CodecError: a codec that the model cannot read; SizeError: an aspect that is none.
     """
     flow, notes = released.config, released.notes
-    cell = VIDEO_CELL_PIXELS if flow.video else IMAGE_CELL_PIXELS
+    factors = WAN_FACTORS if flow.video else SD_FACTORS
     source, digest = codec or notes.vae, None
     if source is not None and Path(source).is_dir():
         loaded = VideoCodec.load(source)
@@ -90,13 +90,13 @@ def released_spec(
             raise CodecError(
                 f"{source} makes latents of {loaded.latent_channels} channels, the model reads {flow.latent_channels}"
             )
-        source, digest, cell = str(Path(source).absolute()), loaded.digest, loaded.spatial_factor
+        source, digest, factors = str(Path(source).absolute()), loaded.digest, loaded.factors
     video = None
     if notes.img_size is not None:
-        side = notes.img_size if notes.vae else notes.img_size * cell
+        side = notes.img_size if notes.vae else notes.img_size * factors.space
         shape = aspect or ("16:9" if flow.prompt_aspect else "1:1")
-        height, width = bucket_size(side, shape, cell * flow.patch_size)
-        video = VideoSpec(notes.num_frames, height, width, notes.fps or 1.0, cell)
+        height, width = bucket_size(side, shape, factors.space * flow.patch_size)
+        video = VideoSpec(notes.num_frames, height, width, notes.fps or 1.0, *factors)
     convention = LatentConvention.diffusers()
     if flow.video:
         convention = LatentConvention.released(later_frame_scale=notes.later_frame_scale)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.on_ray import prepare
 from data_prep.run import PrepareReport, plan_caption_run, shards_left
 from data_prep.sources.moving_shapes import COLOURS, write_world
-from flow.codec import latent_frames, video_frames
+from flow.codec_factors import read_factors
 from pipeline.client import Request, Video, VideoClient
 from pipeline.cluster import local_or_given
 from pipeline.console import Reporter
@@ -217,7 +217,8 @@ def ask_for_samples(
     colours = colour_prompts(recipe.evaluate.colour_clips)
     texts = list(dict.fromkeys([*prompts, *(prompt.text for prompt in colours)]))
     requests = [Request("text to video", text, frames, seed) for seed, text in enumerate(texts)]
-    long_frames = video_frames(3 * latent_frames(frames))
+    factors = read_factors(recipe.codec_source)
+    long_frames = factors.video_frames(3 * factors.latent_frames(frames))
     videos: dict[str, Video] = {}
     extra: list[Video] = []
     with VideoClient(url) as client, reporter.progress("generating") as update:

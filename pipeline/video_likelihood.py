@@ -137,7 +137,7 @@ def score_video(
     scored = noisy_likelihood(
         loaded.model.flow, clean, text, draws=draws, seed=seed, progress=progress
     )
-    pixels = config.patch_size * loaded.codec.spatial_factor
+    pixels = config.patch_size * loaded.codec.factors.space
     result = VideoScore(scored, config.noise_std, pixels)
     loss = result.loss()
     check_noise_floor(

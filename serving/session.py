@@ -142,12 +142,12 @@ def load_codec(folder: Path, spec: ModelSpec, device: Device) -> VideoCodec:
             f"The codec at {spec.codec!r} has digest {codec.digest}, but the model was trained on "
             f"latents of {spec.codec_digest}: put that codec back, or train for this one."
         )
-    found = (codec.spatial_factor, codec.latent_channels)
+    found = (codec.factors.space, codec.latent_channels)
     needed = (spec.video.cell_pixels if spec.video else CELL_PIXELS, spec.flow.latent_channels)
-    if found != needed or (spec.flow.video and codec.temporal_factor != TEMPORAL_FACTOR):
+    if found != needed or (spec.flow.video and codec.factors.time != TEMPORAL_FACTOR):
         raise InvalidRequest(
             f"The codec at {spec.codec!r} makes {found[1]} channels of {found[0]} pixels and "
-            f"{codec.temporal_factor} frames; the model reads {needed[1]} of {needed[0]} pixels"
+            f"{codec.factors.time} frames; the model reads {needed[1]} of {needed[0]} pixels"
             + (f" and {TEMPORAL_FACTOR} frames." if spec.flow.video else ".")
         )
     if spec.latents is not None:

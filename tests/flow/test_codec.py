@@ -17,10 +17,9 @@ from flow.codec import (
     LatentConvention,
     VideoCodec,
     build_vae,
-    latent_frames,
     save_codec,
-    video_frames,
 )
+from flow.codec_factors import WAN_FACTORS
 from tests.tiny_codec import wan_like
 from training.codec_training import CodecConfig
 
@@ -156,16 +155,16 @@ def test_frame_counts_other_than_4k_plus_1_are_refused(codec: VideoCodec, count:
     with pytest.raises(CodecError, match=r"4k\+1"):
         codec.encode(torch.zeros(1, count, 32, 32, 3, dtype=torch.uint8))
     with pytest.raises(CodecError):
-        latent_frames(count)
+        WAN_FACTORS.latent_frames(count)
 
 
 @pytest.mark.parametrize("count", [1, 5, 17, 81])
 def test_frame_arithmetic_inverts(count: int) -> None:
-    assert video_frames(latent_frames(count)) == count
+    assert WAN_FACTORS.video_frames(WAN_FACTORS.latent_frames(count)) == count
 
 
 def test_sizes_and_types_the_codec_cannot_take_are_refused(codec: VideoCodec) -> None:
-    with pytest.raises(CodecError, match="multiples of 16"):
+    with pytest.raises(CodecError, match="multiple of 16"):
         codec.encode(torch.zeros(1, 1, 40, 32, 3, dtype=torch.uint8))
     with pytest.raises(CodecError, match="uint8"):
         codec.encode(torch.zeros(1, 1, 32, 32, 3))
@@ -225,7 +224,7 @@ def test_latents_without_their_statistics_are_refused() -> None:
 def test_image_codec_takes_one_frame_at_an_eighth_with_its_scaling(image_folder: Path) -> None:
     codec = VideoCodec.load(image_folder)
     assert isinstance(codec, ImageCodec)
-    assert (codec.spatial_factor, codec.latent_channels) == (8, 4)
+    assert (codec.factors.space, codec.latent_channels) == (8, 4)
     picture = frames(2, 1)
     mean, logvar = codec.encode(picture)
     assert mean.shape == logvar.shape == (2, 1, 4, 4, 6)
@@ -245,7 +244,7 @@ def test_image_codec_takes_one_frame_at_an_eighth_with_its_scaling(image_folder:
     assert (got[:, 0].float() - expected).abs().max() <= 1
     with pytest.raises(CodecError, match="for images and takes 1"):
         codec.encode(frames(1, 5))
-    with pytest.raises(CodecError, match="multiples of 8"):
+    with pytest.raises(CodecError, match="multiple of 8"):
         codec.encode(torch.zeros(1, 1, 12, 32, 3, dtype=torch.uint8))
 
 

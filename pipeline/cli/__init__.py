@@ -115,7 +115,3 @@ def main() -> Any:
     warnings.showwarning = show_warning
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return app()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

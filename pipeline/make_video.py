@@ -25,9 +25,10 @@ from pipeline.video_likelihood import (
     score_video,
     write_per_token,
 )
+from serving.loading import load
 from serving.messages import GeneratedVideo
 from serving.requests import CreateVideo, Generation, from_validation
-from serving.session import generate, load
+from serving.session import generate
 
 
 class VideoFitError(FlowreelError, ValueError):
@@ -53,7 +54,7 @@ def sample_video(
     """
     reporter = Reporter()
     torch.set_num_threads(recipe.serve.resources.threads)
-    loaded = load(model, sampler=recipe.sampler)
+    loaded = load(model, sampling=recipe.sampler)
     if out is None:
         out = Path("sample.mp4" if loaded.model.config.video else "sample.png")
     try:

@@ -27,7 +27,7 @@ from flow.config import FlowConfig
 from flow.text import TextSpec
 from flow.weights import VideoSpec
 from flowreel.errors import FlowreelError
-from serving.config import Limits, Resources, Sampler
+from serving.config import Limits, Resources, SamplingConfig
 from training.codec_training import CodecConfig
 from training.config import TrainConfig
 
@@ -104,7 +104,7 @@ class Recipe(BaseModel):
     text: TextSpec
     model: FlowConfig
     train: TrainConfig
-    sampler: Sampler = Field(default_factory=Sampler)
+    sampler: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)

@@ -29,6 +29,7 @@ from pipeline.demo_figures import (
 )
 from pipeline.recipes import Recipe, save_recipe
 from pipeline.report import Sample, overlap_s, write_report
+from serving.config import ServiceSpec
 from serving.on_ray import ServedApp, serve_model
 from training.history import read_history
 from training.on_ray import train_on_ray
@@ -196,14 +197,16 @@ def serve(
 ) -> ServedApp:
     """Model folder → HTTP endpoint, on Ray Serve; `stop()` it, or use it as a context manager."""
     return serve_model(
-        model,
-        host=host or recipe.serve.host,
-        port=recipe.serve.port if port is None else port,
-        data_dir=data_dir,
-        limits=recipe.serve.limits,
-        resources=recipe.serve.resources,
-        sampler=recipe.sampler,
-        name=name,
+        ServiceSpec(
+            model,
+            data_dir,
+            host=host or recipe.serve.host,
+            port=recipe.serve.port if port is None else port,
+            name=name,
+            limits=recipe.serve.limits,
+            resources=recipe.serve.resources,
+            sampling=recipe.sampler,
+        )
     )
 
 

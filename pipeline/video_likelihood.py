@@ -121,13 +121,14 @@ def score_video(
     Warns:
         NoiseFloorWarning: the mean loss is clearly under ½ + ln σ.
     """
-    from serving.session import load, prompt_text
+    from serving.loading import load
+    from serving.session import prompt_text
 
     loaded = load(model_dir)
     assert loaded.codec is not None
     assert loaded.text_encoder is not None
     mean, logvar = loaded.codec.encode(torch.from_numpy(frames)[None])
-    text = loaded.text_encoder.encode([prompt_text(prompt, loaded)])
+    text = loaded.text_encoder.encode([prompt_text(prompt, loaded, len(frames))])
     convention, config = loaded.codec.convention, loaded.model.config
 
     def clean(draw: int) -> Tensor:

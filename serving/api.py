@@ -1,15 +1,19 @@
-"""HTTP: the OpenAI Videos dialect over a `Dispatcher`. Knows nothing of Ray, models or tensors.
+"""HTTP: the OpenAI Videos dialect over a `Dispatcher`. Knows nothing of Ray or tensors.
 
-    POST   /v1/videos                 JSON, or multipart with the image file `input_reference` as
-    first frame GET    /v1/videos                 newest first; limit, after, order GET
-    /v1/videos/{id}            the video object: status, progress, error GET
-    /v1/videos/{id}/content    mp4 GET    /v1/videos/{id}/frames     npy: the lossless frames, uint8
-    [T, H, W, 3]        (ours) GET    /v1/videos/{id}/timeline   what ran where and when
-    (ours) POST   /v1/videos/{id}/cancel     stop an unfinished video
-    (ours) DELETE /v1/videos/{id}            forget it, stopping it first where it is unfinished GET
-    /v1/models GET    /health                    200 only when every stage answers
+    POST   /v1/videos                      ask for one, in JSON or as a form with an image
+    GET    /v1/videos                      those asked for, newest first; limit, after, order
+    GET    /v1/videos/{video_id}           its status, progress and error
+    GET    /v1/videos/{video_id}/content   the video as mp4
+    GET    /v1/videos/{video_id}/frames    its lossless frames as npy, uint8 [T, H, W, 3]
+    GET    /v1/videos/{video_id}/timeline  what ran where and when
+    POST   /v1/videos/{video_id}/cancel    stop an unfinished video
+    DELETE /v1/videos/{video_id}           forget it; an unfinished one is stopped first
+    GET    /v1/models                      the one model that is served
+    GET    /health                         200 only when every deployment answers
 
-Every refusal has OpenAI's error body.
+The form's file `input_reference` is the first frame of the video. The routes `frames`, `timeline`
+and `cancel` are ours, the rest is OpenAI's. Every refusal has OpenAI's error body; its classes and
+codes are in `serving.errors`.
 """
 
 from __future__ import annotations
@@ -32,32 +36,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from media.errors import MediaError
 from media.write import decode_image
 from serving.config import Limits
-from serving.dispatcher import (
-    FRAMES_NAME,
-    VIDEO_NAME,
-    Dispatcher,
-    Stages,
-)
-from serving.job_store import Job, JobStore
-from serving.requests import (
-    CreateVideo,
-    Generation,
+from serving.dispatcher import FRAMES_NAME, VIDEO_NAME, Dispatcher, VideoMaker
+from serving.errors import (
     InvalidRequest,
-    ModelFacts,
     NotFound,
     NotReady,
     ServingError,
     UploadTooLarge,
     error_body,
-    from_validation,
 )
+from serving.job_store import Job, JobStore
+from serving.requests import CreateVideo, Generation, ModelFacts, from_validation
 
 
-def create_app(stages: Stages, store: JobStore, facts: ModelFacts, limits: Limits) -> FastAPI:
-    """The service as an ASGI app; its lifespan starts and ends the dispatcher and closes the
-    store.
+def create_app(maker: VideoMaker, store: JobStore, facts: ModelFacts, limits: Limits) -> FastAPI:
+    """The service as an ASGI app.
+
+    Its lifespan starts and ends the dispatcher, and closes the store.
     """
-    dispatcher = Dispatcher(stages, store, facts, limits)
+    dispatcher = Dispatcher(maker, store, facts, limits)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None, None]:
@@ -71,38 +68,42 @@ def create_app(stages: Stages, store: JobStore, facts: ModelFacts, limits: Limit
     _add_error_handlers(app)
     _add_video_routes(app, dispatcher, store, facts, limits)
     _add_result_routes(app, dispatcher, store)
-    _add_service_routes(app, stages, facts)
+    _add_service_routes(app, maker, facts)
     return app
 
 
 class BodyLimit:
-    """ASGI middleware: refuses a body over `max_bytes`, by its declared length or else by
-    counting.
+    """ASGI middleware that refuses a body over `max_bytes`.
+
+    A declared length is believed at once; where none is declared, or a false one, bytes are counted
+    as they come.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, with its body under watch."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.max_bytes:
-            refused = self._refusal(f"{int(declared)} bytes")
-            await JSONResponse(refused.body(), refused.status)(scope, receive, send)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.max_bytes:
+            # The handlers of errors sit inside of this middleware, so it answers by itself.
+            refusal = self._refusal(f"{int(length)} bytes")
+            await JSONResponse(refusal.body(), refusal.status)(scope, receive, send)
             return
-        seen_bytes = 0
+        num_bytes = 0
 
-        async def counted() -> Message:
-            nonlocal seen_bytes
+        async def receive_and_count() -> Message:
+            nonlocal num_bytes
             message = await receive()
-            seen_bytes += len(message.get("body", b""))
-            if seen_bytes > self.max_bytes:
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_bytes:
                 raise self._refusal("more")
             return message
 
-        await self.app(scope, counted, send)
+        await self.app(scope, receive_and_count, send)
 
     def _refusal(self, got: str) -> UploadTooLarge:
         return UploadTooLarge(
@@ -111,32 +112,35 @@ class BodyLimit:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def served(_request: Request, error: Exception) -> JSONResponse:
+    """Give OpenAI's error body to our errors, to those of FastAPI and of routing, and to faults."""
+
+    def answer_refusal(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ServingError)
         wait = error.retry_after_s
         headers = None if wait is None else {"Retry-After": str(wait)}
         return JSONResponse(error.body(), error.status, headers)
 
-    def invalid(request: Request, error: Exception) -> JSONResponse:
+    def answer_wrong_query(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:])
-        return served(request, InvalidRequest(f"{param}: {first['msg']}.", param=param))
+        return answer_refusal(request, InvalidRequest(f"{param}: {first['msg']}.", param=param))
 
-    def plain(request: Request, error: Exception) -> JSONResponse:
+    def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         where = f"{request.method} {request.url.path}"
         body = error_body(f"{where}: {error.detail}", "invalid_request_error", None, None)
         return JSONResponse(body, error.status_code, error.headers)
 
-    def broken(_request: Request, error: Exception) -> JSONResponse:
+    def answer_fault(request: Request, error: Exception) -> JSONResponse:
+        # Starlette raises it again after this answer, so that the server's log has the rest.
         message = f"The service failed ({type(error).__name__}); its log has the details."
-        return JSONResponse(error_body(message, "server_error", None, "server_error"), 500)
+        return answer_refusal(request, ServingError(message))
 
-    app.add_exception_handler(ServingError, served)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, plain)
-    app.add_exception_handler(Exception, broken)
+    app.add_exception_handler(ServingError, answer_refusal)
+    app.add_exception_handler(RequestValidationError, answer_wrong_query)
+    app.add_exception_handler(HTTPException, answer_http_exception)
+    app.add_exception_handler(Exception, answer_fault)
 
 
 def _add_video_routes(
@@ -210,7 +214,7 @@ def _add_result_routes(app: FastAPI, dispatcher: Dispatcher, store: JobStore) ->
         return {"object": "video.timeline", "id": job.id, "spans": dispatcher.spans(job)}
 
 
-def _add_service_routes(app: FastAPI, stages: Stages, facts: ModelFacts) -> None:
+def _add_service_routes(app: FastAPI, maker: VideoMaker, facts: ModelFacts) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         model = {
@@ -227,7 +231,7 @@ def _add_service_routes(app: FastAPI, stages: Stages, facts: ModelFacts) -> None
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ready", "pids": await stages.check_ready()}
+        return {"status": "ready", "pids": await maker.check_ready()}
 
 
 async def read_body(request: Request, limits: Limits) -> tuple[CreateVideo, bytes | None]:
@@ -237,6 +241,7 @@ async def read_body(request: Request, limits: Limits) -> tuple[CreateVideo, byte
         InvalidRequest: it is neither, a field is wrong, or the upload is no image.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # Read by hand, not by FastAPI's parameters: the two kinds of body share one route and schema.
     try:
         if kind == "application/json":
             return CreateVideo.model_validate_json(await request.body()), None
@@ -264,6 +269,7 @@ async def _read_form(request: Request, limits: Limits) -> tuple[CreateVideo, byt
         if upload is None:
             return body, None
         data = await upload.read()
+    # Decoded here only to refuse at once what is no image; the queue keeps the file's bytes.
     try:
         await asyncio.to_thread(decode_image, data, max_pixels=limits.image_pixels)
     except MediaError as error:
@@ -272,7 +278,11 @@ async def _read_form(request: Request, limits: Limits) -> tuple[CreateVideo, byt
 
 
 def find(store: JobStore, video_id: str) -> Job:
-    """The job, or NotFound."""
+    """The job of a video id.
+
+    Raises:
+        NotFound: there is none.
+    """
     job = store.get(video_id)
     if job is None:
         raise NotFound(f"No video {video_id!r}; it was never asked for, or has been deleted.")
@@ -284,7 +294,7 @@ def finished_file(job: Job, name: str) -> Path:
 
     Raises:
         NotReady: the job is not completed, or failed.
-        NotFound: completed, but this file was not kept.
+        NotFound: the job is completed, but the settings keep no such file.
     """
     if job.status != "completed":
         reason = f": {job.error_message}" if job.error_message else ""
@@ -296,7 +306,11 @@ def finished_file(job: Job, name: str) -> Path:
 
 
 def seconds_text(num_frames: int, fps: float) -> str:
-    """Length as OpenAI writes it: a string of seconds."""
+    """Length as OpenAI writes it: a string of seconds.
+
+    >>> seconds_text(81, 16.0)
+    '5'
+    """
     return f"{(num_frames - 1) / fps:g}"
 
 

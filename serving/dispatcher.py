@@ -1,7 +1,8 @@
-"""Who is served when: a bounded queue, a fixed number of requests at one time, deadlines,
-cancelling, results on disk.
+"""Who is served when: a bounded queue, some requests at one time, deadlines, cancelling, results.
 
-Knows nothing of HTTP, and of the stages only the two methods of `Stages`; runs in one asyncio loop.
+A request waits in the queue, is made by a `VideoMaker`, and leaves its files in its job's folder;
+the job's row says at every moment how far it is. All of it runs in one asyncio loop. Knows nothing
+of HTTP or Ray, and nothing of what makes videos but the two methods of `VideoMaker`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -20,19 +21,21 @@ from typing import Protocol
 
 import numpy as np
 
+from flowreel.files import replacing, write_whole
 from media.errors import MediaError
+from media.frames import Frames
 from media.write import decode_image, encode_mp4
 from serving.config import Limits
-from serving.job_store import Job, JobStore
-from serving.messages import Chunk, Frames, GeneratedVideo, Span, join
-from serving.requests import (
+from serving.errors import (
     DeadlineExceeded,
-    Generation,
-    ModelFacts,
     QueueFull,
+    ReplicaFailed,
+    ResultNotWritten,
     ServingError,
-    StageFailed,
 )
+from serving.job_store import Job, JobStore
+from serving.messages import Chunk, GeneratedVideo, WorkSpan, join
+from serving.requests import Generation, ModelFacts
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ TIMELINE_NAME = "timeline.json"
 REFERENCE_NAME = "reference"
 
 
-class Stages(Protocol):
+class VideoMaker(Protocol):
     """What makes videos: Ray Serve deployments, or sessions in this process."""
 
     def generate(
@@ -52,19 +55,26 @@ class Stages(Protocol):
         ...
 
     async def check_ready(self) -> dict[str, int]:
-        """Process ids by stage; raises StagesNotReady unless every stage answers."""
+        """Process ids by deployment.
+
+        Raises:
+            ReplicasNotReady: not every deployment answers.
+        """
         ...
 
 
 class Dispatcher:
-    """Takes requests in and sees each to its end. Start with `start`, end with `close`."""
+    """Takes requests in and sees each to its end; begin with `start`, end with `close`."""
 
-    def __init__(self, stages: Stages, store: JobStore, facts: ModelFacts, limits: Limits) -> None:
-        self._stages, self._store, self._facts, self._limits = stages, store, facts, limits
+    def __init__(
+        self, maker: VideoMaker, store: JobStore, facts: ModelFacts, limits: Limits
+    ) -> None:
+        self._maker, self._store, self._facts, self._limits = maker, store, facts, limits
         self._waiting: deque[str] = deque()
+        # Set whenever there may be something to start: a request has come, or a place is free.
         self._arrived = asyncio.Event()
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._live_spans: dict[str, list[Span]] = {}
+        self._live_spans: dict[str, list[WorkSpan]] = {}
         self._durations_s: deque[float] = deque(maxlen=8)
         self._loop_task: asyncio.Task[None] | None = None
 
@@ -100,13 +110,14 @@ class Dispatcher:
             request.request_id, self._facts.name, request.model_dump(mode="json")
         )
         if reference is not None:
-            (job.folder / REFERENCE_NAME).write_bytes(reference)
+            write_whole(job.folder / REFERENCE_NAME, reference)
         self._waiting.append(job.id)
         self._arrived.set()
         return job
 
     async def cancel(self, job_id: str) -> bool:
         """Stop an unfinished job; False where it had finished already."""
+        # The row first: a job that ends in this moment then finds itself cancelled, and stays so.
         cancelled = self._store.cancel(job_id)
         if job_id in self._waiting:
             self._waiting.remove(job_id)
@@ -118,9 +129,9 @@ class Dispatcher:
 
     def spans(self, job: Job) -> list[dict[str, object]]:
         """What has been measured of a job so far, or of the whole of it once it is finished."""
-        live = self._live_spans.get(job.id)
-        if live is not None:
-            return [span.to_dict() for span in live]
+        spans = self._live_spans.get(job.id)
+        if spans is not None:
+            return [span.to_dict() for span in spans]
         path = job.folder / TIMELINE_NAME
         return json.loads(path.read_text()) if path.is_file() else []
 
@@ -136,6 +147,7 @@ class Dispatcher:
             while self._waiting and len(self._running) < self._limits.concurrent:
                 job_id = self._waiting.popleft()
                 if not self._store.start(job_id):
+                    # It was cancelled or deleted while it waited.
                     continue
                 task = asyncio.create_task(self._run(self._store.require(job_id)))
                 self._running[job_id] = task
@@ -147,14 +159,14 @@ class Dispatcher:
         self._arrived.set()
 
     async def _run(self, job: Job) -> None:
-        """One job from start to end; whatever happens, its row says so."""
+        """See one job from start to end; whatever happens, its row says so."""
         began_s = time.time()
         left_s = self._limits.deadline_s - (began_s - job.created_at)
         try:
             async with asyncio.timeout(left_s):
                 video = await self._generate(job)
-                await asyncio.to_thread(
-                    write_results, job.folder, video, keep_frames=self._limits.keep_frames
+                await _to_its_end(
+                    partial(write_results, job.folder, video, keep_frames=self._limits.keep_frames)
                 )
             self._store.complete(job.id)
             self._durations_s.append(time.time() - began_s)
@@ -167,12 +179,11 @@ class Dispatcher:
         except ServingError as error:
             self._store.fail(job.id, error.code, error.message)
         except (MediaError, OSError) as error:
-            self._store.fail(job.id, "result_not_written", str(error))
+            self._store.fail(job.id, ResultNotWritten.code, str(error))
         except Exception as error:
-            # A fault of ours must end this job, not the dispatcher; the row and the log both tell
-            # of it.
+            # A fault of ours must end this job, not the dispatcher; its row and the log both tell.
             log.exception("job %s", job.id)
-            self._store.fail(job.id, StageFailed.code, f"{type(error).__name__}: {error}")
+            self._store.fail(job.id, ReplicaFailed.code, f"{type(error).__name__}: {error}")
 
     async def _generate(self, job: Job) -> GeneratedVideo:
         request = Generation.model_validate(job.request)
@@ -183,33 +194,51 @@ class Dispatcher:
                 decode_image, data, max_pixels=self._limits.image_pixels
             )
         chunks: list[Chunk] = []
-        live = self._live_spans[job.id] = []
-        done = 0
-        stream = self._stages.generate(request, image_HWC)
+        spans = self._live_spans[job.id] = []
+        num_frames = 0
+        stream = self._maker.generate(request, image_HWC)
+        # `aclosing`: a cancelled job closes the stream at once, which stops the work behind it.
         async with aclosing(stream):
             async for chunk in stream:
                 chunks.append(chunk)
-                live.extend(chunk.spans)
-                done += len(chunk.frames)
-                self._store.progress(job.id, min(99.0, 100.0 * done / request.num_frames))
-        if done != request.num_frames:
-            raise StageFailed(f"The stages ended after {done} of {request.num_frames} frames.")
+                spans.extend(chunk.spans)
+                num_frames += len(chunk.frames)
+                # 100 is only said of a video that can be fetched.
+                self._store.progress(job.id, min(99.0, 100.0 * num_frames / request.num_frames))
+        if num_frames != request.num_frames:
+            raise ReplicaFailed(
+                f"The replicas ended after {num_frames} of {request.num_frames} frames."
+            )
         return join(chunks, self._facts.fps)
 
 
+async def _to_its_end(work: Callable[[], None]) -> None:
+    """Run blocking work in a thread; who is cancelled meanwhile leaves only when it has ended.
+
+    A thread cannot be stopped. Were its caller to go at once, the files of a deleted video could
+    come back after its folder is gone.
+    """
+    thread = asyncio.create_task(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.gather(thread, return_exceptions=True)
+        raise
+
+
 def write_results(folder: Path, video: GeneratedVideo, *, keep_frames: bool) -> None:
-    """mp4, lossless frames and timeline, each complete or not there."""
+    """Write timeline, lossless frames (where kept) and mp4, each whole or not at all.
+
+    >>> import tempfile
+    >>> video = GeneratedVideo(np.zeros((5, 32, 32, 3), np.uint8), fps=8.0, spans=())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_results(Path(folder), video, keep_frames=False)
+    ...     sorted(path.name for path in Path(folder).iterdir())
+    ['timeline.json', 'video.mp4']
+    """
     spans = json.dumps([span.to_dict() for span in video.spans])
-    _write_whole(folder / TIMELINE_NAME, spans.encode())
+    write_whole(folder / TIMELINE_NAME, spans)
     if keep_frames:
-        partial = folder / f"{FRAMES_NAME}.partial"
-        with partial.open("wb") as file:
+        with replacing(folder / FRAMES_NAME) as unfinished, unfinished.open("wb") as file:
             np.save(file, video.frames, allow_pickle=False)
-        partial.rename(folder / FRAMES_NAME)
-    _write_whole(folder / VIDEO_NAME, encode_mp4(video.frames, video.fps))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.rename(path)
+    write_whole(folder / VIDEO_NAME, encode_mp4(video.frames, video.fps))

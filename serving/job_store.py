@@ -1,9 +1,8 @@
-"""The durable list of videos asked for: one SQLite row each, their files in a folder each. Knows
-nothing of HTTP or Ray.
+"""The durable list of videos asked for: one SQLite row each, their files in a folder each.
 
-A row goes queued → in_progress → completed | failed | cancelled. One process owns a store: what was
-in progress when that process died is marked failed when the store is opened again; what was still
-queued is handed back to be run.
+A row goes queued → in_progress → completed | failed | cancelled. One process owns a store. When the
+store is opened again, a video that was in progress as that process died is marked failed, and those
+that were still queued are handed back to be run. Knows nothing of HTTP or Ray.
 """
 
 from __future__ import annotations
@@ -32,9 +31,12 @@ from sqlalchemy import (
     update,
 )
 
+from serving.errors import VideoInterrupted
+
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 UNFINISHED: tuple[Status, ...] = ("queued", "in_progress")
 INTERRUPTED = "The service stopped while this video was being made; ask for it again."
+"""What a client reads of a video that was in progress when the service stopped."""
 
 _METADATA = MetaData()
 _JOBS = Table(
@@ -57,8 +59,10 @@ _JOBS = Table(
 
 @dataclass(frozen=True)
 class Job:
-    """One row. Times are Unix seconds, `progress` is 0 to 100, `request` holds a `Generation` as a
-    dict.
+    """One row.
+
+    Times are Unix seconds, `progress` is 0 to 100, `request` holds a `Generation` as a dict, and
+    `folder` is where the video's files lie.
     """
 
     id: str
@@ -78,16 +82,27 @@ class JobStore:
     """Jobs under one data folder: `jobs.sqlite` and `videos/ID/`.
 
     Calls are short and may come from any thread.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     store = JobStore(Path(folder))
+    ...     job = store.create("video_1", "tiny", {"prompt": "a red square"})
+    ...     moves = store.start(job.id), store.complete(job.id), store.cancel(job.id)
+    ...     status = store.require(job.id).status
+    ...     store.close()
+    >>> moves, status
+    ((True, True, False), 'completed')
     """
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = Path(data_dir)
         (self.data_dir / "videos").mkdir(parents=True, exist_ok=True)
         self._engine: Engine = create_engine(f"sqlite:///{self.data_dir / 'jobs.sqlite'}")
-        event.listen(self._engine, "connect", _durable)
+        event.listen(self._engine, "connect", _set_pragmas)
         _METADATA.create_all(self._engine)
 
     def close(self) -> None:
+        """Let go of the database file."""
         self._engine.dispose()
 
     def create(self, job_id: str, model: str, request: dict[str, Any]) -> Job:
@@ -110,6 +125,7 @@ class JobStore:
         return self.data_dir / "videos" / job_id
 
     def get(self, job_id: str) -> Job | None:
+        """The job, or None where there is none of this id."""
         with self._engine.connect() as connection:
             row = connection.execute(select(_JOBS).where(_JOBS.c.id == job_id)).mappings().first()
         return None if row is None else self._job(row)
@@ -124,23 +140,26 @@ class JobStore:
         self, *, limit: int = 20, after: str | None = None, newest_first: bool = True
     ) -> tuple[list[Job], bool]:
         """A page of jobs after the one named, and whether more follow."""
+        # One row more than is wanted tells whether more follow, without counting them all.
         order = _JOBS.c.number.desc() if newest_first else _JOBS.c.number.asc()
         query = select(_JOBS).order_by(order).limit(limit + 1)
         if after is not None:
-            mark = select(_JOBS.c.number).where(_JOBS.c.id == after).scalar_subquery()
-            query = query.where(_JOBS.c.number < mark if newest_first else _JOBS.c.number > mark)
+            last = select(_JOBS.c.number).where(_JOBS.c.id == after).scalar_subquery()
+            query = query.where(_JOBS.c.number < last if newest_first else _JOBS.c.number > last)
         with self._engine.connect() as connection:
             rows = connection.execute(query).mappings().all()
         return [self._job(row) for row in rows[:limit]], len(rows) > limit
 
     def start(self, job_id: str) -> bool:
-        """queued → in_progress; False where it was no longer queued."""
+        """Move queued → in_progress; False where it was no longer queued."""
         return self._move(job_id, ("queued",), status="in_progress", started_at=time.time())
 
     def progress(self, job_id: str, percent: float) -> None:
+        """Note how much of a running job is made, 0 to 100."""
         self._move(job_id, ("in_progress",), progress=percent)
 
     def complete(self, job_id: str) -> bool:
+        """Move in_progress → completed; False where it was no longer in progress."""
         return self._move(
             job_id,
             ("in_progress",),
@@ -150,6 +169,10 @@ class JobStore:
         )
 
     def fail(self, job_id: str, code: str, message: str) -> bool:
+        """Move an unfinished job to failed, with the code and message of a `ServingError`.
+
+        False where it had already finished.
+        """
         return self._move(
             job_id,
             UNFINISHED,
@@ -160,7 +183,7 @@ class JobStore:
         )
 
     def cancel(self, job_id: str) -> bool:
-        """Unfinished → cancelled; False where it had already finished."""
+        """Move an unfinished job to cancelled; False where it had already finished."""
         return self._move(job_id, UNFINISHED, status="cancelled", completed_at=time.time())
 
     def remove(self, job_id: str) -> None:
@@ -173,8 +196,9 @@ class JobStore:
         shutil.rmtree(job.folder, ignore_errors=True)
 
     def recover(self) -> list[Job]:
-        """After a restart: fail what was in progress, and return what is still queued, oldest
-        first.
+        """After a restart, fail what was in progress and return what is still queued.
+
+        The oldest comes first.
         """
         with self._engine.begin() as connection:
             connection.execute(
@@ -183,7 +207,7 @@ class JobStore:
                 .values(
                     status="failed",
                     completed_at=time.time(),
-                    error_code="interrupted",
+                    error_code=VideoInterrupted.code,
                     error_message=INTERRUPTED,
                 )
             )
@@ -205,8 +229,11 @@ class JobStore:
             return connection.execute(statement.values(**values)).rowcount == 1
 
 
-def _durable(connection: Any, _record: Any) -> None:
+def _set_pragmas(connection: Any, _record: Any) -> None:
+    """Settings that SQLite keeps per connection; called for each new one of the pool."""
     cursor = connection.cursor()
+    # With a write-ahead log, readers (a client's polling) never wait for the writer.
     cursor.execute("PRAGMA journal_mode=WAL")
+    # Two threads that write at one time take turns instead of failing at once.
     cursor.execute("PRAGMA busy_timeout=5000")
     cursor.close()

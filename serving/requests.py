@@ -1,107 +1,21 @@
-"""What a client may ask for, its limits, and every way it can be refused. Knows nothing of HTTP
-routes, Ray or tensors.
+"""What a client may ask for, and whether a model can make it.
 
-Two shapes of one request: `CreateVideo` is what a client writes (the OpenAI Videos dialect with
-four fields more); `Generation` is what the stages read, complete and within the limits. Everything
-here survives pickling.
-
-    ServingError                 status, type, code, param: becomes OpenAI's error body
-    ├── InvalidRequest           400  a field is wrong
-    │   └── FrameCountError      400  a number of frames the codec cannot make
-    ├── NotFound                 404  no such video, or no such route
-    ├── NotReady                 409  the video is not finished (or never will be)
-    ├── UploadTooLarge           413  the body is over the cap
-    ├── QueueFull                429  come back after `retry_after_s`
-    ├── StageFailed              500  a stage died or raised while it worked for the request
-    ├── StagesNotReady           503  the stages do not answer yet
-    └── DeadlineExceeded         504  not finished within the deadline
+One request has two shapes. `CreateVideo` is what a client writes: the OpenAI Videos dialect with
+four fields more. `Generation` is what the sessions read: complete, and within the limits of the
+service and of the model (`ModelFacts`). All of it survives pickling. The errors are those of
+`serving.errors`. Knows nothing of HTTP, Ray, files or tensors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
-from typing import Any, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flowreel.errors import FlowreelError
+from flow.codec_factors import CodecFactors
 from serving.config import Limits, Schedule
-
-TEMPORAL_FACTOR = 4
-"""Video frames per latent frame after the first, as in Wan2.2's codec and all of its form."""
-CELL_PIXELS = 16
-"""Pixels per latent row and column, likewise; a model's config.json may say otherwise."""
-
-
-class ServingError(FlowreelError):
-    """The root: a refusal with an HTTP status and the four fields of OpenAI's error body."""
-
-    status = 500
-    type = "server_error"
-    code = "server_error"
-
-    def __init__(
-        self, message: str, *, param: str | None = None, retry_after_s: int | None = None
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
-        self.retry_after_s = retry_after_s
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_error, (type(self), self.message, self.param, self.retry_after_s)
-
-    def body(self) -> dict[str, Any]:
-        """`{"error": {"message", "type", "param", "code"}}`, as OpenAI writes it."""
-        return error_body(self.message, self.type, self.param, self.code)
-
-
-def _rebuild_error(
-    kind: type[ServingError], message: str, param: str | None, retry_after_s: int | None
-) -> ServingError:
-    return kind(message, param=param, retry_after_s=retry_after_s)
-
-
-def error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """OpenAI's error body."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-class InvalidRequest(ServingError):
-    status, type, code = 400, "invalid_request_error", "invalid_value"
-
-
-class FrameCountError(InvalidRequest):
-    code = "invalid_frame_count"
-
-
-class NotFound(ServingError):
-    status, type, code = 404, "invalid_request_error", "not_found"
-
-
-class NotReady(ServingError):
-    status, type, code = 409, "invalid_request_error", "video_not_ready"
-
-
-class UploadTooLarge(ServingError):
-    status, type, code = 413, "invalid_request_error", "upload_too_large"
-
-
-class QueueFull(ServingError):
-    status, type, code = 429, "rate_limit_error", "queue_full"
-
-
-class StageFailed(ServingError):
-    code = "stage_failed"
-
-
-class StagesNotReady(ServingError):
-    status, code = 503, "not_ready"
-
-
-class DeadlineExceeded(ServingError):
-    status, code = 504, "deadline_exceeded"
+from serving.errors import FrameCountError, InvalidRequest
 
 
 @dataclass(frozen=True)
@@ -110,10 +24,15 @@ class ModelFacts:
 
     Attributes:
         name: the id under which it is listed and asked for.
-        num_frames: frames of a training clip (4k+1); longer videos are made by sliding context. 1: it makes images.
+        num_frames: video frames of a training clip; a longer video is made by sliding context.
+            1: the model makes images.
         height, width: pixels.
         fps: frames per second.
-        cell_pixels: pixels per latent row and column.
+        factors: what one latent of the model stands for.
+
+    >>> from flow.codec_factors import WAN_FACTORS
+    >>> ModelFacts("tiny", num_frames=17, height=48, width=64, fps=8.0, factors=WAN_FACTORS).size
+    '64x48'
     """
 
     name: str
@@ -121,34 +40,21 @@ class ModelFacts:
     height: int
     width: int
     fps: float
-    cell_pixels: int = CELL_PIXELS
+    factors: CodecFactors
 
     @property
     def size(self) -> str:
         """`WIDTHxHEIGHT`, as OpenAI writes it."""
         return f"{self.width}x{self.height}"
 
-    @property
-    def aspect_ratio(self) -> str:
-        """The aspect as the prompt template names it: the nearest of the buckets.
-
-        >>> ModelFacts("m", 81, 480, 848, 16.0).aspect_ratio
-        '16:9'
-        """
-        ratio = self.width / self.height
-        near = min(ASPECTS, key=lambda a: abs(ratio / (a[0] / a[1]) - 1))
-        if abs(ratio / (near[0] / near[1]) - 1) < 0.05:
-            return f"{near[0]}:{near[1]}"
-        divisor = gcd(self.width, self.height)
-        return f"{self.width // divisor}:{self.height // divisor}"
-
-
-ASPECTS = ((1, 1), (2, 3), (3, 2), (16, 9), (9, 16), (4, 5), (5, 4), (21, 9), (9, 21))
-
 
 class CreateVideo(BaseModel):
-    """Body of `POST /v1/videos`. `num_frames`, `guidance`, `seed` and `schedule` are ours, the rest
-    is OpenAI's.
+    """Body of `POST /v1/videos`.
+
+    The fields `num_frames`, `guidance`, `seed` and `schedule` are ours; the rest is OpenAI's.
+
+    >>> CreateVideo(prompt="a red square", seconds=2).schedule
+    'jacobi'
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -157,7 +63,9 @@ class CreateVideo(BaseModel):
     model: str | None = Field(default=None, description="the served model's id; others are refused")
     seconds: float | None = Field(default=None, gt=0, description="length: (frames - 1) / fps")
     size: str | None = Field(default=None, description="WIDTHxHEIGHT; only the model's own")
-    num_frames: int | None = Field(default=None, description="length in frames: 4k+1")
+    num_frames: int | None = Field(
+        default=None, description="length in frames: one more than a multiple of the codec's step"
+    )
     guidance: float | None = Field(
         default=None, ge=0, description="guidance weight w; 0 turns it off"
     )
@@ -168,32 +76,40 @@ class CreateVideo(BaseModel):
 
 
 class Generation(BaseModel):
-    """One video to make: complete, within limits, and enough to make it again frame for frame.
+    """One video to make: complete, and enough to make it again frame for frame.
 
-    A given first frame travels beside it, as uint8 [H, W, 3]; `given_first_frame` says that there
-    is one.
+    A first frame that the client gives travels beside it, as uint8 [H, W, 3]; `given_first_frame`
+    says that there is one.
+
+    >>> from flow.codec_factors import WAN_FACTORS
+    >>> facts = ModelFacts("tiny", num_frames=17, height=64, width=64, fps=8.0, factors=WAN_FACTORS)
+    >>> body = CreateVideo(prompt="a red square", seconds=4)
+    >>> request = Generation.admit(body, facts, Limits(), request_id="video_1", seed=5)
+    >>> request.num_frames, request.guidance, request.latent_frames(facts.factors)
+    (33, 2.5, 9)
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     request_id: str
     prompt: str
-    num_frames: int = Field(description="video frames, 4k+1")
+    num_frames: int = Field(description="video frames")
     guidance: float = Field(default=2.5, ge=0)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     schedule: Schedule = "jacobi"
     given_first_frame: bool = False
 
-    @field_validator("num_frames")
-    @classmethod
-    def _whole_latent_frames(cls, num_frames: int) -> int:
-        check_frames(num_frames)
-        return num_frames
+    def latent_frames(self, factors: CodecFactors) -> int:
+        """Latent frames of this video in a model of these factors.
 
-    @property
-    def latent_frames(self) -> int:
-        """Latent frames: 1 + (frames - 1) / 4."""
-        return 1 + (self.num_frames - 1) // TEMPORAL_FACTOR
+        The request itself holds none of them: it may wait in the queue of a service that comes back
+        with another model.
+
+        Raises:
+            FrameCountError: no whole number of latent frames makes this video.
+        """
+        check_frames(self.num_frames, factors)
+        return factors.latent_frames(self.num_frames)
 
     @classmethod
     def admit(
@@ -209,11 +125,15 @@ class Generation(BaseModel):
         """The request that a body asks for.
 
         Args:
+            body: what the client wrote.
+            facts: the model that is to make it.
+            limits: what the service admits.
+            request_id: the video's id.
             seed: used where the body names none.
+            given_first_frame: whether the client sent an image.
 
         Raises:
-            InvalidRequest: something in the body is over a limit, or is not what the model can
-                make.
+            InvalidRequest: something in the body is over a limit, or the model cannot make it.
         """
         if len(body.prompt) > limits.prompt_chars:
             raise InvalidRequest(
@@ -240,7 +160,7 @@ class Generation(BaseModel):
         return cls(
             request_id=request_id,
             prompt=body.prompt,
-            num_frames=_asked_frames(body, facts, limits),
+            num_frames=_frames_asked_for(body, facts, limits),
             guidance=guidance,
             seed=seed if body.seed is None else body.seed,
             schedule=body.schedule,
@@ -248,22 +168,23 @@ class Generation(BaseModel):
         )
 
 
-def _asked_frames(body: CreateVideo, facts: ModelFacts, limits: Limits) -> int:
+def _frames_asked_for(body: CreateVideo, facts: ModelFacts, limits: Limits) -> int:
+    """Video frames that a body asks for, by `num_frames`, by `seconds`, or by naming neither."""
     if body.num_frames is not None:
         num_frames, param = body.num_frames, "num_frames"
     elif body.seconds is not None:
         num_frames, param = round(body.seconds * facts.fps) + 1, "seconds"
     else:
         num_frames, param = facts.num_frames, "num_frames"
-    # A context to slide needs a window of two latent frames at least.
-    longest = limits.max_frames if facts.num_frames > TEMPORAL_FACTOR else 1
-    check_frames(num_frames, longest, fps=facts.fps, param=param)
+    # A longer video reads latent frames again and adds new ones, so a training clip must have two.
+    max_frames = limits.max_frames if facts.num_frames > facts.factors.time else 1
+    check_frames(num_frames, facts.factors, max_frames=max_frames, fps=facts.fps, param=param)
     if body.num_frames is not None and body.seconds is not None:
-        meant = (num_frames - 1) / facts.fps
-        if abs(meant - body.seconds) > 0.5 / facts.fps:
+        seconds = (num_frames - 1) / facts.fps
+        if abs(seconds - body.seconds) > 0.5 / facts.fps:
             raise InvalidRequest(
                 f"seconds {body.seconds:g} and num_frames {num_frames} disagree: {num_frames} "
-                f"frames at {facts.fps:g} fps are {meant:g} s. Give one of the two.",
+                f"frames at {facts.fps:g} fps are {seconds:g} s. Give one of the two.",
                 param="seconds",
             )
     return num_frames
@@ -271,23 +192,39 @@ def _asked_frames(body: CreateVideo, facts: ModelFacts, limits: Limits) -> int:
 
 def check_frames(
     num_frames: int,
-    max_frames: int | None = None,
+    factors: CodecFactors,
     *,
+    max_frames: int | None = None,
     fps: float | None = None,
     param: str = "num_frames",
 ) -> None:
-    """Refuse a frame count that is not 4k+1 or is over the cap, naming the nearest that is allowed.
+    """Refuse a frame count that the codec cannot make, or that is over the cap.
+
+    Args:
+        num_frames: video frames.
+        factors: of the model's codec.
+        max_frames: the cap on video frames.
+        fps: frames per second; with it, the message names the length in seconds too.
+        param: the field of the request that said so.
 
     Raises:
-        FrameCountError: with the count got, the rule and the nearest allowed count.
+        FrameCountError: with the count got, the rule and the nearest count that is allowed.
+
+    >>> from flow.codec_factors import WAN_FACTORS
+    >>> check_frames(16, WAN_FACTORS, max_frames=35)
+    Traceback (most recent call last):
+    ...
+    serving.errors.FrameCountError: 16 frames cannot be made: counts are 4k+1, from 1 to 33; the \
+nearest allowed is 17.
     """
-    step = TEMPORAL_FACTOR
-    near = max(1, (2 * num_frames + step - 2) // (2 * step) * step + 1)
-    rule = f"counts are {step}k+1"
+    below, above = factors.near_frames(num_frames)
+    # Half-way between two counts the longer one is nearest.
+    near = below if num_frames - below < above - num_frames else above
+    rule = f"counts are {factors.time}k+1" if factors.time > 1 else "counts are whole numbers"
     if max_frames is not None:
-        top = (max_frames - 1) // step * step + 1
-        near = min(near, top)
-        rule += f", from 1 to {top}"
+        highest, _ = factors.near_frames(max_frames)
+        near = min(near, highest)
+        rule += f", from 1 to {highest}"
     if num_frames == near:
         return
     seconds = "" if fps is None else f" (seconds={(near - 1) / fps:g} at {fps:g} fps)"
@@ -301,9 +238,8 @@ def from_validation(error: ValidationError) -> InvalidRequest:
     """The first complaint of pydantic, as an error of ours."""
     first = error.errors(include_url=False, include_input=False)[0]
     param = ".".join(str(part) for part in first["loc"]) or None
+    if first["type"] == "missing":
+        return InvalidRequest(f"The required field {param!r} is missing.", param=param)
     problem = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
     where = f"{param}: " if param else ""
-    refused = InvalidRequest(f"{where}{problem}.", param=param)
-    if first["type"] == "missing":
-        refused = InvalidRequest(f"The required field {param!r} is missing.", param=param)
-    return refused
+    return InvalidRequest(f"{where}{problem}.", param=param)

@@ -1,13 +1,13 @@
-"""One video being made: prompt → latents → frames, as two half-sessions that may live in two
-processes.
+"""One video being made: prompt → latents → frames, as two half-sessions.
 
 `DeepSession` encodes the text and inverts the deep block, one frame of u at a time.
-`DecoderSession` takes those frames and gives RGB: shallow inverse, denoiser, codec. The Ray Serve
-replicas hold one each and pass bytes between them; `generate` holds both in one process. The code
-is the same, so the frames are the same. Knows nothing of HTTP or Ray.
+`DecoderSession` takes those frames and gives RGB: shallow inverse, denoiser, codec. The replicas of
+the service hold one each, in two processes, and pass bytes between them; `generate` holds both in
+one process. The code is the same, so the frames are the same.
 
-Shapes: x latents [B, T, C, h, w]; u tokens [B, T, H, W, C] (H, W the token grid); frames uint8 [T,
-height, width, 3].
+Shapes: B batch, T frames; x latents [B, T, C, h, w]; u tokens [B, T, H, W, C] (H, W the token
+grid); text [B, J, E] (J text tokens, E their width); RGB frames uint8 [T, height, width, 3]. Knows
+nothing of HTTP or Ray.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,200 +24,111 @@ from PIL import Image
 from torch import Tensor
 
 from flow.certificate import Certificate, certificate
-from flow.codec import VideoCodec
 from flow.counters import Counters, Work
-from flow.flow import SHALLOW_TOLERANCE, FlowModel
-from flow.prompt import format_prompt
+from flow.flow import SHALLOW_TOLERANCE
+from flow.prompt import prompt_for
 from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, FrameStream, frame_noise
-from flow.text import TextEncoder, build_text_encoder
-from flow.weights import ModelSpec, load_model
-from serving.config import Sampler
+from media.frames import Frames
+from serving.errors import InvalidRequest
+from serving.loading import LoadedModel, load
 from serving.messages import (
     Chunk,
     DeepFrame,
-    Frames,
+    DeploymentName,
     GeneratedVideo,
     Opening,
     PackedTensor,
-    Span,
-    Stage,
+    WorkSpan,
     join,
 )
-from serving.requests import (
-    CELL_PIXELS,
-    TEMPORAL_FACTOR,
-    Generation,
-    InvalidRequest,
-    ModelFacts,
-)
+from serving.requests import Generation
 
-Device = Literal["cpu", "cuda"]
-
-# Noise is drawn from (seed, n): n counts latent frames, so what is drawn beside them takes n far
-# away.
+# Noise is drawn from (seed, n), where n counts latent frames: noise for another purpose takes an n
+# that no video reaches.
 _POSTERIOR_NOISE_INDEX = 1 << 30
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model folder in memory; a stage that needs no codec or no text encoder holds none."""
-
-    model: FlowModel
-    spec: ModelSpec
-    facts: ModelFacts
-    device: Device
-    codec: VideoCodec | None
-    text_encoder: TextEncoder | None
-    sampler: Sampler = field(default_factory=Sampler)
-
-    @property
-    def latent_grid(self) -> tuple[int, int]:
-        """(h, w) of the latents."""
-        cell = self.facts.cell_pixels
-        return self.facts.height // cell, self.facts.width // cell
-
-
-def model_facts(spec: ModelSpec, name: str) -> ModelFacts:
-    """What the Api needs to know of a model.
-
-    Raises:
-        InvalidRequest: the model folder does not say what videos it makes.
-    """
-    if spec.video is None or spec.codec is None:
-        missing = "video" if spec.video is None else "codec"
-        raise InvalidRequest(
-            f"The model {name!r} names no {missing} in its config.json, so it cannot make videos; "
-            f"export it with ModelSpec({missing}=...)."
-        )
-    video = spec.video
-    return ModelFacts(
-        name, video.num_frames, video.height, video.width, float(video.fps), video.cell_pixels
-    )
-
-
-_NOT_OF_STAGE: dict[Stage, tuple[str, ...]] = {
-    "deep": ("flow.shallow", "denoiser"),
-    "decode": ("flow.deep.layers",),
-}
-"""Modules of `FlowModel` that a stage can do without."""
-
-
-def load(
-    model_dir: str | Path,
-    *,
-    device: Device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    sampler: Sampler | None = None,
-    stage: Stage | None = None,
-) -> LoadedModel:
-    """Read a model folder as `flow.weights.save_model` writes it.
-
-    Args:
-        stage: read only what this stage needs; None reads all.
-
-    Raises:
-        CheckpointError, CodecError, TextError: a part is missing or does not fit.
-        InvalidRequest: see `model_facts`.
-    """
-    folder = Path(model_dir)
-    leave_out = _NOT_OF_STAGE[stage] if stage else ()
-    model, spec = load_model(folder, device=device, dtype=dtype, leave_out=leave_out)
-    model.requires_grad_(False)
-    facts = model_facts(spec, folder.name)
-    codec = None if stage == "deep" else load_codec(folder, spec, device)
-    text_encoder = None if stage == "decode" else build_text_encoder(spec.text, device)
-    return LoadedModel(model, spec, facts, device, codec, text_encoder, sampler or Sampler())
-
-
-def load_codec(folder: Path, spec: ModelSpec, device: Device) -> VideoCodec:
-    """The codec that a model names: a folder inside the model's, any folder, or a hub id."""
-    assert spec.codec is not None
-    inside = folder / spec.codec
-    codec = VideoCodec.load(inside if inside.is_dir() else spec.codec, device)
-    if spec.codec_digest is not None and codec.digest != spec.codec_digest:
-        raise InvalidRequest(
-            f"The codec at {spec.codec!r} has digest {codec.digest}, but the model was trained on "
-            f"latents of {spec.codec_digest}: put that codec back, or train for this one."
-        )
-    found = (codec.factors.space, codec.latent_channels)
-    needed = (spec.video.cell_pixels if spec.video else CELL_PIXELS, spec.flow.latent_channels)
-    if found != needed or (spec.flow.video and codec.factors.time != TEMPORAL_FACTOR):
-        raise InvalidRequest(
-            f"The codec at {spec.codec!r} makes {found[1]} channels of {found[0]} pixels and "
-            f"{codec.factors.time} frames; the model reads {needed[1]} of {needed[0]} pixels"
-            + (f" and {TEMPORAL_FACTOR} frames." if spec.flow.video else ".")
-        )
-    if spec.latents is not None:
-        codec.convention = spec.latents.with_statistics_of(codec.convention)
-    return codec
-
-
-def prompt_text(caption: str, loaded: LoadedModel) -> str:
-    """The caption as the model was trained to read it."""
-    config, facts = loaded.model.config, loaded.facts
-    fps = facts.fps if config.video else 0.0
-    return format_prompt(
+def prompt_text(caption: str, loaded: LoadedModel, num_frames: int) -> str:
+    """The caption as the model was trained to read it, for a clip of so many video frames."""
+    facts = loaded.facts
+    return prompt_for(
         caption,
-        fps=fps if config.prompt_fps else None,
-        noise_std=config.noise_std if config.prompt_noise else None,
-        aspect_ratio=facts.aspect_ratio if config.prompt_aspect else None,
+        loaded.model.config,
+        num_frames=num_frames,
+        height=facts.height,
+        width=facts.width,
+        fps=facts.fps,
     )
 
 
 def sample_spec(request: Generation, loaded: LoadedModel) -> SampleSpec:
-    """How the flow samples this request; beyond the trained length the context slides by half a
-    window.
+    """How the flow samples this request.
+
+    The deep block sees as many frames at once as a training clip has. A longer video slides on, and
+    reads half a clip again each time unless the settings say otherwise.
+
+    Raises:
+        FrameCountError: the model cannot make so many frames.
     """
-    window = 1 + (loaded.facts.num_frames - 1) // TEMPORAL_FACTOR
-    sampler = loaded.sampler
+    factors, sampling = loaded.facts.factors, loaded.sampling
+    trained_frames = factors.latent_frames(factors.near_frames(loaded.facts.num_frames)[0])
     return SampleSpec(
         seed=request.seed,
-        num_frames=request.latent_frames,
+        num_frames=request.latent_frames(factors),
         grid=loaded.latent_grid,
         guidance=request.guidance,
         schedule=request.schedule,
-        block_size=sampler.block_size,
-        tolerance=sampler.tolerance,
-        window_frames=window,
-        context_frames=sampler.context_frames or max(1, window // 2),
+        block_size=sampling.block_size,
+        tolerance=sampling.tolerance,
+        window_frames=trained_frames,
+        context_frames=sampling.context_frames or max(1, trained_frames // 2),
     )
 
 
 def fit_image(image_HWC: Frames, height: int, width: int) -> Frames:
-    """Scale an image to cover (height, width) and crop its centre: uint8 [height, width, 3]."""
+    """Scale an image to cover (height, width) and crop its centre: uint8 [height, width, 3].
+
+    >>> fit_image(np.zeros((40, 120, 3), np.uint8), 32, 64).shape
+    (32, 64, 3)
+    """
     rows, columns = image_HWC.shape[:2]
     scale = max(height / rows, width / columns)
     size = (max(width, round(columns * scale)), max(height, round(rows * scale)))
-    scaled = np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.LANCZOS))
+    cover_HWC = np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.LANCZOS))
     top, left = (size[1] - height) // 2, (size[0] - width) // 2
-    return np.ascontiguousarray(scaled[top : top + height, left : left + width])
+    return np.ascontiguousarray(cover_HWC[top : top + height, left : left + width])
 
 
 @torch.inference_mode()
 def encode_first_frame(loaded: LoadedModel, request: Generation, image_HWC: Frames) -> PackedTensor:
-    """u of a given first frame, [1, 1, H, W, C]: codec, latent convention, + σ·ε, forward through
-    the shallow stack (arXiv 2511.20462, image-to-video). The noise comes from the request's
-    seed."""
+    """A client's first frame as tokens u, [1, 1, H, W, C] (arXiv 2511.20462, image-to-video).
+
+    The image goes through the codec and the latent convention, takes on σ·ε as every latent that
+    the flow models, and runs forward through the shallow stack. The noise comes from the request's
+    seed: a replica that takes the video over makes the same u.
+    """
     codec, model = loaded.codec, loaded.model
-    assert codec is not None, "only the decoding stage, which has the codec, takes images"
-    fitted = fit_image(image_HWC, loaded.facts.height, loaded.facts.width)
-    mean_BTCHW, logvar_BTCHW = codec.encode(torch.from_numpy(fitted)[None, None])
+    assert codec is not None, "only FrameDecoder, which holds the codec, takes images"
+    frame_HWC = fit_image(image_HWC, loaded.facts.height, loaded.facts.width)
+    mean_BTCHW, logvar_BTCHW = codec.encode(torch.from_numpy(frame_HWC)[None, None])
 
     def noise(index: int) -> Tensor:
-        drawn = frame_noise(request.seed, index, tuple(mean_BTCHW.shape[2:]))
-        return drawn[None, None].to(mean_BTCHW.device)
+        noise_CHW = frame_noise(request.seed, index, tuple(mean_BTCHW.shape[2:]))
+        return noise_CHW[None, None].to(mean_BTCHW.device)
 
     posterior = noise(_POSTERIOR_NOISE_INDEX) if codec.convention.posterior_noise else None
     x_BTCHW = codec.convention.to_model(mean_BTCHW, logvar_BTCHW, posterior)
     x_BTCHW = x_BTCHW + model.config.noise_std * noise(0)
-    dtype = next(model.parameters()).dtype
-    return PackedTensor.pack(model.flow.shallow_forward(x_BTCHW.to(dtype)))
+    return PackedTensor.pack(model.flow.shallow_forward(x_BTCHW.to(loaded.dtype)))
 
 
 class DeepSession:
-    """Text and deep block of one request. `opening` first, then `next()` for each latent frame, or
-    iterate. With `emitted`, the frames of u made before, it goes on after them as if uninterrupted.
+    """Text encoder and deep block of one request: `opening` first, then `next` for each frame of u.
+
+    Iterating calls `next` until the video is whole.
+
+    Example: `for frame in DeepSession(load("runs/demo/model"), request): ...`
     """
 
     @torch.inference_mode()
@@ -228,30 +137,43 @@ class DeepSession:
         loaded: LoadedModel,
         request: Generation,
         first_u: PackedTensor | None = None,
-        emitted: Sequence[PackedTensor] = (),
+        earlier_u: Sequence[PackedTensor] = (),
     ) -> None:
+        """Encode the text and make ready for the first frame that is wanted.
+
+        Args:
+            loaded: the model.
+            request: the video.
+            first_u: a client's first frame, from `encode_first_frame`.
+            earlier_u: frames of u made before, `first_u` among them; the session goes on after
+                them as if uninterrupted.
+
+        Raises:
+            FrameCountError: the model cannot make so many frames.
+        """
         assert loaded.text_encoder is not None
         self.request = request
-        dtype = next(loaded.model.parameters()).dtype
-        texts = [prompt_text(request.prompt, loaded), prompt_text("", loaded)]
-        both_BLD = loaded.text_encoder.encode(texts)
-        self.opening = Opening(PackedTensor.pack(both_BLD[:1]))
-        both_BLD = both_BLD.to(loaded.device, dtype)
-
-        def on_device(packed: PackedTensor) -> Tensor:
-            return packed.unpack(loaded.device).to(dtype)
-
+        spec = sample_spec(request, loaded)
+        texts = [prompt_text(text, loaded, request.num_frames) for text in (request.prompt, "")]
+        text_BJE = loaded.text_encoder.encode(texts)
+        self.opening = Opening(PackedTensor.pack(text_BJE[:1]))
+        # The caption, and the null prompt that guidance leads away from.
+        self._text_BJE, self._null_BJE = text_BJE.to(loaded.device, loaded.dtype).split(1)
         self._stream = DeepStream(
             loaded.model.flow,
-            both_BLD[:1],
-            both_BLD[1:],
-            sample_spec(request, loaded),
-            first_frame_u=None if first_u is None else on_device(first_u),
-            emitted=[on_device(u) for u in emitted],
+            self._text_BJE,
+            self._null_BJE,
+            spec,
+            first_frame_u=None if first_u is None else self._on_device(first_u),
+            emitted=[self._on_device(u) for u in earlier_u],
         )
-        self._given = 0 if first_u is None else 1
-        self._texts = both_BLD
-        self.index = len(emitted)
+        self._prefix_frames = 0 if first_u is None else 1
+        self.index = len(earlier_u)
+
+    @property
+    def num_latent_frames(self) -> int:
+        """Latent frames of the whole video."""
+        return self._stream.spec.num_frames
 
     @property
     def counters(self) -> Counters:
@@ -259,46 +181,47 @@ class DeepSession:
         return self._stream.counters
 
     def certify(self, frames: Sequence[PackedTensor]) -> Certificate:
-        """How exact all frames of u are, by one parallel pass over each window."""
-        like = self._texts
-        u_BTHWC = torch.cat([u.unpack(like.device).to(like.dtype) for u in frames], dim=1)
+        """How exact all frames of u are, by one parallel pass over each window of the video."""
+        u_BTHWC = torch.cat([self._on_device(u) for u in frames], dim=1)
         flow, spec = self._stream.flow, self._stream.spec
-        return certificate(flow, u_BTHWC, like[:1], like[1:], spec, given_frames=self._given)
+        return certificate(
+            flow, u_BTHWC, self._text_BJE, self._null_BJE, spec, given_frames=self._prefix_frames
+        )
 
     @torch.inference_mode()
     def next(self) -> DeepFrame:
         """The next frame of u."""
         start_s = time.time()
         u = PackedTensor.pack(self._stream.next_frame())
-        span = Span("deep", self.index, os.getpid(), start_s, time.time(), self.request.request_id)
+        span = _span_until_now("deep", self.index, start_s, self.request)
         self.index += 1
         return DeepFrame(span.frame, u, span)
 
     def __iter__(self) -> Iterator[DeepFrame]:
-        while self.index < self.request.latent_frames:
+        while self.index < self.num_latent_frames:
             yield self.next()
+
+    def _on_device(self, packed: PackedTensor) -> Tensor:
+        return packed.unpack(self._text_BJE.device).to(self._text_BJE.dtype)
 
 
 class DecoderSession:
-    """Shallow inverse, denoiser and codec of one request: `push` each frame of u in order, then
-    `finish`.
-    """
+    """Shallow inverse, denoiser and codec of one request: `push` each frame of u, then `finish`."""
 
     def __init__(self, loaded: LoadedModel, request: Generation, opening: Opening) -> None:
         assert loaded.codec is not None
         self.request = request
         self._loaded = loaded
-        self._dtype = next(loaded.model.parameters()).dtype
-        denoiser = loaded.sampler.denoiser
+        denoiser = loaded.sampling.denoiser
         if denoiser == "learned" and loaded.model.denoiser is None:
             denoiser = "none"
-        text_1LD = opening.text.unpack(loaded.device).to(self._dtype)
-        # As in `flow.sampling.sample`: who asks for an exact inverse means the shallow one too.
+        text_BJE = opening.text.unpack(loaded.device).to(loaded.dtype)
+        # As in `flow.sampling.sample`: a tolerance of 0 asks for an exact shallow inverse too.
         self._latents = FrameStream(
             loaded.model,
-            text_1LD,
+            text_BJE,
             denoiser,
-            shallow_tolerance=SHALLOW_TOLERANCE if loaded.sampler.tolerance else 0.0,
+            shallow_tolerance=SHALLOW_TOLERANCE if loaded.sampling.tolerance else 0.0,
             sequential=request.schedule == "sequential",
             windows=[*sample_spec(request, loaded).windows()],
         )
@@ -311,28 +234,37 @@ class DecoderSession:
         return self._latents.work
 
     def push(self, frame: DeepFrame) -> Chunk:
-        """RGB frames that this frame of u makes ready; none while the denoiser still waits to look
-        ahead.
+        """The RGB frames that this frame of u makes ready.
+
+        There are none while the denoiser waits for the frame after it, to which it looks ahead.
         """
         assert frame.index == self._next_index, f"frame {frame.index} came for {self._next_index}"
         self._next_index += 1
-        u_BTHWC = frame.u.unpack(self._loaded.device).to(self._dtype)
+        u_BTHWC = frame.u.unpack(self._loaded.device).to(self._loaded.dtype)
         chunk = self._decode(lambda: self._latents.push(u_BTHWC), frame.index)
         return Chunk(chunk.frames, (frame.span, *chunk.spans))
 
     def finish(self) -> Chunk:
-        """The frames still held back."""
+        """The frames that waited for a frame after them."""
         return self._decode(self._latents.finish, self._next_index - 1)
 
     @torch.inference_mode()
     def _decode(self, clean_latents: Callable[[], list[Tensor]], index: int) -> Chunk:
         start_s = time.time()
         height, width = self._loaded.facts.height, self._loaded.facts.width
-        ready = [np.empty((0, height, width, 3), dtype=np.uint8)]
+        # Where no latent is ready the chunk is empty, yet of the right shape.
+        frames = [np.empty((0, height, width, 3), dtype=np.uint8)]
         for x_BCHW in clean_latents():
-            ready.append(self._codec.push(x_BCHW)[0].cpu().numpy())
-        span = Span("decode", index, os.getpid(), start_s, time.time(), self.request.request_id)
-        return Chunk(np.concatenate(ready), (span,))
+            frames.append(self._codec.push(x_BCHW)[0].cpu().numpy())
+        span = _span_until_now("decode", index, start_s, self.request)
+        return Chunk(np.concatenate(frames), (span,))
+
+
+def _span_until_now(
+    name: DeploymentName, frame: int, start_s: float, request: Generation
+) -> WorkSpan:
+    """The span from `start_s` until now, in this process."""
+    return WorkSpan(name, frame, os.getpid(), start_s, time.time(), request.request_id)
 
 
 def generate(
@@ -347,10 +279,15 @@ def generate(
 
     Args:
         model: a loaded model, or a model folder.
-        image_HWC: the given first frame, uint8 [H, W, 3] of any size; for a request with
+        request: the video.
+        image_HWC: the first frame, uint8 [H, W, 3] of any size; for a request with
             `given_first_frame`.
         on_chunk: called with each chunk as it becomes ready.
         certify: check the deep block's part by a parallel pass at the end.
+
+    Raises:
+        FrameCountError: the model cannot make so many frames.
+        InvalidRequest: the request and the image do not agree on whether there is one.
 
     Example: `generate("runs/demo/model", Generation(request_id="a", prompt="a red square",
     num_frames=17))`
@@ -366,16 +303,16 @@ def generate(
     decoder = DecoderSession(loaded, request, deep.opening)
     chunks: list[Chunk] = []
 
-    def keep(chunk: Chunk) -> None:
+    def take(chunk: Chunk) -> None:
         chunks.append(chunk)
         if on_chunk is not None:
             on_chunk(chunk)
 
-    latents: list[PackedTensor] = []
+    u_frames: list[PackedTensor] = []
     for frame in deep:
-        latents.append(frame.u)
-        keep(decoder.push(frame))
-    keep(decoder.finish())
+        u_frames.append(frame.u)
+        take(decoder.push(frame))
+    take(decoder.finish())
     counters = dataclasses.replace(deep.counters, shallow=decoder.shallow_work)
-    proof = deep.certify(latents) if certify else None
+    proof = deep.certify(u_frames) if certify else None
     return dataclasses.replace(join(chunks, loaded.facts.fps), counters=counters, certificate=proof)

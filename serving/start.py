@@ -1,4 +1,7 @@
-"""Ports, readiness and the error of a service that does not start. Knows nothing of Ray or models."""
+"""Ports, readiness over HTTP, and the error of a service that does not start.
+
+Knows nothing of Ray or models.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,13 @@ class ServeStartError(FlowreelError, RuntimeError):
 
 
 def bindable_port(host: str, port: int) -> int:
-    """The port, or a free one for 0; ServeStartError where nothing can listen there."""
+    """The port, or a free one for 0.
+
+    Raises:
+        ServeStartError: nothing can listen there.
+    """
     with socket.socket() as probe:
+        # A port whose last connection is closing may be bound again, as the server will do.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -30,12 +38,16 @@ def bindable_port(host: str, port: int) -> int:
 
 
 def process_runs(pid: int) -> bool:
-    """Whether a process with this id is on this machine."""
+    """Whether a process with this id is on this machine; as Linux tells it."""
     return Path(f"/proc/{pid}").exists()
 
 
 def wait_ready(url: str, timeout_s: float) -> dict[str, int]:
-    """Process ids by stage, once `/health` says ready; ServeStartError where it never does."""
+    """Process ids by deployment, once `/health` says ready.
+
+    Raises:
+        ServeStartError: it does not within `timeout_s`; the message has the last answer.
+    """
     give_up_s = time.monotonic() + timeout_s
     last = "no answer"
     while time.monotonic() < give_up_s:
@@ -45,6 +57,7 @@ def wait_ready(url: str, timeout_s: float) -> dict[str, int]:
                 return dict(answer.json()["pids"])
             last = f"{answer.status_code} {answer.text[:300]}"
         except httpx.TransportError as error:
+            # Nothing listens yet, or a replica is being replaced.
             last = type(error).__name__
         time.sleep(0.1)
     raise ServeStartError(

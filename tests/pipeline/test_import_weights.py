@@ -17,7 +17,8 @@ from flow.flow import FlowModel
 from flow.weights import load_model, read_spec
 from media.read import read_video
 from pipeline.cli import app
-from serving.session import load, prompt_text
+from serving.loading import load
+from serving.session import prompt_text
 from tests.flow.models import shaken, tiny_config
 from tests.flow.released_models import released_state, released_yaml
 from tests.flow.test_codec import SD, STATISTICS, WAN, made
@@ -123,7 +124,8 @@ def test_video_release_becomes_a_model_that_makes_videos(tmp_path: Path, text: P
     assert loaded.codec.convention == LatentConvention(
         tuple(STATISTICS["latents_mean"]), tuple(STATISTICS["latents_std"]), 0.6, True
     )
-    assert prompt_text("a cat", loaded).startswith("Noise Level 300:\nA video with 8 fps:\na cat\n")
+    prompt = prompt_text("a cat", loaded, num_frames=9)
+    assert prompt.startswith("Noise Level 300:\nA video with 8 fps:\na cat\n")
     out = tmp_path / "video.mp4"
     flowreel("sample", tmp_path / "model", "--prompt", PROMPT, "--guidance", 1, "--out", out)
     frames = read_video(out).frames

@@ -21,7 +21,8 @@ from pipeline.video_likelihood import (
     score_video,
     write_per_token,
 )
-from serving.session import load, prompt_text
+from serving.loading import load
+from serving.session import prompt_text
 from tests.serving.conftest import (
     model_dir as model_dir,
 )  # the tiny model folder of the service's tests
@@ -47,7 +48,7 @@ def test_a_videos_score_is_the_flows_loss_on_its_noised_latents(
     assert loaded.codec is not None
     assert loaded.text_encoder is not None
     mean, _ = loaded.codec.encode(torch.from_numpy(frames)[None])
-    text = loaded.text_encoder.encode([prompt_text(PROMPT, loaded)])
+    text = loaded.text_encoder.encode([prompt_text(PROMPT, loaded, len(frames))])
     x = loaded.codec.convention.to_model(mean)
     losses = [
         float(loaded.model.flow(x + 0.3 * draw_noise(4, d, x.shape[1:]), text).loss())

@@ -1,4 +1,4 @@
-"""Stages in this process, for tests of the Api without a cluster: the real sessions."""
+"""Videos made in this process by the real sessions, for tests of the Api without a cluster."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 
-from serving.requests import Generation, StagesNotReady
-from serving.session import (
-    Chunk,
-    DecoderSession,
-    DeepSession,
-    Frames,
-    LoadedModel,
-    encode_first_frame,
-)
+from media.frames import Frames
+from serving.errors import ReplicasNotReady
+from serving.loading import LoadedModel
+from serving.messages import Chunk
+from serving.requests import Generation
+from serving.session import DecoderSession, DeepSession, encode_first_frame
 
 
-class LocalStages:
-    """`serving.dispatcher.Stages` over one loaded model; `gate` holds every video at its start."""
+class LocalVideoMaker:
+    """`serving.dispatcher.VideoMaker` over one model; `gate` holds every video at its start."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -48,5 +45,5 @@ class LocalStages:
 
     async def check_ready(self) -> dict[str, int]:
         if not self.ready:
-            raise StagesNotReady("not yet")
+            raise ReplicasNotReady("not yet")
         return {"api": os.getpid()}

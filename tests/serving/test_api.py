@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
+import re
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,14 +16,19 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from fastapi.routing import APIRoute
 
+import serving.api
+import serving.dispatcher
 from media.write import encode_png
 from serving.api import create_app
 from serving.config import Limits
+from serving.errors import ReplicaFailed
 from serving.job_store import JobStore
-from serving.requests import Generation, StageFailed
-from serving.session import LoadedModel, generate
-from tests.serving.in_process import LocalStages
+from serving.loading import LoadedModel
+from serving.requests import Generation
+from serving.session import generate
+from tests.serving.in_process import LocalVideoMaker
 
 LIMITS = Limits(
     prompt_chars=50,
@@ -35,7 +43,7 @@ LIMITS = Limits(
 @dataclass
 class Service:
     client: httpx.AsyncClient
-    stages: LocalStages
+    maker: LocalVideoMaker
 
     async def create(self, **fields: object) -> dict[str, Any]:
         answer = await self.client.post("/v1/videos", json={"prompt": "a red square", **fields})
@@ -52,17 +60,17 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(
+async def running_service(
     loaded: LoadedModel, data_dir: Path, limits: Limits = LIMITS
 ) -> AsyncIterator[Service]:
-    stages = LocalStages(loaded)
-    app = create_app(stages, JobStore(data_dir), loaded.facts, limits)
+    maker = LocalVideoMaker(loaded)
+    app = create_app(maker, JobStore(data_dir), loaded.facts, limits)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
-        yield Service(client, stages)
+        yield Service(client, maker)
 
 
 @pytest.fixture
@@ -72,7 +80,7 @@ def run(loaded: LoadedModel, tmp_path: Path) -> Callable[..., None]:
     def runner(body: Callable[[Service], Awaitable[None]], **changes: object) -> None:
         async def main() -> None:
             limits = LIMITS.model_copy(update=changes)
-            async with serving(loaded, tmp_path, limits) as service:
+            async with running_service(loaded, tmp_path, limits) as service:
                 await body(service)
 
         asyncio.run(main())
@@ -94,8 +102,8 @@ def test_a_video_is_made_as_the_sessions_make_it(
     async def body(service: Service) -> None:
         video = await service.create(seed=7, seconds="1", size="32x32", model="tiny")
         assert (video["object"], video["status"], video["seconds"]) == ("video", "queued", "1")
-        done = await service.until(video["id"], "completed", "failed")
-        assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None)
+        video = await service.until(video["id"], "completed", "failed")
+        assert (video["status"], video["progress"], video["error"]) == ("completed", 100, None)
         frames = await service.client.get(f"/v1/videos/{video['id']}/frames")
         got = np.load(io.BytesIO(frames.content), allow_pickle=False)
         asked = Generation(request_id="x", prompt="a red square", num_frames=9, guidance=1, seed=7)
@@ -204,14 +212,14 @@ def test_unknown_routes_videos_and_methods_have_openais_body(run: Callable[..., 
 
 def test_a_full_queue_says_when_to_come_back(run: Callable[..., None]) -> None:
     async def body(service: Service) -> None:
-        service.stages.gate.clear()
+        service.maker.gate.clear()
         first = await service.create()
         await service.until(first["id"], "in_progress")
         waiting = [await service.create(num_frames=1) for _ in range(2)]
         answer = await service.client.post("/v1/videos", json={"prompt": "a"})
         assert refusal(answer, 429)["code"] == "queue_full"
         assert int(answer.headers["retry-after"]) >= 1
-        service.stages.gate.set()
+        service.maker.gate.set()
         for video in waiting:
             await service.until(video["id"], "completed")
         await service.create(num_frames=1)
@@ -221,11 +229,11 @@ def test_a_full_queue_says_when_to_come_back(run: Callable[..., None]) -> None:
 
 def test_results_are_refused_until_they_are_there(run: Callable[..., None]) -> None:
     async def body(service: Service) -> None:
-        service.stages.gate.clear()
+        service.maker.gate.clear()
         video = await service.create(num_frames=1)
         error = refusal(await service.client.get(f"/v1/videos/{video['id']}/content"), 409)
         assert error["code"] == "video_not_ready"
-        service.stages.gate.set()
+        service.maker.gate.set()
         await service.until(video["id"], "completed")
         wrong = await service.client.get(f"/v1/videos/{video['id']}/content?variant=spritesheet")
         assert refusal(wrong, 400)["param"] == "variant"
@@ -235,15 +243,15 @@ def test_results_are_refused_until_they_are_there(run: Callable[..., None]) -> N
 
 def test_cancelling_stops_the_work_and_lets_the_next_one_in(run: Callable[..., None]) -> None:
     async def body(service: Service) -> None:
-        service.stages.gate.clear()
+        service.maker.gate.clear()
         running, waiting = await service.create(), await service.create()
         await service.until(running["id"], "in_progress")
         for video in (waiting, running):
             cancelled = await service.client.post(f"/v1/videos/{video['id']}/cancel")
             assert cancelled.json()["status"] == "cancelled"
-        assert service.stages.closed == [running["id"]]
+        assert service.maker.closed == [running["id"]]
         refusal(await service.client.post(f"/v1/videos/{running['id']}/cancel"), 409)
-        service.stages.gate.set()
+        service.maker.gate.set()
         await service.until((await service.create(num_frames=1))["id"], "completed")
 
     run(body)
@@ -253,21 +261,63 @@ def test_a_deleted_video_is_gone_and_its_work_stopped(
     run: Callable[..., None], tmp_path: Path
 ) -> None:
     async def body(service: Service) -> None:
-        service.stages.gate.clear()
+        service.maker.gate.clear()
         video = await service.create()
         await service.until(video["id"], "in_progress")
         answer = await service.client.delete(f"/v1/videos/{video['id']}")
         assert answer.json() == {"id": video["id"], "object": "video.deleted", "deleted": True}
         refusal(await service.client.get(f"/v1/videos/{video['id']}"), 404)
-        assert service.stages.closed == [video["id"]]
+        assert service.maker.closed == [video["id"]]
         assert list((tmp_path / "videos").iterdir()) == []
+
+    run(body)
+
+
+def test_a_video_deleted_while_its_files_are_written_leaves_none(
+    run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    write = serving.dispatcher.write_results
+
+    def write_slowly(folder: Path, *args: Any, **options: Any) -> None:
+        begun.set()
+        go_on.wait(10)
+        write(folder, *args, **options)
+
+    monkeypatch.setattr(serving.dispatcher, "write_results", write_slowly)
+
+    async def body(service: Service) -> None:
+        video = await service.create(num_frames=1)
+        await asyncio.to_thread(begun.wait, 10)
+        deletion = asyncio.create_task(service.client.delete(f"/v1/videos/{video['id']}"))
+        await asyncio.sleep(0.05)
+        assert not deletion.done()
+        go_on.set()
+        assert (await deletion).json()["deleted"]
+        assert list((tmp_path / "videos").iterdir()) == []
+
+    run(body)
+
+
+def test_a_result_that_cannot_be_written_fails_its_video(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_is_full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(serving.dispatcher, "write_results", disk_is_full)
+
+    async def body(service: Service) -> None:
+        failed = await service.until((await service.create(num_frames=1))["id"], "failed")
+        assert failed["error"]["code"] == "result_not_written"
+        assert "No space left" in failed["error"]["message"]
 
     run(body)
 
 
 def test_a_video_that_misses_its_deadline_fails(run: Callable[..., None]) -> None:
     async def body(service: Service) -> None:
-        service.stages.gate.clear()
+        service.maker.gate.clear()
         failed = await service.until((await service.create())["id"], "failed")
         assert failed["error"]["code"] == "deadline_exceeded"
         assert "0.2 s" in failed["error"]["message"]
@@ -275,16 +325,16 @@ def test_a_video_that_misses_its_deadline_fails(run: Callable[..., None]) -> Non
     run(body, deadline_s=0.2)
 
 
-@pytest.mark.parametrize("fault", [StageFailed("the deep block died"), RuntimeError("a bug")])
-def test_a_failing_stage_fails_its_video_and_no_other(
+@pytest.mark.parametrize("fault", [ReplicaFailed("the deep block died"), RuntimeError("a bug")])
+def test_a_failing_replica_fails_its_video_and_no_other(
     run: Callable[..., None], fault: Exception
 ) -> None:
     async def body(service: Service) -> None:
-        service.stages.fault = fault
+        service.maker.fault = fault
         failed = await service.until((await service.create())["id"], "failed")
         assert failed["error"]["code"] == "stage_failed"
         assert str(fault) in failed["error"]["message"]
-        service.stages.fault = None
+        service.maker.fault = None
         await service.until((await service.create(num_frames=1))["id"], "completed")
 
     run(body)
@@ -300,18 +350,33 @@ def test_lists_models_and_health_answer(run: Callable[..., None]) -> None:
         models = (await service.client.get("/v1/models")).json()
         assert (models["data"][0]["id"], models["data"][0]["size"]) == ("tiny", "32x32")
         assert (await service.client.get("/health")).json()["status"] == "ready"
-        service.stages.ready = False
+        service.maker.ready = False
         refusal(await service.client.get("/health"), 503)
 
     run(body)
+
+
+def test_the_table_of_routes_is_the_apps_own(loaded: LoadedModel, tmp_path: Path) -> None:
+    table = re.findall(r"^    ([A-Z]+) +(/\S+) {2,}\S", serving.api.__doc__ or "", re.MULTILINE)
+    store = JobStore(tmp_path)
+    app = create_app(LocalVideoMaker(loaded), store, loaded.facts, LIMITS)
+    store.close()
+    ours = {
+        (method, route.path)
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    assert len(table) == len(set(table))
+    assert set(table) == ours
 
 
 def test_a_restart_fails_what_ran_and_makes_what_waited(
     loaded: LoadedModel, tmp_path: Path, picture: np.ndarray
 ) -> None:
     async def main() -> None:
-        async with serving(loaded, tmp_path) as service:
-            service.stages.gate.clear()
+        async with running_service(loaded, tmp_path) as service:
+            service.maker.gate.clear()
             running = await service.create()
             await service.until(running["id"], "in_progress")
             answer = await service.client.post(
@@ -320,7 +385,7 @@ def test_a_restart_fails_what_ran_and_makes_what_waited(
                 files={"input_reference": ("a.png", encode_png(picture), "image/png")},
             )
             waiting = answer.json()
-        async with serving(loaded, tmp_path) as service:
+        async with running_service(loaded, tmp_path) as service:
             failed = await service.until(running["id"], "failed")
             assert failed["error"]["code"] == "interrupted"
             assert (await service.until(waiting["id"], "completed"))["seed"] == waiting["seed"]

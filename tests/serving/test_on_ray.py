@@ -19,15 +19,12 @@ import pytest
 import ray
 
 from media.write import encode_png
-from serving.config import Limits, Resources
+from serving.config import Limits, Resources, ServiceSpec
+from serving.loading import LoadedModel
 from serving.on_ray import ServedApp, serve_model
 from serving.requests import Generation
-from serving.session import LoadedModel, generate
-from serving.start import (
-    ServeStartError,
-    process_runs,
-    wait_ready,
-)
+from serving.session import generate
+from serving.start import ServeStartError, process_runs, wait_ready
 from tests.serving.conftest import FPS, TRAINED_FRAMES
 
 LIMITS = Limits(
@@ -93,11 +90,13 @@ def served(
     cluster: None, model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServedApp]:
     app = serve_model(
-        model_dir,
-        port=0,
-        data_dir=tmp_path_factory.mktemp("served"),
-        limits=LIMITS,
-        resources=Resources(credit_frames=2),
+        ServiceSpec(
+            model_dir,
+            data_dir=tmp_path_factory.mktemp("served"),
+            port=0,
+            limits=LIMITS,
+            resources=Resources(credit_frames=2),
+        )
     )
     yield app
     app.stop()
@@ -152,7 +151,7 @@ def test_a_given_image_opens_the_video(
     assert (expected[0] != generate(loaded, without).frames[0]).any()
 
 
-def test_a_long_video_runs_through_both_stages_at_once(
+def test_a_long_video_runs_through_both_deployments_at_once(
     client: Client, loaded: LoadedModel, served: ServedApp
 ) -> None:
     num_frames = 81
@@ -229,7 +228,7 @@ def test_a_video_outlives_the_death_of_its_deep_block(
 def test_an_api_that_dies_comes_back_and_says_what_was_lost(
     client: Client, served: ServedApp
 ) -> None:
-    kept = client.finished(client.create(num_frames=1))
+    earlier = client.finished(client.create(num_frames=1))
     video = client.create(num_frames=161, schedule="sequential")
     while not client.spans(video):
         time.sleep(0.005)
@@ -237,7 +236,7 @@ def test_an_api_that_dies_comes_back_and_says_what_was_lost(
     served.local_pids = wait_ready(served.url, timeout_s=60)
     lost = client.http.get(f"/v1/videos/{video['id']}").json()
     assert (lost["status"], lost["error"]["code"]) == ("failed", "interrupted")
-    assert len(client.frames(kept)) == 1
+    assert len(client.frames(earlier)) == 1
     client.finished(client.create(num_frames=1))
 
 
@@ -255,14 +254,14 @@ def test_a_full_queue_answers_429_and_then_recovers(client: Client) -> None:
     client.finished(client.create(num_frames=1))
 
 
-def test_a_cancelled_video_frees_both_stages(client: Client) -> None:
+def test_a_cancelled_video_frees_both_deployments(client: Client) -> None:
     long = [client.create(num_frames=161, schedule="sequential") for _ in range(2)]
     for video in long:
         while not client.spans(video):
             time.sleep(0.01)
         client.http.post(f"/v1/videos/{video['id']}/cancel").raise_for_status()
-    done = client.finished(client.create(num_frames=5))
-    assert len(client.frames(done)) == 5
+    video = client.finished(client.create(num_frames=5))
+    assert len(client.frames(video)) == 5
 
 
 @pytest.mark.parametrize(
@@ -303,4 +302,4 @@ def test_a_second_service_in_the_same_cluster_is_refused(
     served: ServedApp, model_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ServeStartError, match="already runs in this Ray cluster"):
-        serve_model(model_dir, port=0, data_dir=tmp_path)
+        serve_model(ServiceSpec(model_dir, data_dir=tmp_path, port=0))

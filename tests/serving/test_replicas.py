@@ -1,4 +1,4 @@
-"""More than one replica of each stage: a session stays where its stream was routed to."""
+"""More than one replica of each deployment: a session stays where its stream was routed to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import ray
 
-from serving.config import Limits, Resources
+from serving.config import Limits, Resources, ServiceSpec
+from serving.loading import LoadedModel
 from serving.on_ray import serve_model
 from serving.requests import Generation
-from serving.session import LoadedModel, generate
+from serving.session import generate
 
 
 @pytest.fixture
@@ -27,17 +28,16 @@ def cluster() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_two_replicas_of_each_stage_share_the_work_and_keep_sessions_whole(
+def test_two_replicas_of_each_deployment_share_the_work_and_keep_sessions_whole(
     model_dir: Path, tmp_path: Path, loaded: LoadedModel
 ) -> None:
     resources = Resources(
         api_cpus=0.1, deep_cpus=0.3, decoder_cpus=0.3, deep_replicas=2, decoder_replicas=2
     )
     limits = Limits(concurrent=4, default_guidance=1.0)
+    service = ServiceSpec(model_dir, data_dir=tmp_path, port=0, limits=limits, resources=resources)
     with (
-        serve_model(
-            model_dir, port=0, data_dir=tmp_path, limits=limits, resources=resources
-        ) as app,
+        serve_model(service) as app,
         httpx.Client(base_url=app.url, timeout=30) as http,
     ):
         asked = {"prompt": "a red square", "num_frames": 81, "schedule": "sequential"}

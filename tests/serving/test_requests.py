@@ -7,20 +7,18 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
+from flow.codec_factors import SD_FACTORS, WAN_FACTORS, CodecFactors
 from serving.config import Limits
+from serving.errors import FrameCountError, InvalidRequest
 from serving.requests import (
     CreateVideo,
-    FrameCountError,
     Generation,
-    InvalidRequest,
     ModelFacts,
-    QueueFull,
-    ServingError,
     check_frames,
     from_validation,
 )
 
-FACTS = ModelFacts("tiny", num_frames=17, height=64, width=64, fps=8.0)
+FACTS = ModelFacts("tiny", num_frames=17, height=64, width=64, fps=8.0, factors=WAN_FACTORS)
 LIMITS = Limits(prompt_chars=20, max_frames=33)
 
 
@@ -31,7 +29,7 @@ def admit(**fields: object) -> Generation:
 
 def test_a_plain_prompt_gets_the_models_length_and_the_defaults() -> None:
     request = admit()
-    assert (request.num_frames, request.latent_frames) == (17, 5)
+    assert (request.num_frames, request.latent_frames(WAN_FACTORS)) == (17, 5)
     assert (request.seed, request.guidance, request.schedule) == (5, 2.5, "jacobi")
 
 
@@ -61,20 +59,34 @@ def test_a_field_over_its_limit_is_refused_with_what_is_allowed(
     assert told in refused.value.message
 
 
-def test_a_model_of_single_frames_makes_no_longer_video() -> None:
-    images = ModelFacts("images", num_frames=1, height=64, width=64, fps=8.0)
+@pytest.mark.parametrize("factors", [WAN_FACTORS, SD_FACTORS])
+def test_a_model_of_single_frames_makes_no_longer_video(factors: CodecFactors) -> None:
+    images = ModelFacts("images", num_frames=1, height=64, width=64, fps=8.0, factors=factors)
     body = CreateVideo(prompt="a", num_frames=5)
     with pytest.raises(FrameCountError, match="nearest allowed is 1"):
         Generation.admit(body, images, LIMITS, request_id="r", seed=0)
 
 
 @pytest.mark.parametrize(
-    ("asked", "near"), [(-3, 1), (0, 1), (14, 13), (15, 17), (18, 17), (20, 21)]
-)
-def test_the_nearest_frame_count_is_named(asked: int, near: int) -> None:
-    with pytest.raises(FrameCountError, match=f"nearest allowed is {near}"):
-        check_frames(asked)
-    check_frames(near)
+    ("time", "asked", "near"),
+    [(4, -3, 1), (4, 0, 1), (4, 14, 13), (4, 15, 17), (4, 18, 17), (4, 20, 21),
+     (8, 9, 9), (8, 12, 9), (8, 13, 17), (1, 0, 1), (1, 6, 6)],
+)  # fmt: skip
+def test_the_nearest_frame_count_of_the_models_own_codec_is_named(
+    time: int, asked: int, near: int
+) -> None:
+    factors = CodecFactors(space=16, time=time)
+    check_frames(near, factors)
+    if asked != near:
+        with pytest.raises(FrameCountError, match=f"nearest allowed is {near}"):
+            check_frames(asked, factors)
+
+
+def test_a_request_that_waited_is_measured_by_the_model_that_now_serves() -> None:
+    request = admit(num_frames=13)
+    assert request.latent_frames(CodecFactors(space=8, time=12)) == 2
+    with pytest.raises(FrameCountError, match=r"counts are 8k\+1; the nearest allowed is 17"):
+        request.latent_frames(CodecFactors(space=16, time=8))
 
 
 def test_an_unknown_field_is_named() -> None:
@@ -84,24 +96,6 @@ def test_an_unknown_field_is_named() -> None:
     assert (error.param, error.body()["error"]["message"]) == ("steps", "steps: unknown field.")
 
 
-@pytest.mark.parametrize("kind", [QueueFull, FrameCountError, ServingError])
-def test_errors_survive_pickling(kind: type[ServingError]) -> None:
-    error = kind("why", param="seed", retry_after_s=3)
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is kind
-    assert (str(again), again.param, again.retry_after_s) == ("why", "seed", 3)
-    assert again.body() == error.body()
-
-
-def test_requests_survive_pickling() -> None:
-    request = admit()
-    assert pickle.loads(pickle.dumps(request)) == request
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "aspect"), [(64, 64, "1:1"), (480, 848, "16:9"), (64, 256, "4:1")]
-)
-def test_aspect_is_named_as_the_prompt_template_names_it(
-    height: int, width: int, aspect: str
-) -> None:
-    assert ModelFacts("m", 17, height, width, 8.0).aspect_ratio == aspect
+def test_requests_and_facts_survive_pickling() -> None:
+    for value in (admit(), FACTS):
+        assert pickle.loads(pickle.dumps(value)) == value

@@ -11,24 +11,26 @@ import numpy as np
 import pytest
 import torch
 
+from flow.flow import FlowModel
+from flow.prompt import prompt_for
 from flow.sampling import frame_noise, sample
-from serving.config import Sampler
+from serving.config import SamplingConfig, ServiceSpec
+from serving.errors import FrameCountError, InvalidRequest
+from serving.loading import LoadedModel, load
+from serving.messages import Chunk, PackedTensor
 from serving.on_ray import serve_model
-from serving.requests import FrameCountError, Generation, InvalidRequest
+from serving.requests import Generation
 from serving.session import (
-    Chunk,
     DecoderSession,
     DeepSession,
-    LoadedModel,
-    PackedTensor,
     encode_first_frame,
     fit_image,
     generate,
-    load,
     prompt_text,
     sample_spec,
 )
 from serving.start import ServeStartError
+from tests.flow.models import TINY
 from tests.serving.conftest import FPS, SIZE, TRAINED_FRAMES
 
 
@@ -71,14 +73,15 @@ def test_score_denoising_takes_the_whole_video_and_the_windows_it_was_made_in(
     loaded: LoadedModel, num_frames: int
 ) -> None:
     request = ask(num_frames=num_frames)
-    by_score = replace(loaded, sampler=Sampler(denoiser="score"))
+    by_score = replace(loaded, sampling=SamplingConfig(denoiser="score"))
     deep = DeepSession(by_score, request)
     decoder = DecoderSession(by_score, request, deep.opening)
     assert all(len(decoder.push(frame).frames) == 0 for frame in deep)
     frames = decoder.finish().frames
     assert loaded.codec is not None
     assert loaded.text_encoder is not None
-    text, null = loaded.text_encoder.encode([prompt_text(p, loaded) for p in (request.prompt, "")])
+    texts = [prompt_text(caption, loaded, num_frames) for caption in (request.prompt, "")]
+    text, null = loaded.text_encoder.encode(texts)
     spec = sample_spec(request, loaded)
     x = sample(loaded.model, text[None], null[None], spec, denoiser="score")
     codec = loaded.codec.stream()
@@ -90,16 +93,18 @@ def test_score_denoising_takes_the_whole_video_and_the_windows_it_was_made_in(
 
 def test_a_service_refuses_score_denoising_and_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ServeStartError, match="flowreel sample --denoiser score"):
-        serve_model(tmp_path, data_dir=tmp_path, sampler=Sampler(denoiser="score"))
+        serve_model(ServiceSpec(tmp_path, tmp_path, sampling=SamplingConfig(denoiser="score")))
 
 
 @pytest.mark.parametrize("num_frames", [0, 8, 10])
-def test_a_frame_count_that_is_not_4k_plus_1_is_refused(num_frames: int) -> None:
+def test_a_frame_count_that_the_model_cannot_make_is_refused(
+    loaded: LoadedModel, num_frames: int
+) -> None:
     with pytest.raises(FrameCountError, match="nearest allowed"):
-        ask(num_frames=num_frames)
+        generate(loaded, ask(num_frames=num_frames))
 
 
-def test_what_travels_between_the_stages_survives_the_journey(loaded: LoadedModel) -> None:
+def test_what_travels_between_the_sessions_survives_the_journey(loaded: LoadedModel) -> None:
     request = ask()
     whole = generate(loaded, request).frames
     deep = DeepSession(loaded, pickle.loads(pickle.dumps(request)))
@@ -190,21 +195,48 @@ def test_a_deep_session_taken_up_by_another_process_goes_on_alike(
 ) -> None:
     request = ask(num_frames=33)
     whole = list(DeepSession(loaded, request))
-    other = load(model_dir, stage="deep")
-    emitted = [frame.u for frame in whole[:4]]
-    rest = list(DeepSession(other, request, emitted=emitted))
+    other = load(model_dir, deployment="deep")
+    earlier_u = [frame.u for frame in whole[:4]]
+    rest = list(DeepSession(other, request, earlier_u=earlier_u))
     assert [frame.index for frame in rest] == [4, 5, 6, 7, 8]
     for again, frame in zip(rest, whole[4:], strict=True):
         torch.testing.assert_close(again.u.unpack(), frame.u.unpack(), atol=1e-5, rtol=1e-5)
 
 
-def test_each_stage_holds_only_what_it_needs(loaded: LoadedModel, model_dir: Path) -> None:
-    def size(part: LoadedModel) -> int:
-        return sum(weight.numel() for weight in part.model.parameters())
+@pytest.mark.parametrize(
+    ("num_frames", "kind"), [(1, "An image"), (5, "A video with 8 fps"), (33, "A video with 8 fps")]
+)
+@pytest.mark.parametrize("caption", ["a red square", ""])
+def test_a_clip_is_read_as_in_training_and_one_frame_as_an_image(
+    loaded: LoadedModel, num_frames: int, kind: str, caption: str
+) -> None:
+    config = replace(TINY, prompt_fps=True, prompt_aspect=True, prompt_noise=True)
+    knowing = replace(
+        loaded,
+        model=FlowModel(config),
+        facts=replace(loaded.facts, height=480, width=640),
+    )
+    text = prompt_text(caption, knowing, num_frames)
+    assert text == f"Noise Level 300:\n{kind}:\n{caption}\n\n in a 5:4 aspect ratio.\n"
+    assert text == prompt_for(
+        caption, config, num_frames=num_frames, height=480, width=640, fps=FPS
+    )
 
-    deep, decode = load(model_dir, stage="deep"), load(model_dir, stage="decode")
-    assert (deep.codec, decode.text_encoder) == (None, None)
-    assert size(deep) + size(decode) < 1.1 * size(loaded)
+
+def test_the_session_reads_the_null_prompt_of_the_same_clip(loaded: LoadedModel) -> None:
+    class Reader:
+        def __init__(self) -> None:
+            self.texts: list[str] = []
+
+        def encode(self, texts: list[str]) -> torch.Tensor:
+            self.texts = texts
+            return torch.zeros(len(texts), TINY.text_len, TINY.text_dim)
+
+    config = replace(TINY, prompt_fps=True)
+    reader = Reader()
+    reading = replace(loaded, model=FlowModel(config), text_encoder=reader)
+    DeepSession(reading, ask(num_frames=1))
+    assert reader.texts == ["An image:\na red square\n", "An image:\n\n"]
 
 
 def test_a_packed_tensor_is_unchanged() -> None:

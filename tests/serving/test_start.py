@@ -16,13 +16,13 @@ def test_credit_holds_a_frame_back_until_it_is_granted() -> None:
     async def main() -> None:
         credit = Credit(2)
         await credit.wait_for(1)
-        held = asyncio.create_task(credit.wait_for(3))
-        for granted in (3, 2, 3):
-            credit.raise_to(granted)
+        waiter = asyncio.create_task(credit.wait_for(3))
+        for num_frames in (3, 2, 3):
+            credit.raise_to(num_frames)
             await asyncio.sleep(0)
-        assert not held.done()
+        assert not waiter.done()
         credit.raise_to(4)
-        await asyncio.wait_for(held, 1)
+        await asyncio.wait_for(waiter, 1)
 
     asyncio.run(main())
 

@@ -1,19 +1,20 @@
-"""What can be wrong with a media file, as one tree. Knows nothing of who asked.
+"""What can be wrong with a media file, as one tree.
 
-    MediaError(ValueError)
-    ├── VideoError
-    │   ├── EmptyVideo        empty_video       no bytes, no video stream, or no frame
-    │   ├── UnreadableVideo   unreadable_video  no reader could open or decode it
-    │   │   └── DecoderDied   decoder_died      the decoding process crashed on it
-    │   ├── DecodeTimeout     decode_timeout    not decoded before the deadline
-    │   └── VideoTooLarge     video_too_large   over a cap on bytes, pixels or frames
-    ├── ImageError
-    │   ├── UnreadableImage   unreadable_image  not a whole PNG, JPEG or WebP
-    │   └── ImageTooLarge     image_too_large   over a cap on bytes or pixels
-    └── EncodeError           bad_frames        frames that cannot be written
+    FlowreelError, ValueError
+    └── MediaError              media_error
+        ├── VideoError          video_error
+        │   ├── EmptyVideo      empty_video       no bytes, no video stream, or no frame
+        │   ├── UnreadableVideo unreadable_video  no reader could open or decode it
+        │   │   └── DecoderDied decoder_died      the decoding process crashed on it
+        │   ├── DecodeTimeout   decode_timeout    not decoded before the deadline
+        │   └── VideoTooLarge   video_too_large   over a cap on bytes, pixels or frames
+        ├── ImageError          image_error
+        │   ├── UnreadableImage unreadable_image  not a whole PNG, JPEG or WebP
+        │   └── ImageTooLarge   image_too_large   over a cap on bytes or pixels
+        └── EncodeError         bad_frames        frames that cannot be written
 
-`reason` is the short code that goes into a status row. Every error takes one message, so each
-survives pickling.
+The second column is `reason`, the short code that goes into a status row. Every error takes one
+message, so each survives pickling. Knows nothing of files, decoders or who asked.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from flowreel.errors import FlowreelError
 
 
 class MediaError(FlowreelError, ValueError):
-    """Anything wrong with a media file; `reason` is its code in status rows."""
+    """Anything wrong with a media file; `reason` is its code in status rows.
+
+    >>> EmptyVideo("the video has 0 bytes").reason
+    'empty_video'
+    """
 
     reason: str = "media_error"
 
@@ -40,7 +45,7 @@ class EmptyVideo(VideoError):
 
 
 class UnreadableVideo(VideoError):
-    """No reader could open it, or a wanted frame could not be decoded."""
+    """No reader could open it, or a frame that was asked for could not be decoded."""
 
     reason = "unreadable_video"
 

@@ -1,12 +1,12 @@
 """Video in: frames with their real timestamps, decoded in a process that can be killed.
 
-decord reads first, PyAV second (decord cannot open AV1 in Matroska, and is only built for
-x86-64 Linux). A decoder may loop forever or crash on a lying container; it does so in a child
-(`media/read_child.py`), which the parent kills at the deadline and starts anew for the next
-video. The child lives as long as its `VideoReader`, so its start-up is paid once.
+decord reads first, PyAV second (decord cannot open AV1 in Matroska, and is only built for x86-64
+Linux). A decoder may loop forever or crash on a lying container; it does so in a child
+(`media/read_child.py`), which the parent kills at the deadline and starts anew for the next video.
+The child lives as long as its `VideoReader`, so its start-up is paid once.
 
-Knows nothing of buckets, captions or Ray: who calls says which frames it wants.
-The errors and their reason codes are those of `media.errors`.
+The caller says which frames it wants. The errors and their reason codes are those of
+`media.errors`. Knows nothing of buckets, captions or Ray.
 """
 
 from __future__ import annotations
@@ -38,23 +38,9 @@ from media.errors import (
     VideoError,
     VideoTooLarge,
 )
+from media.frames import Frames
 from media.read_child import HEAD
 
-__all__ = [
-    "Clip",
-    "DecodeTimeout",
-    "DecoderDied",
-    "EmptyVideo",
-    "UnreadableVideo",
-    "VideoError",
-    "VideoInfo",
-    "VideoReader",
-    "VideoTooLarge",
-    "probe_video",
-    "read_video",
-]
-
-Frames = npt.NDArray[np.uint8]
 Choose = Callable[["VideoInfo"], Sequence[int]]
 Transform = Callable[[Frames], Frames]
 
@@ -79,6 +65,7 @@ class VideoInfo:
 
     @property
     def num_frames(self) -> int:
+        """Frames of the whole video."""
         return len(self.pts_s)
 
     @property
@@ -108,18 +95,21 @@ class Clip:
 class VideoReader:
     """A decoding child and its clock. Use one for many videos; close it (or use `with`).
 
-    Example:
-        >>> with VideoReader() as reader:
-        ...     reader.read(b"")
-        Traceback (most recent call last):
-        ...
-        media.errors.EmptyVideo: the video has 0 bytes
+    Threads may share a reader: the child decodes one video at a time.
+
+    >>> from media.write import encode_mp4
+    >>> data = encode_mp4(np.zeros((9, 32, 64, 3), np.uint8), fps=8)
+    >>> with VideoReader() as reader:
+    ...     clip = reader.read(data, choose=lambda info: [0, 4, 8])
+    >>> clip.frames.shape, clip.pts_s.round(3).tolist()
+    ((3, 32, 64, 3), [0.0, 0.5, 1.0])
     """
 
     def __init__(self, *, memory_bytes: int = 8 * 2**30) -> None:
         """`memory_bytes` caps the child's address space (8 GiB holds any sane 4K video)."""
         self._memory_bytes = memory_bytes
         self._child: subprocess.Popen[bytes] | None = None
+        # A request and its replies belong together: nobody else may speak with the child between.
         self._lock = threading.Lock()
         self.starts = 0
 
@@ -152,13 +142,13 @@ class VideoReader:
         with self._lock:
             clock = _Clock(deadline_s)
             self._load(data, max_bytes, clock)
-            error: VideoError | None = None
+            first_error: VideoError | None = None
             for name in installed_readers():
                 try:
                     return self._open(name, max_pixels, clock)
-                except (EmptyVideo, UnreadableVideo) as failed:
-                    error = error or failed
-            raise error or UnreadableVideo("no video reader is installed; install PyAV")
+                except (EmptyVideo, UnreadableVideo) as error:
+                    first_error = first_error or error
+            raise first_error or UnreadableVideo("no video reader is installed; install PyAV")
 
     def read(
         self,
@@ -176,8 +166,8 @@ class VideoReader:
         Args:
             data: the file's bytes, or its path.
             choose: VideoInfo -> frame indices, not falling (repeats allowed). It may raise.
-            transform: applied to each frame [H, W, 3] as it arrives, so that a long window
-                of large frames is never held whole.
+            transform: applied to each frame [H, W, 3] as it arrives, so that a long clip of
+                large frames is never held whole.
             deadline_s: seconds for everything; the child is killed then.
             max_frames: most frames returned.
             max_pixels: most pixels in a frame (default 8K).
@@ -189,7 +179,7 @@ class VideoReader:
         with self._lock:
             clock = _Clock(deadline_s)
             self._load(data, max_bytes, clock)
-            error: VideoError | None = None
+            first_error: VideoError | None = None
             for name in installed_readers():
                 try:
                     info = self._open(name, max_pixels, clock)
@@ -200,20 +190,20 @@ class VideoReader:
                             "Choose fewer frames or raise max_frames"
                         )
                     frames = self._frames([int(i) for i in indices], transform, clock)
-                except (EmptyVideo, UnreadableVideo) as failed:
+                except (EmptyVideo, UnreadableVideo) as error:
                     # The message of the first reader is the more telling one.
-                    error = error or failed
+                    first_error = first_error or error
                     continue
                 times_s = info.pts_s[np.asarray(indices, dtype=np.int64)]
                 return Clip(frames, times_s, info.fps, info.duration_s, name)
-            raise error or UnreadableVideo("no video reader is installed; install PyAV")
+            raise first_error or UnreadableVideo("no video reader is installed; install PyAV")
 
     def _load(self, data: bytes | Path | str, max_bytes: int, clock: _Clock) -> None:
         in_memory = isinstance(data, bytes | bytearray | memoryview)
         try:
             size_bytes = len(data) if in_memory else os.stat(data).st_size  # type: ignore[arg-type]
         except OSError as error:
-            raise UnreadableVideo(f"{data!r}: {error.strerror}") from error
+            raise UnreadableVideo(f"{data!s}: {error.strerror}") from error
         if size_bytes == 0:
             raise EmptyVideo("the video has 0 bytes")
         if size_bytes > max_bytes:
@@ -224,10 +214,12 @@ class VideoReader:
 
     def _open(self, name: str, max_pixels: int, clock: _Clock) -> VideoInfo:
         if self._child is None:
+            # `_load` gave the video to a child that has died since: a new one would not have it.
             raise DecoderDied("the decoding process ended while it read this video")
         self._request({"op": "open", "reader": name, "max_pixels": max_pixels}, clock)
         head, payload = self._reply(clock)
         pts_s = np.frombuffer(payload, dtype=np.float64)
+        # Damaged files have times that go back; each frame is then shown as late as its neighbour.
         pts_s = np.maximum.accumulate(pts_s - pts_s[0])
         return VideoInfo(head["width"], head["height"], head["fps"], pts_s, name)
 
@@ -252,6 +244,7 @@ class VideoReader:
         pipe = self._child.stdin
         assert pipe is not None
         encoded = json.dumps({**head, "bytes": len(payload)}).encode()
+        # The pipe does not block: a child that has stopped reading must not stop the clock here.
         view = memoryview(HEAD.pack(len(encoded)) + encoded + payload)
         while view:
             _, ready, _ = select.select([], [pipe], [], clock.left_s())

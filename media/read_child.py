@@ -1,14 +1,15 @@
 """The process that decodes video, so that it can be killed. Run by path from `media.read`.
 
-Imports only numpy, decord and PyAV, the latter two when first needed. Reads requests on stdin, writes
-replies on a private copy of stdout: a 4-byte length, a JSON head, then `head["bytes"]` raw bytes.
+Reads requests on stdin and writes replies on a private copy of stdout. A message is a 4-byte
+length, a JSON head of that length, then `head["bytes"]` raw bytes.
 
     {"op": "load", "bytes": n} + data | {"op": "load", "path": p}      -> {"ok": true}
     {"op": "open", "reader": "decord" | "pyav", "max_pixels": n}         -> VideoInfo + pts float64
     {"op": "frames", "indices": [...]}                                   -> one reply per frame
     any failure                                                          -> {"error": code, ...}
 
-Knows nothing about deadlines: the parent keeps the clock.
+Knows nothing of deadlines, for the parent keeps the clock; nothing of `media.errors`, whose codes
+it writes as text.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+# Only numpy at the start, and none of our own packages: every kill costs a start, which a program
+# that decodes thousands of bad videos pays each time. The process runs by path without its folder
+# on the path (`-P`), so that no file beside it can take the place of a library's module. decord
+# and PyAV are imported where first needed, for decord is not built for every machine.
 import numpy as np
 
 HEAD = struct.Struct("<I")
 _AHEAD_BYTES = 2**30
-"""decord decodes on while its frames are taken: up to the whole video, which must fit this."""
+"""decord decodes on while its frames are taken, up to the whole video, which must fit this."""
 # Native messages carry the time of day and source lines; the same file must fail the same way.
 _NOISE = re.compile(r"\[\d\d:\d\d:\d\d\] |\S+\.cc:\d+: | ?\b0x[0-9a-f]+")
 
@@ -115,6 +120,7 @@ class DecordSource:
             )
 
     def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """RGB frames uint8 [H, W, 3] of these indices, in their order."""
         for index in indices:
             yield self.reader[index].asnumpy()
 
@@ -129,18 +135,21 @@ class PyAVSource:
         self.source = source
         with self._open() as container:
             stream = container.streams.video[0]
+            # Packets, not frames: times are read without decoding anything.
             packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-            base = float(stream.time_base or 0)
+            tick_s = float(stream.time_base or 0)
             self.fps = float(stream.average_rate or stream.guessed_rate or 0)
-            timed = all(p.pts is not None for p in packets) and base > 0
+            has_times = all(p.pts is not None for p in packets) and tick_s > 0
             # A raw stream carries no times: frames are then counted instead.
-            ticks = sorted({int(p.pts) for p in packets}) if timed else list(range(len(packets)))
-            self.position = {tick: n for n, tick in enumerate(ticks)} if timed else None
+            ticks = (
+                sorted({int(p.pts) for p in packets}) if has_times else list(range(len(packets)))
+            )
+            self.index_of_tick = {tick: n for n, tick in enumerate(ticks)} if has_times else None
             self.ticks = ticks
         if not ticks:
             raise Refusal("empty_video", "PyAV found no frame")
-        step = base if timed else 1.0 / (self.fps or 25.0)
-        self.pts_s = np.asarray(ticks, dtype=np.float64) * step
+        step_s = tick_s if has_times else 1.0 / (self.fps or 25.0)
+        self.pts_s = np.asarray(ticks, dtype=np.float64) * step_s
         first = next(self.frames([0]))
         self.height, self.width = (int(n) for n in first.shape[:2])
 
@@ -150,30 +159,34 @@ class PyAVSource:
         if not container.streams.video:
             container.close()
             raise Refusal("empty_video", "PyAV found no video stream")
+        # One thread: many decoders share the machine, and frames must not depend on its cores.
         container.streams.video[0].thread_type = "NONE"
         container.streams.video[0].thread_count = 1
         return container
 
     def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
-        wanted = sorted(set(indices))
-        got: dict[int, np.ndarray] = {}
+        """RGB frames uint8 [H, W, 3] of these indices, which do not fall, in their order."""
+        needed = set(indices)
+        ready: dict[int, np.ndarray] = {}
         turn = 0
         with self._open() as container:
             stream = container.streams.video[0]
-            if self.position is not None and wanted[0] > 0:
-                container.seek(self.ticks[wanted[0]], stream=stream, backward=True)
+            if self.index_of_tick is not None and indices[0] > 0:
+                # To the key frame before the first one that is needed.
+                container.seek(self.ticks[indices[0]], stream=stream, backward=True)
             for count, frame in enumerate(container.decode(stream)):
-                place = count if self.position is None else self.position.get(frame.pts)
-                if place in wanted:
+                index = count if self.index_of_tick is None else self.index_of_tick.get(frame.pts)
+                if index in needed:
                     if frame.is_corrupt:
-                        raise Refusal("unreadable_video", f"frame {place} is marked corrupt")
+                        raise Refusal("unreadable_video", f"frame {index} is marked corrupt")
                     quarter_turns = round(frame.rotation / 90) % 4
-                    got[place] = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
-                while turn < len(indices) and indices[turn] in got:
-                    yield got[indices[turn]]
+                    ready[index] = np.rot90(frame.to_ndarray(format="rgb24"), quarter_turns)
+                # An index may be repeated: its frame is let go after its last turn.
+                while turn < len(indices) and indices[turn] in ready:
+                    yield ready[indices[turn]]
                     turn += 1
                     if turn == len(indices) or indices[turn] != indices[turn - 1]:
-                        got.pop(indices[turn - 1], None)
+                        ready.pop(indices[turn - 1], None)
                 if turn == len(indices):
                     return
         raise Refusal("unreadable_video", f"frame {indices[turn]} could not be decoded")
@@ -195,6 +208,7 @@ class Child:
         self.max_pixels = 0
 
     def answer(self, head: dict[str, Any], payload: bytes) -> None:
+        """Write the replies to one request, or raise what is wrong with it or with the video."""
         if head["op"] == "load":
             self.source = None
             self.data = head.get("path") or payload

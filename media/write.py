@@ -1,8 +1,8 @@
 """Frames out: mp4 and PNG bytes, and the still-image decoder that mirrors the PNG writer.
 
-Works on uint8 RGB arrays in memory. Knows nothing of models, Ray, or where the bytes go.
-Same frames, same library versions: same bytes (one thread, bit-exact container).
-The errors are those of `media.errors`.
+Works on uint8 RGB arrays in memory. The same frames and the same library versions give the same
+bytes, for there is one thread and a bit-exact container. The errors are those of `media.errors`.
+Knows nothing of models, Ray, or where the bytes go.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from media.errors import EncodeError, ImageTooLarge, UnreadableImage
-
-Frames = npt.NDArray[np.uint8]
+from media.frames import Frames
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 
@@ -38,10 +36,14 @@ def encode_mp4(frames: Frames, fps: float, *, crf: int = 18, preset: str = "very
 
     Raises:
         EncodeError: wrong dtype or shape, odd size, or an fps that is not positive.
+
+    >>> encode_mp4(np.zeros((9, 32, 64, 3), np.uint8), fps=8)[4:8]
+    b'ftyp'
     """
     _check_frames(frames)
     if not (np.isfinite(fps) and 0 < fps <= 1000):
         raise EncodeError(f"fps is {fps!r}; it must be between 0 and 1000 frames per second")
+    # NTSC rates are fractions of 1001: the float nearest to 24000/1001 becomes that again.
     rate = Fraction(fps).limit_denominator(1001)
     # The index can only be moved to the front of a real file, never of a stream in memory.
     with tempfile.TemporaryDirectory(prefix="flowreel-") as folder:
@@ -51,22 +53,33 @@ def encode_mp4(frames: Frames, fps: float, *, crf: int = 18, preset: str = "very
 
 
 def _write_h264(path: Path, frames: Frames, rate: Fraction, x264: dict[str, str]) -> None:
+    # `bitexact` leaves out the time of day and the library's version.
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=rate, options={**x264, "flags": "+bitexact"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        # What x264 decides depends on how many threads it has, by default the machine's cores.
         stream.thread_count = 1
         for index, frame_HW3 in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HW3), format="rgb24")
             picture.pts = index
             picture.time_base = 1 / rate
             container.mux(stream.encode(picture))
+        # The encoder holds frames back to look ahead; None makes it give them out.
         container.mux(stream.encode(None))
 
 
 def encode_png(frame: Frames) -> bytes:
-    """Encode one RGB frame, uint8 [H, W, 3], as PNG bytes. Raises EncodeError on another shape."""
+    """Encode one RGB frame, uint8 [H, W, 3], as PNG bytes.
+
+    Raises:
+        EncodeError: another dtype or shape.
+
+    >>> frame = np.full((33, 47, 3), 7, np.uint8)
+    >>> np.array_equal(decode_image(encode_png(frame)), frame)
+    True
+    """
     _check_frames(frame[None] if frame.ndim == 3 else frame, even=False)
     if frame.ndim != 3:
         raise EncodeError(f"a PNG holds one frame [H, W, 3]; got shape {tuple(frame.shape)}")
@@ -101,7 +114,13 @@ def decode_image(
             upright = ImageOps.exif_transpose(image)
             return np.asarray(upright.convert("RGB"), dtype=np.uint8).copy()
     except ImageTooLarge:
+        # A MediaError is a ValueError too, and the clause below must not take it.
         raise
+    except UnidentifiedImageError as error:
+        # Pillow's own words name the buffer's address, which helps nobody.
+        raise UnreadableImage(
+            f"{len(data)} bytes that are not a PNG, JPEG or WebP image"
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow has a cap of its own, which it applies on opening.
         raise ImageTooLarge(f"{error}. Send a smaller one") from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import pickle
+import re
 import signal
+import sys
 import threading
 import time
 import wave
@@ -14,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import media.errors
 import media.read
+import media.read_child
 from media.errors import (
     DecoderDied,
     DecodeTimeout,
@@ -205,11 +210,40 @@ def test_what_choose_raises_comes_through_and_the_reader_lives(
     assert len(reader.read(video).frames) == 24
 
 
-def test_errors_survive_pickling() -> None:
-    def leaves(kind: type[MediaError]) -> list[type[MediaError]]:
-        return [kind, *(leaf for child in kind.__subclasses__() for leaf in leaves(child))]
+def all_kinds(kind: type[MediaError] = MediaError) -> list[type[MediaError]]:
+    return [kind, *(leaf for child in kind.__subclasses__() for leaf in all_kinds(child))]
 
-    kinds = leaves(MediaError)
+
+def test_the_tree_of_errors_is_as_drawn() -> None:
+    def tree(kind: type[MediaError], depth: int = 0) -> set[tuple[int, str, str]]:
+        rows = {(depth, kind.__name__, kind.reason)}
+        return rows.union(*(tree(child, depth + 1) for child in kind.__subclasses__()))
+
+    row = re.compile(r"^    ((?:│   |    )*)[└├]── (\w+) +([a-z_]+)", flags=re.MULTILINE)
+    rows = row.findall(media.errors.__doc__ or "")
+    assert {(len(indent) // 4, name, reason) for indent, name, reason in rows} == tree(MediaError)
+
+
+def test_the_decoding_process_starts_with_numpy_and_the_standard_library_alone() -> None:
+    source = Path(media.read_child.__file__ or "").read_text()
+
+    def imports(nodes: list[ast.AST]) -> set[str]:
+        names = [n.name for node in nodes if isinstance(node, ast.Import) for n in node.names]
+        names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+        return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+    module = ast.parse(source)
+    assert imports([*module.body]) == {"numpy"}
+    assert imports([*ast.walk(module)]) == {"numpy", "av", "decord"}
+
+
+def test_a_file_that_is_not_there_is_named_as_a_user_wrote_it(reader: VideoReader) -> None:
+    with pytest.raises(UnreadableVideo, match=r"^/no/such\.mp4: No such file"):
+        reader.read(Path("/no/such.mp4"))
+
+
+def test_errors_survive_pickling() -> None:
+    kinds = all_kinds()
     assert len({kind.reason for kind in kinds}) == len(kinds)
     for kind in kinds:
         back = pickle.loads(pickle.dumps(kind("what and why")))

@@ -89,6 +89,11 @@ def test_damaged_image_is_unreadable(cut: int) -> None:
         decode_image(data[:cut])
 
 
+def test_a_refusal_of_an_image_names_no_object_of_ours() -> None:
+    with pytest.raises(UnreadableImage, match=r"5 bytes that are not a PNG, JPEG or WebP image$"):
+        decode_image(b"hello")
+
+
 def test_only_web_formats_are_decoded() -> None:
     out = io.BytesIO()
     Image.new("RGB", (8, 8)).save(out, "BMP")

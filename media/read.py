@@ -52,7 +52,11 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video before its frames are decoded (sizes after rotation)."""
+    """What is known of a video before its frames are decoded (sizes after rotation).
+
+    >>> VideoInfo(64, 32, fps=8.0, pts_s=np.arange(9) / 8, reader="decord").duration_s
+    1.125
+    """
 
     width: int
     height: int
@@ -305,6 +309,7 @@ class _Clock:
         self._end = time.monotonic() + deadline_s
 
     def left_s(self) -> float:
+        """Seconds left, never less than 0."""
         return max(0.0, self._end - time.monotonic())
 
 

@@ -166,17 +166,17 @@ class PyAVSource:
 
     def frames(self, indices: list[int]) -> Iterator[np.ndarray]:
         """RGB frames uint8 [H, W, 3] of these indices, which do not fall, in their order."""
-        needed = set(indices)
+        index_set = set(indices)
         ready: dict[int, np.ndarray] = {}
         turn = 0
         with self._open() as container:
             stream = container.streams.video[0]
             if self.index_of_tick is not None and indices[0] > 0:
-                # To the key frame before the first one that is needed.
+                # To the key frame before the first of them.
                 container.seek(self.ticks[indices[0]], stream=stream, backward=True)
             for count, frame in enumerate(container.decode(stream)):
                 index = count if self.index_of_tick is None else self.index_of_tick.get(frame.pts)
-                if index in needed:
+                if index in index_set:
                     if frame.is_corrupt:
                         raise Refusal("unreadable_video", f"frame {index} is marked corrupt")
                     quarter_turns = round(frame.rotation / 90) % 4

@@ -3,7 +3,7 @@
 A request comes in by HTTP, waits in a queue, is made by two half-sessions in two processes, and
 leaves an mp4 and its lossless frames. To read in this order:
 
-    config.py       settings: what is admitted, how is sampled, what is taken of the cluster
+    config.py       settings: what is admitted, how videos are sampled, what is taken
     errors.py       every refusal and failure that a client can see, as one tree
     requests.py     what a client may ask for, and whether the model can make it
     messages.py     what passes between the replicas of one video

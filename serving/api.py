@@ -105,9 +105,9 @@ class BodyLimit:
 
         await self.app(scope, receive_and_count, send)
 
-    def _refusal(self, got: str) -> UploadTooLarge:
+    def _refusal(self, size: str) -> UploadTooLarge:
         return UploadTooLarge(
-            f"The request body may have at most {self.max_bytes} bytes; this one has {got}."
+            f"The request body may have at most {self.max_bytes} bytes; this one has {size}."
         )
 
 
@@ -316,7 +316,7 @@ def seconds_text(num_frames: int, fps: float) -> str:
 
 def video_object(job: Job, facts: ModelFacts) -> dict[str, Any]:
     """OpenAI's video object, with our extra fields at the end."""
-    failed = job.error_code is not None
+    has_failed = job.error_code is not None
     request = job.request
     return {
         "id": job.id,
@@ -331,7 +331,7 @@ def video_object(job: Job, facts: ModelFacts) -> dict[str, Any]:
         "size": facts.size,
         "seconds": seconds_text(request["num_frames"], facts.fps),
         "remixed_from_video_id": None,
-        "error": {"code": job.error_code, "message": job.error_message} if failed else None,
+        "error": {"code": job.error_code, "message": job.error_message} if has_failed else None,
         "num_frames": request["num_frames"],
         "fps": facts.fps,
         "guidance": request["guidance"],

@@ -213,9 +213,9 @@ class Dispatcher:
 
 
 async def _to_its_end(work: Callable[[], None]) -> None:
-    """Run blocking work in a thread; who is cancelled meanwhile leaves only when it has ended.
+    """Run blocking work in a thread; a caller that is cancelled waits until the work has ended.
 
-    A thread cannot be stopped. Were its caller to go at once, the files of a deleted video could
+    A thread cannot be stopped. If its caller went on at once, the files of a deleted video could
     come back after its folder is gone.
     """
     thread = asyncio.create_task(asyncio.to_thread(work))

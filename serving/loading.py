@@ -1,8 +1,7 @@
 """A model folder in memory, whole or as much of it as one deployment needs.
 
 A model folder says in its `config.json` which flow, text encoder, codec and videos it is made for;
-the weights are checked against it, and the codec against the model. Knows nothing of requests being
-made, of Ray or of HTTP.
+the weights are checked against it, and the codec against the model. Knows nothing of Ray or HTTP.
 """
 
 from __future__ import annotations

@@ -106,8 +106,10 @@ def test_a_video_is_made_as_the_sessions_make_it(
         assert (video["status"], video["progress"], video["error"]) == ("completed", 100, None)
         frames = await service.client.get(f"/v1/videos/{video['id']}/frames")
         got = np.load(io.BytesIO(frames.content), allow_pickle=False)
-        asked = Generation(request_id="x", prompt="a red square", num_frames=9, guidance=1, seed=7)
-        np.testing.assert_array_equal(got, generate(loaded, asked).frames)
+        request = Generation(
+            request_id="x", prompt="a red square", num_frames=9, guidance=1, seed=7
+        )
+        np.testing.assert_array_equal(got, generate(loaded, request).frames)
         content = await service.client.get(f"/v1/videos/{video['id']}/content")
         assert content.headers["content-type"] == "video/mp4"
         assert content.content[4:8] == b"ftyp"
@@ -342,11 +344,11 @@ def test_a_failing_replica_fails_its_video_and_no_other(
 
 def test_lists_models_and_health_answer(run: Callable[..., None]) -> None:
     async def body(service: Service) -> None:
-        made = [(await service.create(num_frames=1))["id"] for _ in range(2)]
+        ids = [(await service.create(num_frames=1))["id"] for _ in range(2)]
         page = (await service.client.get("/v1/videos?limit=1")).json()
-        assert ([v["id"] for v in page["data"]], page["has_more"]) == (made[1:], True)
+        assert ([v["id"] for v in page["data"]], page["has_more"]) == (ids[1:], True)
         rest = (await service.client.get(f"/v1/videos?after={page['last_id']}")).json()
-        assert [v["id"] for v in rest["data"]] == made[:1]
+        assert [v["id"] for v in rest["data"]] == ids[:1]
         models = (await service.client.get("/v1/models")).json()
         assert (models["data"][0]["id"], models["data"][0]["size"]) == ("tiny", "32x32")
         assert (await service.client.get("/health")).json()["status"] == "ready"

@@ -194,8 +194,8 @@ def test_the_deep_block_never_runs_further_ahead_than_its_credit(client: Client)
 def test_requests_at_the_same_time_do_not_mix(client: Client, loaded: LoadedModel) -> None:
     prompts = ["a red square", "a blue circle", "a green triangle"]
     with ThreadPoolExecutor(3) as pool:
-        made = list(pool.map(lambda p: client.finished(client.create(prompt=p, seed=1)), prompts))
-    for prompt, video in zip(prompts, made, strict=True):
+        videos = list(pool.map(lambda p: client.finished(client.create(prompt=p, seed=1)), prompts))
+    for prompt, video in zip(prompts, videos, strict=True):
         request = Generation(
             request_id="x", prompt=prompt, num_frames=TRAINED_FRAMES, guidance=1.0, seed=1
         )
@@ -244,10 +244,10 @@ def test_a_full_queue_answers_429_and_then_recovers(client: Client) -> None:
     answers = [
         client.http.post("/v1/videos", json={"prompt": "a", "num_frames": 81}) for _ in range(8)
     ]
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert refused
-    assert int(refused[0].headers["retry-after"]) >= 1
-    assert refused[0].json()["error"]["code"] == "queue_full"
+    refusals = [answer for answer in answers if answer.status_code == 429]
+    assert refusals
+    assert int(refusals[0].headers["retry-after"]) >= 1
+    assert refusals[0].json()["error"]["code"] == "queue_full"
     for answer in answers:
         if answer.status_code == 200:
             client.http.delete(f"/v1/videos/{answer.json()['id']}")

@@ -40,10 +40,10 @@ def test_two_replicas_of_each_deployment_share_the_work_and_keep_sessions_whole(
         serve_model(service) as app,
         httpx.Client(base_url=app.url, timeout=30) as http,
     ):
-        asked = {"prompt": "a red square", "num_frames": 81, "schedule": "sequential"}
-        made = [http.post("/v1/videos", json={**asked, "seed": n}).json() for n in range(4)]
+        fields = {"prompt": "a red square", "num_frames": 81, "schedule": "sequential"}
+        videos = [http.post("/v1/videos", json={**fields, "seed": n}).json() for n in range(4)]
         pids: dict[str, set[int]] = {"deep": set(), "decode": set()}
-        for seed, video in enumerate(made):
+        for seed, video in enumerate(videos):
             while video["status"] in ("queued", "in_progress"):
                 time.sleep(0.02)
                 video = http.get(f"/v1/videos/{video['id']}").json()
@@ -54,7 +54,7 @@ def test_two_replicas_of_each_deployment_share_the_work_and_keep_sessions_whole(
                 assert len(here) == 1
                 seen |= here
             answer = http.get(f"/v1/videos/{video['id']}/frames")
-            request = Generation(request_id="x", guidance=1.0, **{**asked, "seed": seed})
+            request = Generation(request_id="x", guidance=1.0, **{**fields, "seed": seed})
             np.testing.assert_array_equal(
                 np.load(io.BytesIO(answer.content)), generate(loaded, request).frames
             )

@@ -48,10 +48,10 @@ def test_all_work_is_done_in_order_on_one_thread_while_the_loop_answers() -> Non
 
 
 def test_a_taken_port_is_refused_and_0_finds_a_free_one() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with pytest.raises(ServeStartError, match=f"127.0.0.1:{port}.*another port"):
             bindable_port("127.0.0.1", port)
         assert bindable_port("127.0.0.1", 0) not in (0, port)

@@ -149,6 +149,8 @@ def install_torch(installer: Installer, pin: str, build: str, index: str) -> Non
                 )
         # uv does not read pip's configuration, which is what names wheels at hand.
         if installer.install(*arguments, pin, by_pip=local, quiet=local):
+            if local:
+                say(f"{pin} from {words}")
             return
     fail(f"{pin} could not be installed; the lines above say why")
 

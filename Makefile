@@ -1,19 +1,31 @@
 # Each target does its own set-up; `make demo` and `make test` work on a fresh clone.
-PYTHON ?= python3
+#
+#   make setup          the CPU's build of torch (the default)
+#   make setup GPU=1    the CUDA build on Linux, 2.7 GB more; GPU=0 goes back
+#
+# docs/setup.md says what is downloaded, from where, and how long it takes.
+PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 BIN := .venv/bin
 ARGS ?=
-PACKAGES := flow media data_prep training serving pipeline benchmarks
+UV ?= $(shell command -v uv)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-slow check format clean
+# The choice is kept in .venv: `make test` after `make setup GPU=1` uses the CUDA build too.
+MADE := $(firstword $(notdir $(wildcard .venv/made-for-gpu .venv/made-for-cpu)))
+CHOICE := $(if $(filter 0,$(GPU)),cpu,$(if $(GPU),gpu,$(or $(MADE:made-for-%=%),cpu)))
 
-setup: .venv/.ready
+.PHONY: setup lock demo test test-slow check format clean always
+# A Python that was asked for by name is held against the one that .venv has.
+ASKED := $(if $(filter file,$(origin PYTHON)),,always)
 
-# One resolution, with everything pinned: torch arrives once, at the version in constraints.txt.
-.venv/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Flowreel needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+setup: .venv/made-for-$(CHOICE)
+
+.venv/made-for-$(CHOICE): pyproject.toml requirements.lock constraints.txt tools/install.py $(ASKED)
+	@$(PYTHON) tools/install.py --torch $(CHOICE) --torch-index '$(TORCH_INDEX)' --uv '$(UV)'
+
+# Resolve anew after a change of the dependencies in pyproject.toml or of the pins in constraints.txt.
+lock:
+	$(PYTHON) tools/lock.py --uv '$(UV)'
 
 demo: setup
 	$(BIN)/flowreel demo $(ARGS)
@@ -28,7 +40,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_import_rules.py
+	$(BIN)/python -m pytest -q tests/test_import_rules.py tests/test_claims.py
 
 format: setup
 	$(BIN)/ruff check --fix .

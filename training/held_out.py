@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data_prep.latents.dataset import LatentDataset
 from data_prep.latents.records import HELD_OUT_SHARE, Bucket
 from flow.flow import DeepShallowFlow
-from flow.likelihood import Estimate, check_noise_floor, over_draws
+from flow.likelihood import check_noise_floor, over_draws
 from flow.text import TextEncoder
 from flowreel.errors import FlowreelError
 from training.batch_sampler import Mode, random_stream
@@ -86,15 +86,13 @@ class HeldOutLoss:
     @property
     def mean(self) -> float:
         """Over clips and draws, nats per dimension."""
-        return float(self._estimate().mean)
+        return float(self.nats_DN.mean())
 
     @property
     def standard_error(self) -> float:
         """Of the mean over noise draws, clips held fixed; nan with a single draw."""
-        return float(self._estimate().standard_error)
-
-    def _estimate(self) -> Estimate:
-        return over_draws(torch.from_numpy(self.nats_DN.mean(axis=1)))
+        means_D = torch.from_numpy(self.nats_DN.mean(axis=1))
+        return float(over_draws(means_D).standard_error)
 
 
 def evaluation_ids(dataset: LatentDataset, max_clips: int) -> tuple[Bucket, list[str]]:

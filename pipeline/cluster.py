@@ -146,4 +146,4 @@ def _stage_code(folder: Path, recipe: Recipe) -> None:
         shutil.copytree(
             ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
         )
-    save_recipe(recipe, folder)
+    save_recipe(recipe, folder, bucket_as_given=True)

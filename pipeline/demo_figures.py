@@ -29,7 +29,8 @@ from flow.weights import load_model
 from training.codec_training import measure as measure_codec
 from training.held_out import (
     Captions,
-    Estimate,
+    HeldOutLoss,
+    Measurement,
     evaluate_nats,
     gaussian_nats_per_dim,
 )
@@ -89,13 +90,13 @@ def likelihoods(model_dir: Path, latents: str | Path, *, draws: int) -> dict[str
     encoder = build_text_encoder(spec.text)
     train, held_out = LatentDataset(latents, "train"), LatentDataset(latents, "held_out")
 
-    def nats(captions: Captions) -> Estimate:
-        return evaluate_nats(
-            model.flow, held_out, encoder, spec.flow, captions=captions, draws=draws
-        )
+    how = Measurement(draws=draws)
+
+    def nats(captions: Captions) -> HeldOutLoss:
+        return evaluate_nats(model.flow, held_out, encoder, captions=captions, measurement=how)
 
     true, shuffled = nats("true"), nats("shuffled")
-    gaussian = gaussian_nats_per_dim(train, held_out, spec.flow.noise_std, draws=draws)
+    gaussian = gaussian_nats_per_dim(train, held_out, spec.flow.noise_std, measurement=how)
     return {
         "held_out_nats_per_dim": true.mean,
         "held_out_stderr": true.standard_error,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import (
@@ -22,14 +22,16 @@ from pydantic import (
 
 from data_prep.config import PrepareConfig
 from data_prep.storage.store import open_folder
-from flow.codec import HUB_ID
+from flow.codec_factors import HUB_ID
 from flow.config import FlowConfig
 from flow.text import TextSpec
-from flow.weights import VideoSpec
 from flowreel.errors import FlowreelError
 from serving.config import Limits, Resources, SamplingConfig
-from training.codec_training import CodecConfig
+from training.codec_config import CodecConfig
 from training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from training.video_spec import StatedVideo
 
 ASSETS = Path(__file__).parent / "assets"
 RECIPES = Path(__file__).parent / "recipes"
@@ -128,10 +130,21 @@ class Recipe(BaseModel):
         return self
 
     @property
-    def video(self) -> VideoSpec:
-        """The videos the model learns: the bucket that `prepare` cuts."""
+    def stated_video(self) -> StatedVideo:
+        """What `prepare.bucket` states of the videos; what nobody gave is the dataset's to decide.
+
+        With `aspects` or `sizes` it states the sizes that these come to, whoever gave the rest.
+        """
+        from training.video_spec import StatedVideo
+
         bucket = self.prepare.bucket
-        return VideoSpec(bucket.num_frames, bucket.height, bucket.width, bucket.fps)
+        stated = {name: getattr(bucket, name) for name in bucket.model_fields_set}
+        several = bool(stated.pop("aspects", ())) | bool(stated.pop("sizes", ()))
+        if several:
+            stated.pop("height", None)
+            stated.pop("width", None)
+            stated["sizes"] = tuple(bucket.all_sizes())
+        return StatedVideo(**stated)
 
     @property
     def codec_source(self) -> str:
@@ -180,9 +193,18 @@ def codec_config(overrides: list[str]) -> CodecConfig:
     return _validated(CodecConfig, values, "train-codec")
 
 
-def save_recipe(recipe: Recipe, folder: str | Path) -> None:
-    """Write the resolved recipe, defaults and all, beside what it makes, as `recipe.yaml`."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+def save_recipe(recipe: Recipe, folder: str | Path, *, bucket_as_given: bool = False) -> None:
+    """Write the resolved recipe, defaults and all, beside what it makes, as `recipe.yaml`.
+
+    Args:
+        bucket_as_given: leave out the keys of `prepare.bucket` that nobody gave. For whoever did
+            not prepare with this recipe: written down, a default would state what the data are.
+    """
+    values = recipe.model_dump(mode="json")
+    if bucket_as_given:
+        bucket = recipe.prepare.bucket
+        values["prepare"]["bucket"] = bucket.model_dump(mode="json", exclude_unset=True)
+    text = yaml.safe_dump(values, sort_keys=False)
     open_folder(folder).write("recipe.yaml", text.encode())
 
 
@@ -212,8 +234,7 @@ def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in first["loc"]) or "recipe"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         allowed = _fields_at(schema, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = _nearest(schema, first["loc"], allowed)
         text = f"{key} = {first['input']!r}: unknown key; {hint}allowed here: {', '.join(allowed)}"
     elif first["type"] in ("missing", "missing_argument"):
         text = f"{key}: missing; this key must be given"
@@ -224,8 +245,18 @@ def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
     return " ".join(text.split()) + more
 
 
+def _nearest(schema: type[BaseModel], location: tuple[Any, ...], allowed: list[str]) -> str:
+    """A question after the key that may be meant: in a section inside, where it is just so there."""
+    *section, name = (str(part) for part in location)
+    for inner in allowed:
+        if name in _fields_at(schema, (*section, inner)):
+            return f"did you mean {'.'.join([*section, inner, name])}? "
+    near = difflib.get_close_matches(name, allowed, n=1)
+    return f"did you mean {near[0]}? " if near else ""
+
+
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that the schema allows in a section."""
+    """The keys that the schema allows in a section; none where it is no section."""
     schema = model.model_json_schema()
     node = schema
     for part in location:

@@ -33,7 +33,7 @@ from serving.config import ServiceSpec
 from serving.on_ray import ServedApp, serve_model
 from training.history import read_history
 from training.on_ray import train_on_ray
-from training.run import TrainResult, check_run
+from training.run import TrainRequest, TrainResult, check_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,9 +144,20 @@ def shards_to_do(recipe: Recipe, shards: list[str], out: str | Path, *, redo: bo
 
 def training_to_do(recipe: Recipe, latents: str | Path, out: Path) -> bool:
     """Whether `train` would still have to take a step."""
-    codec = Path(recipe.codec_source)
-    run = check_run(recipe.train, recipe.model, recipe.text, recipe.video, latents, codec, out)
-    return run.finished() is None
+    return check_run(train_request(recipe, latents, out)).finished() is None
+
+
+def train_request(recipe: Recipe, latents: str | Path, out: Path) -> TrainRequest:
+    """What a recipe asks of training, on these latents."""
+    return TrainRequest(
+        config=recipe.train,
+        flow=recipe.model,
+        text=recipe.text,
+        dataset=latents,
+        out=out,
+        codec=Path(recipe.codec_source),
+        video=recipe.stated_video,
+    )
 
 
 def train(recipe: Recipe, latents: str | Path, out: Path, reporter: Reporter) -> TrainResult:
@@ -161,16 +172,7 @@ def train(recipe: Recipe, latents: str | Path, out: Path, reporter: Reporter) ->
                     said = f"{record['loss_nats_per_dim']:.3f} nats/dim"
             update(records[-1]["step"] + 1, recipe.train.steps, said)
 
-        result = train_on_ray(
-            recipe.train,
-            recipe.model,
-            recipe.text,
-            recipe.video,
-            latents,
-            Path(recipe.codec_source),
-            out,
-            progress=show,
-        )
+        result = train_on_ray(train_request(recipe, latents, out), progress=show)
     if result.resumed_from == result.steps:
         reporter.console.print("  nothing to do: this run was finished before")
     elif result.resumed_from:

@@ -3,7 +3,7 @@
 Nothing here has state, so only the step number is checkpointed and a run resumes exactly on any
 number of workers. All workers get the same plan and take their slices of it; randomness inside a
 sample comes from (seed, step, global place in the batch), so that many workers see what one would.
-Knows nothing of latents, models or files.
+Knows nothing of tensors, models or files.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import numpy as np
 
 from data_prep.latents.records import Bucket
 from flowreel.errors import FlowreelError
+from training.config import BatchConfig
 
 Mode = Literal["image", "video"]
 # Independent random streams of one sample; the numbers are part of a run's identity.
-PURPOSES = {"order": 0, "drop_first": 1, "noise": 2, "posterior": 3, "caption": 4, "evaluate": 5}
+PURPOSES = {"order": 0, "first_frame": 1, "noise": 2, "posterior": 3, "caption": 4, "evaluate": 5}
 
 
-class SamplerError(FlowreelError, ValueError):
+class BatchSamplerError(FlowreelError, ValueError):
     """A dataset that the configured batches cannot be drawn from."""
 
 
@@ -33,6 +34,11 @@ def random_stream(seed: int, purpose: str, step: int, place: int) -> np.random.G
     """The random numbers of one purpose at one place of one step, independent of all others.
 
     Counter based (Philox 4x64), so that no stream depends on how many numbers another one drew.
+
+    >>> noise = random_stream(0, "noise", step=3, place=1).standard_normal(4)
+    >>> _ = random_stream(0, "caption", step=3, place=1).random(100)
+    >>> bool((random_stream(0, "noise", step=3, place=1).standard_normal(4) == noise).all())
+    True
     """
     counter = np.array([0, place, step, 0], dtype=np.uint64)
     key = np.array([seed, PURPOSES[purpose]], dtype=np.uint64)
@@ -49,20 +55,24 @@ class StepPlan:
         bucket: (frames, height, width) of the records read; image steps from clips read a video
             bucket and use frame 0.
         ids: the global batch in order; worker r of n takes `share(r, n)`.
-        drop_first: whether this step drops the first latent frame (alike on all workers: it
-            changes the shape).
+        drops_first_frame: whether this step drops the first latent frame (alike on all workers:
+            it changes the shape).
+
+    >>> plan = StepPlan(0, "video", Bucket(17, 64, 64), ("a", "b", "c", "d"), False)
+    >>> [plan.ids[place] for place in plan.share(rank=1, world=2)]
+    ['c', 'd']
     """
 
     step: int
     mode: Mode
     bucket: Bucket
     ids: tuple[str, ...]
-    drop_first: bool
+    drops_first_frame: bool
 
     def share(self, rank: int, world: int) -> range:
-        """Global places of one worker's samples."""
+        """Global places of one worker's samples; BatchSamplerError where shares are unequal."""
         if len(self.ids) % world:
-            raise SamplerError(
+            raise BatchSamplerError(
                 f"a batch of {len(self.ids)} does not divide among {world} workers; "
                 "choose batch sizes that are multiples of the workers"
             )
@@ -70,56 +80,61 @@ class StepPlan:
         return range(rank * size, (rank + 1) * size)
 
 
-class Sampler:
+class BatchSampler:
     """Plans of all steps.
-
-    Args:
-        buckets: ids by bucket, as `LatentDataset.buckets` has them; one-frame buckets are images.
-        image_from_clips: image steps take first frames of clips where True; None: only where there
-            are no images.
 
     Every `1/image_ratio`-th step is an image step (evenly spaced, so that the share is exact at
     any time). Within a mode, an epoch cuts every bucket's seeded permutation into whole batches
     and shuffles all of them; the next epoch permutes anew.
+
+    Args:
+        buckets: ids by bucket, as `LatentDataset.buckets` has them; one-frame buckets are images.
+        config: sizes of batches, share and source of image steps.
+        seed: the run's.
+
+    Raises:
+        BatchSamplerError: steps of a kind that the dataset has no samples for.
+
+    >>> clips = {Bucket(17, 64, 64): ["a", "b", "c", "d"]}
+    >>> sampler = BatchSampler(clips, BatchConfig(batch_size=2, image_ratio=0), seed=0)
+    >>> [sampler.plan(step).ids for step in (0, 1)]
+    [('d', 'a'), ('c', 'b')]
+    >>> sampler.plan(1) == BatchSampler(clips, sampler.config, seed=0).plan(1)
+    True
     """
 
     def __init__(
-        self,
-        buckets: Mapping[Bucket, Sequence[str]],
-        *,
-        seed: int,
-        batch_size: int,
-        image_batch_size: int,
-        image_ratio: float,
-        drop_first_frame: float = 0.0,
-        image_from_clips: bool | None = None,
+        self, buckets: Mapping[Bucket, Sequence[str]], config: BatchConfig, seed: int
     ) -> None:
+        self.config = config
         self.seed = seed
-        self.image_ratio = image_ratio
-        self.drop_first_frame = drop_first_frame
-        self._sizes: dict[Mode, int] = {"image": image_batch_size, "video": batch_size}
+        self._sizes: dict[Mode, int] = {
+            "image": config.image_batch_size,
+            "video": config.batch_size,
+        }
         ordered = {b: tuple(buckets[b]) for b in sorted(buckets, key=tuple) if buckets[b]}
         images = {b: ids for b, ids in ordered.items() if b.frames == 1}
         videos = {b: ids for b, ids in ordered.items() if b.frames > 1}
-        from_clips = not images if image_from_clips is None else image_from_clips
+        from_clips = {"auto": not images, "records": False, "first_frames": True}
         self._buckets: dict[Mode, dict[Bucket, tuple[str, ...]]] = {
-            "image": videos if from_clips else images,
+            "image": videos if from_clips[config.image_source] else images,
             "video": videos,
         }
-        shares: dict[Mode, float] = {"video": 1 - image_ratio, "image": image_ratio}
+        shares: dict[Mode, float] = {"video": 1 - config.image_ratio, "image": config.image_ratio}
         for mode, share in shares.items():
             if share > 0 and not self._buckets[mode]:
-                raise SamplerError(
+                raise BatchSamplerError(
                     f"{share:.0%} of the steps are {mode} steps, but the dataset has no {mode} "
-                    f"samples (buckets: {[tuple(b) for b in ordered]}); change image_ratio or image_source"
+                    f"samples (buckets: {[tuple(b) for b in ordered]}); change "
+                    "train.batches.image_ratio or train.batches.image_source"
                 )
-        # One cache per sampler: the plan of an epoch is asked for once per step.
+        # One cache per object: the plans of an epoch are asked for once per step.
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
 
     def _mode(self, step: int) -> tuple[Mode, int]:
         """The mode of a step, and how many steps of that mode came before it."""
-        images_before = math.floor(step * self.image_ratio)
-        if math.floor((step + 1) * self.image_ratio) > images_before:
+        images_before = math.floor(step * self.config.image_ratio)
+        if math.floor((step + 1) * self.config.image_ratio) > images_before:
             return "image", images_before
         return "video", step - images_before
 
@@ -147,7 +162,6 @@ class Sampler:
         mode, count = self._mode(step)
         epoch, index = divmod(count, self.batches_per_epoch(mode))
         bucket, ids = self._epoch(mode, epoch)[index]
-        drop = mode == "video" and bool(
-            random_stream(self.seed, "drop_first", step, 0).random() < self.drop_first_frame
-        )
-        return StepPlan(step, mode, bucket, ids, drop)
+        draw = random_stream(self.seed, "first_frame", step, 0).random()
+        drops_first_frame = mode == "video" and bool(draw < self.config.first_frame_dropout)
+        return StepPlan(step, mode, bucket, ids, drops_first_frame)

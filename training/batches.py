@@ -2,11 +2,13 @@
 
 All randomness of a sample comes from (seed, step, its place in the global batch), so that it does
 not matter which worker makes it. Knows nothing of models' insides, optimizers or processes.
+
+Shapes: B batch, T latent frames, C channels, h, w latent rows and columns, J text tokens, E text
+width.
 """
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,34 +22,23 @@ from data_prep.latents.dataset import LatentBatch, LatentDataset
 from data_prep.latents.records import Bucket
 from flow.codec import LatentConvention
 from flow.config import FlowConfig
-from flow.prompt import EXTEND_PREFIX, format_prompt
+from flow.prompt import EXTEND_PREFIX, prompt_for
 from flow.text import TextEncoder
-from training.batch_sampler import (
-    Mode,
-    Sampler,
-    StepPlan,
-    random_stream,
-)
-from training.config import TrainConfig
+from training.batch_sampler import BatchSampler, Mode, StepPlan, random_stream
+from training.config import BatchConfig
 
-ASPECTS = {
-    name: int(name.split(":")[0]) / int(name.split(":")[1])
-    for name in ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
-}
-PROMPTS_KEPT = 50_000
-
-
-def aspect_name(height: int, width: int) -> str:
-    """The named aspect ratio (width:height) nearest to a picture's.
-
-    >>> aspect_name(192, 336)
-    '16:9'
-    """
-    return min(ASPECTS, key=lambda name: abs(math.log(ASPECTS[name] * height / width)))
+PROMPT_CACHE_SIZE = 50_000
+"""Encoded prompts that stay in memory."""
 
 
 class Prompts:
-    """Captions in, encoded prompts out, each encoded once."""
+    """Captions in, encoded prompts out, each encoded once.
+
+    Args:
+        encoder: the text encoder that the model reads.
+        flow: the model's structure; it says what a prompt mentions.
+        fps: frames per second of the dataset's clips.
+    """
 
     def __init__(self, encoder: TextEncoder, flow: FlowConfig, fps: float) -> None:
         self.encoder = encoder
@@ -56,31 +47,36 @@ class Prompts:
         self._encoded: OrderedDict[str, Tensor] = OrderedDict()
 
     def format(self, caption: str, bucket: Bucket, mode: Mode, *, extend: bool = False) -> str:
-        """The prompt as the model is told it is to read it (`prompt_*` of its configuration)."""
-        return format_prompt(
+        """The prompt of a clip of this bucket, or of one frame of it where the mode is image."""
+        return prompt_for(
             caption,
-            fps=(0 if mode == "image" else self.fps) if self.flow.prompt_fps else None,
-            noise_std=self.flow.noise_std if self.flow.prompt_noise else None,
-            aspect_ratio=aspect_name(bucket.height, bucket.width)
-            if self.flow.prompt_aspect
-            else None,
+            self.flow,
+            num_frames=1 if mode == "image" else bucket.frames,
+            height=bucket.height,
+            width=bucket.width,
+            fps=self.fps,
             prefix=EXTEND_PREFIX if extend else "",
         )
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """fp32 [B, J, D]."""
+        """What the encoder makes of each prompt, fp32 [B, J, E]."""
         missing = sorted({p for p in prompts if p not in self._encoded})
         if missing:
             for prompt, row in zip(missing, self.encoder.encode(missing), strict=True):
                 self._encoded[prompt] = row
         out = torch.stack([self._encoded[p] for p in prompts])
-        while len(self._encoded) > PROMPTS_KEPT:
+        while len(self._encoded) > PROMPT_CACHE_SIZE:
             self._encoded.popitem(last=False)
         return out
 
 
 class LatentStore:
-    """A latent dataset, kept whole in memory where it is small enough."""
+    """A latent dataset, held whole in memory where it is small enough.
+
+    Args:
+        dataset: what is read.
+        cache_bytes: size up to which the dataset is held, as fp32; 0 holds nothing.
+    """
 
     def __init__(self, dataset: LatentDataset, cache_bytes: int) -> None:
         self.dataset = dataset
@@ -128,20 +124,21 @@ class TrainBatch:
 
     Attributes:
         x_noisy: x + σ·ε, fp32 [B, T, C, h, w] ([B, C, h, w] for image models).
-        text_BLD: encoded prompts, fp32 [B, J, D].
+        text_BJE: encoded prompts, fp32 [B, J, E].
         prompts: what they say.
         mode: image or video.
     """
 
     x_noisy: Tensor
-    text_BLD: Tensor
+    text_BJE: Tensor
     prompts: list[str]
     mode: Mode
 
     def to(self, device: torch.device) -> TrainBatch:
+        """The same batch on a device."""
         return TrainBatch(
             self.x_noisy.to(device, non_blocking=True),
-            self.text_BLD.to(device, non_blocking=True),
+            self.text_BJE.to(device, non_blocking=True),
             self.prompts,
             self.mode,
         )
@@ -155,16 +152,21 @@ def noised_latents(
     batch: LatentBatch,
     convention: LatentConvention,
     sigma: float,
+    *,
     seed: int,
     step: int,
     places: Sequence[int],
-    *,
     purpose: str = "noise",
 ) -> Tensor:
     """x + σ·ε [B, T, C, h, w]; noise of a sample depends on (seed, step, place) alone.
 
-    Posterior noise (where the convention samples it) has a stream of its own. Shared by training
-    and evaluation, so that both see data made one way.
+    Posterior noise (where the convention samples it) has a stream of its own. Training and
+    evaluation both call this, so that both see data made one way.
+
+    Args:
+        sigma: standard deviation of the noise, in latent units.
+        seed, step, purpose: name the stream of random numbers (`random_stream`).
+        places: place of each sample in the global batch.
     """
     shape = batch.mean_BTCHW.shape[1:]
     posterior = None
@@ -178,30 +180,31 @@ def noised_latents(
 
 
 class BatchMaker:
-    """Makes one worker's share of any step."""
+    """Makes one worker's share of any step.
+
+    Args:
+        store: the latents; their dataset says which convention makes the model's latents of them.
+        prompts: the encoder, and what the model says in a prompt.
+        config: how captions are mixed.
+        seed: the run's.
+    """
 
     def __init__(
-        self,
-        store: LatentStore,
-        prompts: Prompts,
-        config: TrainConfig,
-        flow: FlowConfig,
-        convention: LatentConvention,
+        self, store: LatentStore, prompts: Prompts, config: BatchConfig, seed: int
     ) -> None:
         self.store = store
         self.prompts = prompts
         self.config = config
-        self.flow = flow
-        self.convention = convention
+        self.seed = seed
 
     def _caption(self, plan: StepPlan, place: int, original: str, synthetic: str) -> str:
-        """One caption: dropped, original or synthetic (0.1 : 0.09 : 0.81 by default)."""
-        dropped, from_original = random_stream(
-            self.config.seed, "caption", plan.step, place
-        ).random(2)
-        if dropped < self.config.caption_dropout:
+        """One caption: empty, original or synthetic (0.1 : 0.09 : 0.81 by default)."""
+        dropout_draw, original_draw = random_stream(self.seed, "caption", plan.step, place).random(
+            2
+        )
+        if dropout_draw < self.config.caption_dropout:
             return ""
-        use_original = from_original < self.config.original_caption_ratio
+        use_original = original_draw < self.config.original_caption_ratio
         return (original if use_original else synthetic) or original or synthetic
 
     def make(self, plan: StepPlan, rank: int, world: int) -> TrainBatch:
@@ -216,11 +219,17 @@ class BatchMaker:
                 mean_BTCHW=records.mean_BTCHW[:, :1],
                 logvar_BTCHW=records.logvar_BTCHW[:, :1],
             )
+        flow = self.prompts.flow
         x_noisy = noised_latents(
-            records, self.convention, self.flow.noise_std, self.config.seed, plan.step, places
+            records,
+            self.store.dataset.info.convention,
+            flow.noise_std,
+            seed=self.seed,
+            step=plan.step,
+            places=places,
         )
-        drop_first = plan.drop_first and x_noisy.shape[1] > 1
-        if drop_first:
+        drops_first_frame = plan.drops_first_frame and x_noisy.shape[1] > 1
+        if drops_first_frame:
             x_noisy = x_noisy[:, 1:].contiguous()
         captions = [
             self._caption(plan, p, original, synthetic)
@@ -229,22 +238,24 @@ class BatchMaker:
             )
         ]
         texts = [
-            self.prompts.format(c, plan.bucket, plan.mode, extend=drop_first) for c in captions
+            self.prompts.format(caption, plan.bucket, plan.mode, extend=drops_first_frame)
+            for caption in captions
         ]
-        if not self.flow.video:
+        if not flow.video:
             x_noisy = x_noisy[:, 0]
         return TrainBatch(x_noisy, self.prompts.encode(texts), texts, plan.mode)
 
     def batches(
-        self, sampler: Sampler, start: int, stop: int, rank: int, world: int
+        self, sampler: BatchSampler, start: int, stop: int, rank: int, world: int
     ) -> Iterator[tuple[StepPlan, TrainBatch]]:
-        """Plans and shares of the steps start..stop-1; the next one is made ahead with `prefetch`."""
+        """Plans and shares of the steps start..stop-1; with `prefetch` the next is made ahead."""
         if not self.config.prefetch:
             for step in range(start, stop):
                 plan = sampler.plan(step)
                 yield plan, self.make(plan, rank, world)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+            # One batch ahead and no more: a second would wait in memory for nothing.
             plans = [sampler.plan(start)] if start < stop else []
             ahead = [pool.submit(self.make, plan, rank, world) for plan in plans]
             for step in range(start, stop):

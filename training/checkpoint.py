@@ -1,21 +1,18 @@
-"""Checkpoints that are either complete or not there, readable by any number of workers, and their
-export for serving.
+"""Checkpoints that are complete or not there, for any number of workers, and their export.
 
 A checkpoint is a folder `step_N` written by `torch.distributed.checkpoint` (every worker its own
 shards); its marker file `complete.json` is written last, after all workers are done, so that a
 killed run leaves nothing that looks like a checkpoint. N is the number of steps taken. The marker
 also says what was trained; loading into something else is refused with the differences by name.
-Knows nothing of Ray, of losses or of the loop.
+An exported model is a folder that `serving` reads. Knows nothing of Ray, of losses or of the loop.
 
-    ValueError
-    └── CheckpointMismatch    a checkpoint of another model, data set or trajectory
+    FlowreelError, ValueError
+    └── CheckpointMismatch    a checkpoint of another model, dataset, trajectory or format
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -33,10 +30,13 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from flow.flow import FlowModel
 from flow.weights import ModelSpec, save_model
 from flowreel.errors import FlowreelError
+from flowreel.files import write_json
+from flowreel.values import digest_of, flattened
 from training.parallel import Parallel, networks
 
 MARKER_NAME = "complete.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Raised when checkpoints of an older version can no longer be resumed; 1 had flat settings."""
 CODEC_FOLDER = "codec"
 
 
@@ -59,44 +59,35 @@ class Checkpoint:
     description: dict[str, Any]
 
 
-def digest_of(values: Mapping[str, Any]) -> str:
-    """Short digest of plain values, whatever their order."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file that is there whole or not at all, and stays after a power cut."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        json.dump(values, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def complete_checkpoints(root: Path) -> list[Checkpoint]:
-    """All complete checkpoints in a folder, oldest first."""
-    found = []
-    for marker in root.glob(f"step_*/{MARKER_NAME}"):
-        if re.fullmatch(r"step_\d+", marker.parent.name):
-            values = json.loads(marker.read_text())
-            found.append(Checkpoint(marker.parent, int(values["step"]), values["description"]))
-    return sorted(found, key=lambda c: c.step)
+    """All complete checkpoints in a folder, oldest first.
+
+    Raises:
+        CheckpointMismatch: one of them is of another format.
+    """
+    markers = [
+        marker
+        for marker in root.glob(f"step_*/{MARKER_NAME}")
+        if re.fullmatch(r"step_\d+", marker.parent.name)
+    ]
+    return sorted((_read_marker(marker) for marker in markers), key=lambda c: c.step)
+
+
+def _read_marker(marker: Path) -> Checkpoint:
+    values = json.loads(marker.read_text())
+    if values.get("format") != FORMAT_VERSION:
+        raise CheckpointMismatch(
+            f"{marker.parent} is a checkpoint of format {values.get('format')!r}, this version "
+            f"reads {FORMAT_VERSION}: train into another folder, or end that run with the version "
+            "of Flowreel that began it"
+        )
+    return Checkpoint(marker.parent, int(values["step"]), values["description"])
 
 
 def latest_complete(root: Path) -> Checkpoint | None:
-    """The newest complete checkpoint in a folder, or None."""
-    found = complete_checkpoints(root)
-    return found[-1] if found else None
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values
+    """The newest complete checkpoint in a folder, or None. Raises as `complete_checkpoints`."""
+    checkpoints = complete_checkpoints(root)
+    return checkpoints[-1] if checkpoints else None
 
 
 def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
@@ -105,8 +96,9 @@ def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
     Raises:
         CheckpointMismatch: naming every key that differs, with both values.
     """
-    old = dict(_flat(json.loads(json.dumps(checkpoint.description))))
-    new = dict(_flat(json.loads(json.dumps(description))))
+    # Through JSON, so that a tuple of today equals the list that was read from the marker.
+    old = flattened(json.loads(json.dumps(checkpoint.description)))
+    new = flattened(json.loads(json.dumps(description)))
     differences = [
         f"{key} is {new.get(key, 'not set')!r} but the checkpoint has {old.get(key, 'not set')!r}"
         for key in sorted(old.keys() | new.keys())
@@ -121,7 +113,7 @@ def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _quiet_single_process() -> Iterator[None]:
-    """A single process is what was asked for, so torch need not warn of it."""
+    """Keep torch from warning of a single process, which is what was asked for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -135,7 +127,7 @@ def save_checkpoint(
     parallel: Parallel,
     keep: int,
 ) -> Path:
-    """Write `root/step_N`, all workers together, then forget all but the `keep` newest."""
+    """Write `root/step_N`, all workers together, then remove all but the `keep` newest."""
     folder = root / f"step_{step:08d}"
     if parallel.broadcast_int(int((folder / MARKER_NAME).is_file())):
         return folder
@@ -158,13 +150,13 @@ def save_checkpoint(
             "description": description,
         }
         write_json(folder / MARKER_NAME, values)
-        _forget(root, keep)
+        _remove_old(root, keep)
     return folder
 
 
-def _forget(root: Path, keep: int) -> None:
+def _remove_old(root: Path, keep: int) -> None:
     for old in complete_checkpoints(root)[:-keep]:
-        # Without its marker a half-deleted folder is no checkpoint.
+        # The marker goes first: a folder that a kill leaves half deleted is then no checkpoint.
         (old.path / MARKER_NAME).unlink()
         shutil.rmtree(old.path)
 

@@ -1,12 +1,13 @@
 """Train a small codec on procedural video: `flowreel train-codec`.
 
-Writes a folder that `flow.codec.VideoCodec` loads, with the latent statistics in its config and the PSNR on held-out scenes in
-`quality.json`. Knows nothing of the flow, of shards or of Ray.
+Writes a folder that `flow.codec.VideoCodec` loads, with the latent statistics in its config and the
+PSNR on held-out scenes in `quality.json`. Knows nothing of flows, of latent shards or of Ray.
+
+Shapes: B batch, T frames, H, W rows and columns in pixels, C colours or channels.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,77 +16,25 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from flow.codec import Vae, VideoCodec, build_vae, save_codec
+from flowreel.files import write_json
+from training.codec_config import CodecConfig
 
-# `render(seed, num_frames)` gives uint8 [T, H, W, 3]; held-out scenes are those of negative step numbers.
 Render = Callable[[int, int], Any]
-Progress = Callable[[dict[str, float]], None]
+"""`render(seed, num_frames)` gives a scene's frames, uint8 [T, H, W, 3]."""
+CodecProgress = Callable[[dict[str, float]], None]
+"""Takes what a step measured: step, steps, loss, psnr_db."""
 HELD_OUT_SEED = 900_000_000
-
-
-class CodecConfig(BaseModel):
-    """The size of the codec and how it is trained."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    z_dim: int = Field(24, ge=1, description="latent channels")
-    encoder_width: int = Field(24, ge=4, description="channels of the encoder's first stage")
-    decoder_width: int = Field(28, ge=4, description="channels of the decoder's first stage")
-    clip_frames: tuple[int, ...] = Field(
-        (9, 17, 33),
-        description="frames per training clip, 4k+1 each, taken in turn: trained on one length "
-        "only, a causal codec drifts on every longer video",
-    )
-    eval_frames: int = Field(17, ge=1, description="frames per held-out clip, 4k+1")
-    image_steps: int = Field(
-        900, ge=0, description="optimizer steps on single frames, before those on clips"
-    )
-    steps: int = Field(3600, ge=1, description="optimizer steps on clips")
-    image_batch_size: int = Field(12, ge=1, description="frames per step on single frames")
-    frames_per_step: int = Field(34, ge=1, description="frames per step on clips, at most")
-    muon_learning_rate: float = Field(0.02, gt=0, description="peak for inner convolutions (Muon)")
-    learning_rate: float = Field(2e-3, gt=0, description="peak for all other weights (AdamW)")
-    warmup_steps: int = Field(50, ge=0, description="steps of linear warm-up")
-    kl_weight: float = Field(
-        1e-4, ge=0, description="weight of KL (nats per latent element) beside MSE"
-    )
-    recolour: float = Field(
-        0.2, ge=0, le=1, description="share of clips whose colour axes are mixed at random"
-    )
-    seed: int = Field(0, description="seed of weights and scenes")
-    eval_clips: int = Field(32, ge=1, description="held-out clips that PSNR is measured on")
-
-    def vae_config(self) -> dict[str, Any]:
-        """Wan2.2's architecture (residual, x16 in space, x4 in time) at this size.
-
-        Patches of 4 and two halvings instead of patches of 2 and three: the same factor, without the stage that costs most.
-        """
-        return {
-            "_class_name": "AutoencoderKLWan",
-            "base_dim": self.encoder_width,
-            "decoder_base_dim": self.decoder_width,
-            "z_dim": self.z_dim,
-            "dim_mult": [1, 2, 2],
-            "num_res_blocks": 1,
-            "attn_scales": [],
-            "temperal_downsample": [True, True],
-            "dropout": 0.0,
-            "is_residual": True,
-            "in_channels": 48,
-            "out_channels": 48,
-            "patch_size": 4,
-            "scale_factor_temporal": 4,
-            "scale_factor_spatial": 16,
-            "latents_mean": [0.0] * self.z_dim,
-            "latents_std": [1.0] * self.z_dim,
-        }
+"""Seed of the first held-out scene; training never gets so far."""
 
 
 def _recolour(signal_CTHW: Tensor, generator: torch.Generator) -> Tensor:
-    """A random linear mix of the colour axes, so that the codec is not blind to colours outside its palette."""
+    """A random linear mix of the colour axes.
+
+    Without it the codec is blind to colours outside the world's palette.
+    """
     matrix = torch.eye(3) * 0.4 + torch.rand(3, 3, generator=generator) * 0.6
     matrix = matrix / matrix.sum(1, keepdim=True)
     return torch.einsum("dc,cthw->dthw", matrix, signal_CTHW)
@@ -117,15 +66,16 @@ def _batches(config: CodecConfig, render: Render) -> Iterator[Tensor]:
 
 def _schedule(config: CodecConfig, step: int) -> float:
     """Share of the peak learning rate: linear warm-up, then a cosine to 2%."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    done = step / (config.image_steps + config.steps)
-    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    warmth = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    progress = step / (config.image_steps + config.steps)
+    return warmth * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class _Optimizers:
     """Muon (orthogonalised momentum) for the inner convolutions, AdamW for all else.
 
-    torch's Muon takes matrices, so each kernel is handed to it as a [out, in·kernel] view of the same memory.
+    torch's Muon takes matrices, so each kernel is handed to it as a [out, in·kernel] view of the
+    same memory.
     """
 
     def __init__(self, vae: Vae, config: CodecConfig) -> None:
@@ -155,7 +105,7 @@ class _Optimizers:
 
 
 def _quiet_posterior(vae: Vae, logvar: float = -5.0) -> None:
-    """Start with little posterior noise: at the usual e^0 it drowns what an untrained encoder says."""
+    """Start with little posterior noise: e^0 would drown what an untrained encoder says."""
     bias = vae.quant_conv.bias
     with torch.no_grad():
         bias[bias.shape[0] // 2 :] = logvar
@@ -170,7 +120,7 @@ def _initial(config: CodecConfig, start: Path | None) -> Vae:
     return vae
 
 
-def _objective(vae: Vae, signal_BCTHW: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+def _losses(vae: Vae, signal_BCTHW: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
     """Loss and mean squared error, both on the -1..1 scale."""
     posterior = vae.encode(signal_BCTHW).latent_dist
     reconstruction = vae.decode(posterior.sample()).sample
@@ -186,16 +136,19 @@ def psnr_db(frames: Tensor, reference: Tensor) -> float:
 
 
 def measure(codec: VideoCodec, render: Render, num_clips: int, num_frames: int) -> dict[str, float]:
-    """PSNR in dB of encode-then-decode (posterior mean) on held-out scenes, whole and first frame alone."""
+    """PSNR in dB of encode-then-decode (posterior mean) on held-out scenes.
+
+    `psnr_db` is over whole clips, `first_frame_psnr_db` over their first frames alone.
+    """
     frames_BTHWC = torch.stack(
         [torch.as_tensor(render(HELD_OUT_SEED + i, num_frames)) for i in range(num_clips)]
     )
-    decoded = []
-    for clip in frames_BTHWC.split(4):
-        mean, logvar = codec.encode(clip)
+    clips = []
+    for part_BTHWC in frames_BTHWC.split(4):
+        mean, logvar = codec.encode(part_BTHWC)
         noise = torch.zeros_like(mean)
-        decoded.append(codec.decode(codec.convention.to_model(mean, logvar, noise)))
-    out_BTHWC = torch.cat(decoded)
+        clips.append(codec.decode(codec.convention.to_model(mean, logvar, noise)))
+    out_BTHWC = torch.cat(clips)
     return {
         "psnr_db": psnr_db(out_BTHWC, frames_BTHWC),
         "first_frame_psnr_db": psnr_db(out_BTHWC[:, :1], frames_BTHWC[:, :1]),
@@ -221,7 +174,7 @@ def train_codec(
     config: CodecConfig,
     render: Render,
     out: Path,
-    progress: Progress | None = None,
+    progress: CodecProgress | None = None,
     *,
     start: Path | None = None,
 ) -> dict[str, float]:
@@ -232,10 +185,10 @@ def train_codec(
         render: `(seed, num_frames) -> uint8 [T, H, W, 3]`.
         out: folder for `config.json`, safetensors (fp16) and `quality.json`.
         progress: called after each step with step, steps, loss, psnr_db.
-        start: folder of a codec whose training goes on; its size is kept, `config`'s is not read.
+        start: folder of a codec whose training goes on; its size stays, `config`'s is not read.
 
     Returns:
-        what `quality.json` holds: `psnr_db`, `first_frame_psnr_db`, `steps`, `seconds`.
+        What `quality.json` holds: `psnr_db`, `first_frame_psnr_db`, `steps`, `seconds`.
     """
     torch.manual_seed(config.seed)
     vae = _initial(config, start).train()
@@ -246,7 +199,7 @@ def train_codec(
     started = time.monotonic()
     total = config.image_steps + config.steps
     for step, signal_BCTHW in enumerate(_batches(config, render)):
-        loss, mse = _objective(vae, signal_BCTHW, config.kl_weight)
+        loss, mse = _losses(vae, signal_BCTHW, config.kl_weight)
         vae.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0, error_if_nonfinite=True)
@@ -255,10 +208,10 @@ def train_codec(
         if progress is not None:
             psnr = 10 * math.log10(4 / max(mse.item(), 1e-12))
             progress({"step": step + 1, "steps": total, "loss": loss.item(), "psnr_db": psnr})
-    trained: Vae = average.module.eval()
-    _set_statistics(trained, config, render)
-    save_codec(trained, out)
+    averaged_vae: Vae = average.module.eval()
+    _set_statistics(averaged_vae, config, render)
+    save_codec(averaged_vae, out)
     quality = measure(VideoCodec.load(out), render, config.eval_clips, config.eval_frames)
     quality |= {"steps": total, "seconds": round(time.monotonic() - started, 1)}
-    (out / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
+    write_json(out / "quality.json", quality)
     return quality

@@ -13,12 +13,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from flowreel.files import write_whole
+
 HISTORY_NAME = "history.jsonl"
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a history file, in order; [] where there is none. A line cut by a crash
-    is left out.
+    """All whole lines of a history file, in order; none where there is no file.
+
+    A line that a crash cut is left out.
     """
     if not path.is_file():
         return []
@@ -30,14 +33,24 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 class History:
-    """Appends to a history file."""
+    """Appends to a history file.
+
+    Args:
+        path: the file; made where there is none.
+        start_step: first step to come; lines from it on are dropped.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / HISTORY_NAME
+    >>> History(path, start_step=0).append([{"step": 0}, {"step": 1}])
+    >>> History(path, start_step=1).append([{"step": 1, "again": True}])
+    >>> read_history(path)
+    [{'step': 0}, {'step': 1, 'again': True}]
+    """
 
     def __init__(self, path: Path, start_step: int) -> None:
         self.path = path
-        kept = [r for r in read_history(path) if int(r["step"]) < start_step]
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        part.replace(path)
+        before = [r for r in read_history(path) if int(r["step"]) < start_step]
+        write_whole(path, "".join(json.dumps(r) + "\n" for r in before))
 
     def append(self, records: Sequence[Mapping[str, Any]], *, durable: bool = False) -> None:
         """Add lines; `durable` waits until they would outlive a power cut."""
@@ -49,25 +62,28 @@ class History:
 
 
 class HistoryTail:
-    """Reads what was added to a history file since the last look, in another process than the
-    writer.
+    """Reads what was added to a history file since the last look, in any process.
+
+    Args:
+        path: the file; it may not be there yet.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = 0
         self._offset = 0
-        self._seen: list[int] = []
+        self._known: list[int] = []
 
     def new_records(self) -> list[dict[str, Any]]:
         """Whole lines added since the last call.
 
-        When a resumed run has replaced the file, the lines it kept are known already and are not
-        given again; the lines it does again are.
+        When a resumed run has replaced the file, lines that it took over are known already and are
+        not given again; lines of steps that it takes again are.
         """
         if not self.path.is_file():
             return []
         with self.path.open("rb") as file:
+            # Another inode under the same name: the file was written anew, not appended to.
             replaced = os.fstat(file.fileno()).st_ino != self._file
             if replaced:
                 self._file, self._offset = os.fstat(file.fileno()).st_ino, 0
@@ -77,10 +93,10 @@ class HistoryTail:
         self._offset += len(whole)
         lines = whole.splitlines()
         hashes = [hash(line) for line in lines]
-        kept = 0
+        known = 0
         if replaced:
-            same = (a == b for a, b in zip(hashes, self._seen, strict=False))
-            kept = sum(takewhile(bool, same))
-            del self._seen[kept:]
-        self._seen += hashes[kept:]
-        return [json.loads(line) for line in lines[kept:]]
+            same = (a == b for a, b in zip(hashes, self._known, strict=False))
+            known = sum(takewhile(bool, same))
+            del self._known[known:]
+        self._known += hashes[known:]
+        return [json.loads(line) for line in lines[known:]]

@@ -1,15 +1,15 @@
 """The training loop of one worker: batches in, checkpoints and history out.
 
 Starts from the newest complete checkpoint in `out/checkpoints` and goes on as if it had never
-stopped. Takes `report` as a callable and knows nothing of Ray; knows MLflow only as an object that
-takes records.
+stopped. Takes `report` as a callable, and MLflow as an object that takes records. Knows nothing of
+Ray.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,11 @@ from flow.config import FlowConfig
 from flow.flow import FlowModel
 from flow.likelihood import noise_floor
 from flow.text import TextSpec, build_text_encoder
-from training.batch_sampler import Sampler, StepPlan
-from training.batches import (
-    BatchMaker,
-    LatentStore,
-    Prompts,
-)
+from training.batch_sampler import BatchSampler, StepPlan
+from training.batches import BatchMaker, LatentStore, Prompts
 from training.checkpoint import (
     Checkpoint,
     check_fits,
-    digest_of,
     latest_complete,
     load_checkpoint,
     save_checkpoint,
@@ -39,21 +34,22 @@ from training.config import TrainConfig
 from training.held_out import HeldOut
 from training.history import HISTORY_NAME, History
 from training.metrics import step_cost
-from training.parallel import Parallel, join_workers, shard_model
+from training.parallel import join_workers, shard_model
 from training.step import StepMetrics, TrainStep
-from training.tracking import MetricsLogger, TrackingRun
+from training.tracking import MetricsLogger, MlflowRun
 
 CHECKPOINTS_NAME = "checkpoints"
 Report = Callable[[dict[str, Any]], None]
+"""Takes the record of a step that a checkpoint was just written after."""
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What is trained on what, and where to.
+    """What is trained on what, and where to: what every worker is given beside the settings.
 
     Attributes:
         flow, text: the model and the text encoder it reads.
-        dataset: folder of prepared latents.
+        dataset: folder of prepared latents, path or URI.
         out: the run's folder; all workers must see the same one.
     """
 
@@ -64,11 +60,32 @@ class TrainJob:
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
         return self.out / CHECKPOINTS_NAME
 
     @property
     def history(self) -> Path:
+        """File with a line for each step."""
         return self.out / HISTORY_NAME
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with which another process can make it again."""
+        return {
+            "flow": self.flow.to_dict(),
+            "text": self.text.to_dict(),
+            "dataset": str(self.dataset),
+            "out": str(self.out.resolve()),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainJob:
+        """What `to_dict` gave."""
+        return cls(
+            FlowConfig.from_dict(values["flow"]),
+            TextSpec(**values["text"]),
+            values["dataset"],
+            Path(values["out"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -96,8 +113,9 @@ def ids_digest(dataset: LatentDataset) -> str:
 
 
 def describe(config: TrainConfig, job: TrainJob, dataset: LatentDataset) -> dict[str, Any]:
-    """All that decides which weights come out, as plain values; a checkpoint must have the same to
-    be resumed.
+    """All that decides which weights come out, as plain values.
+
+    A checkpoint must have the same to be resumed.
     """
     return {
         "flow": job.flow.to_dict(),
@@ -111,20 +129,6 @@ def describe(config: TrainConfig, job: TrainJob, dataset: LatentDataset) -> dict
     }
 
 
-def make_sampler(config: TrainConfig, dataset: LatentDataset) -> Sampler:
-    """The sampler of a configuration over a dataset's training split."""
-    from_clips = {"auto": None, "records": False, "first_frames": True}[config.image_source]
-    return Sampler(
-        dataset.buckets,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        image_batch_size=config.image_batch_size,
-        image_ratio=config.image_ratio,
-        drop_first_frame=config.drop_first_frame,
-        image_from_clips=from_clips,
-    )
-
-
 def fresh_model(flow: FlowConfig, seed: int) -> FlowModel:
     """Start weights from the seed, alike on all workers."""
     with torch.random.fork_rng(devices=[]):
@@ -135,36 +139,31 @@ def fresh_model(flow: FlowConfig, seed: int) -> FlowModel:
 class _Recorder:
     """Gathers a worker's step metrics and writes them out (worker 0) at reports."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        job: TrainJob,
-        step: TrainStep,
-        start: int,
-        run: TrackingRun | None,
-    ) -> None:
-        self.config, self.job, self.step = config, job, step
+    def __init__(self, job: TrainJob, step: TrainStep, start: int, run: MlflowRun | None) -> None:
         first = step.parallel.is_first
+        self.step = step
+        self.noise_floor = noise_floor(job.flow.noise_std)
         self.history = History(job.history, start) if first else None
         self.logger = MetricsLogger(run if first else None)
         self.last: dict[str, Any] = {}
         self._pending: list[tuple[StepMetrics, dict[str, Any]]] = []
 
     def add(self, metrics: StepMetrics, extra: dict[str, Any]) -> None:
+        """Take a step's metrics, without waiting for the device."""
         self._pending.append((metrics, extra))
 
     def annotate(self, extra: dict[str, Any]) -> None:
-        """Add values to the step just taken."""
+        """Add values to the newest step."""
         self._pending[-1][1].update(extra)
 
     def flush(self, *, durable: bool = False) -> None:
-        """Write what was gathered. Every worker reads its metrics here, and so stops with the
-        others.
+        """Write what was gathered; `durable` waits until it would outlive a power cut.
+
+        Every worker reads its metrics here, and so stops with the others.
         """
         records = []
-        floor = noise_floor(self.job.flow.noise_std)
         for metrics, extra in self._pending:
-            records.append({**metrics.record(), "noise_floor": floor, **extra})
+            records.append({**metrics.record(), "noise_floor": self.noise_floor, **extra})
         self._pending.clear()
         if records:
             self.last = records[-1]
@@ -175,19 +174,12 @@ class _Recorder:
             self.step.check_skips(record)
 
 
-def _costs(
-    config: TrainConfig,
-    job: TrainJob,
-    step: TrainStep,
-    plan: StepPlan,
-    shape: torch.Size,
-    seconds: float,
-) -> dict[str, float]:
+def _costs(step: TrainStep, plan: StepPlan, shape: torch.Size, seconds: float) -> dict[str, float]:
     """Speed of a step: tokens per second, and MFU where the peak is known."""
     frames = shape[1] if len(shape) == 5 else 1
     cost = step_cost(
         step.model,
-        job.flow,
+        step.model.config,
         batch=len(plan.ids),
         frames=frames,
         height=shape[-2],
@@ -198,8 +190,9 @@ def _costs(
         "tokens_per_s": cost.tokens / seconds,
         "flops_per_s": (cost.matmul_flops + cost.attention_flops) / seconds,
     }
-    if config.peak_flops_per_device is not None:
-        out.update(cost.utilisation(seconds, config.peak_flops_per_device * step.parallel.world))
+    peak = step.config.tracking.peak_flops_per_device
+    if peak is not None:
+        out.update(cost.utilisation(seconds, peak * step.parallel.world))
     return out
 
 
@@ -208,9 +201,9 @@ def train(
     job: TrainJob,
     *,
     report: Report = lambda record: None,
-    tracking: TrackingRun | None = None,
+    tracking: MlflowRun | None = None,
 ) -> LoopResult:
-    """Train as one of `config.workers` workers until `config.steps` steps are taken.
+    """Train as one of `config.workers.count` workers until `config.steps` steps are taken.
 
     Args:
         report: called on every worker alike with the last step's record after each checkpoint (it
@@ -220,94 +213,113 @@ def train(
     Raises:
         CheckpointMismatch: `out` holds checkpoints of another run.
         SkippedTooOften: the run makes no progress.
-        SamplerError, LatentDatasetError: the data do not fit the configuration.
+        BatchSamplerError, LatentDatasetError: the data do not fit the configuration.
     """
-    with join_workers(config) as parallel:
+    with join_workers(config.workers) as parallel:
         dataset = LatentDataset(job.dataset, split="train")
         description = describe(config, job, dataset)
         model = fresh_model(job.flow, config.seed)
-        shard_model(model, parallel, config)
-        step = TrainStep(model, job.flow, config, parallel)
-        resumed = _resume(job, step, description, parallel)
-        start = resumed.step if resumed else 0
-        recorder = _Recorder(config, job, step, start, tracking)
+        shard_model(model, parallel, config.workers.shard_granularity, config.precision)
+        step = TrainStep(model, config, parallel)
+        origin = _resume(job, step, description)
+        start = origin.step if origin else 0
+        recorder = _Recorder(job, step, start, tracking)
         try:
-            checkpoint = _run(config, job, step, dataset, description, recorder, start, report)
+            last = _Worker(job, step, dataset, description, recorder).take_steps(start, report)
         finally:
             recorder.logger.close()
+        checkpoint = last or origin or latest_complete(job.checkpoints)
+        assert checkpoint is not None, "a finished loop leaves a checkpoint"
         return LoopResult(
-            checkpoint or resumed or _must_be_one(job),
-            max(start, config.steps),
-            resumed.step if resumed else None,
+            checkpoint, max(start, config.steps), resumed_from=origin.step if origin else None
         )
 
 
-def _must_be_one(job: TrainJob) -> Checkpoint:
-    found = latest_complete(job.checkpoints)
-    assert found is not None, "a finished loop leaves a checkpoint"
-    return found
-
-
-def _resume(
-    job: TrainJob, step: TrainStep, description: dict[str, Any], parallel: Parallel
-) -> Checkpoint | None:
-    if parallel.is_first:
+def _resume(job: TrainJob, step: TrainStep, description: dict[str, Any]) -> Checkpoint | None:
+    """Load the newest complete checkpoint, if there is one."""
+    if step.parallel.is_first:
         job.checkpoints.mkdir(parents=True, exist_ok=True)
-    parallel.barrier()
+    # Nobody looks into the folder before it is there for all.
+    step.parallel.barrier()
     latest = latest_complete(job.checkpoints)
     if latest is None:
         return None
     check_fits(latest, description)
-    load_checkpoint(latest, step.state(), parallel)
+    load_checkpoint(latest, step.state(), step.parallel)
     step.after_load()
     return latest
 
 
-def _run(
-    config: TrainConfig,
-    job: TrainJob,
-    step: TrainStep,
-    dataset: LatentDataset,
-    description: dict[str, Any],
-    recorder: _Recorder,
-    start: int,
-    report: Report,
-) -> Checkpoint | None:
-    """Steps start..steps-1; the last checkpoint, if one was written."""
-    parallel = step.parallel
-    prompts = Prompts(build_text_encoder(job.text, parallel.device), job.flow, dataset.info.fps)
-    store = LatentStore(dataset, config.cache_bytes)
-    maker = BatchMaker(store, prompts, config, job.flow, dataset.info.convention)
-    held_out = HeldOut.open(job.dataset, prompts, job.flow, config) if config.eval_every else None
-    folder: Path | None = None
-    began = time.perf_counter()
-    batches = maker.batches(
-        make_sampler(config, dataset), start, config.steps, parallel.rank, parallel.world
-    )
-    for plan, batch in batches:
-        waited = time.perf_counter() - began
-        metrics = step.run(plan.step, batch.to(parallel.device))
-        seconds = time.perf_counter() - began
-        costs = _costs(config, job, step, plan, batch.x_noisy.shape, seconds)
-        recorder.add(metrics, {"step_s": seconds, "data_wait_s": waited, **costs})
-        taken = plan.step + 1
-        if held_out is not None and (taken % config.eval_every == 0 or taken == config.steps):
-            step.swap_ema()
-            nats = held_out.mean_nats(step.model.flow, parallel)
-            step.swap_ema()
-            recorder.annotate({"held_out_nats_per_dim": nats})
-        if taken % config.log_every == 0:
-            recorder.flush()
-        if taken % config.checkpoint_every == 0 or taken == config.steps:
-            recorder.flush(durable=True)
-            folder = save_checkpoint(
-                job.checkpoints, taken, step.state(), description, parallel, config.keep
-            )
-            report(recorder.last)
+@dataclass(frozen=True)
+class _Worker:
+    """One worker's part in a run, from its first step here to the last."""
+
+    job: TrainJob
+    step: TrainStep
+    dataset: LatentDataset
+    description: dict[str, Any]
+    recorder: _Recorder
+
+    def take_steps(self, start: int, report: Report) -> Checkpoint | None:
+        """Take the steps start..steps-1; the last checkpoint, if one was written."""
+        config, job, parallel = self.step.config, self.job, self.step.parallel
+        encoder = build_text_encoder(job.text, parallel.device)
+        prompts = Prompts(encoder, job.flow, self.dataset.info.fps)
+        store = LatentStore(self.dataset, config.batches.cache_bytes)
+        maker = BatchMaker(store, prompts, config.batches, config.seed)
+        sampler = BatchSampler(self.dataset.buckets, config.batches, config.seed)
+        held_out = self._held_out(prompts) if config.evaluation.every_steps else None
+        checkpoint: Checkpoint | None = None
         began = time.perf_counter()
-    return None if folder is None else Checkpoint(folder, config.steps, description)
+        for plan, batch in maker.batches(
+            sampler, start, config.steps, parallel.rank, parallel.world
+        ):
+            data_wait_s = time.perf_counter() - began
+            metrics = self.step.take(plan.step, batch.to(parallel.device))
+            step_s = time.perf_counter() - began
+            costs = _costs(self.step, plan, batch.x_noisy.shape, step_s)
+            self.recorder.add(metrics, {"step_s": step_s, "data_wait_s": data_wait_s, **costs})
+            count = plan.step + 1
+            if held_out is not None and self._is_due(count, config.evaluation.every_steps):
+                self._evaluate(held_out)
+            if count % config.tracking.every_steps == 0:
+                self.recorder.flush()
+            if self._is_due(count, config.checkpoints.every_steps):
+                # The history of these steps is on disk before the checkpoint that stands for them.
+                self.recorder.flush(durable=True)
+                checkpoint = self._save(count)
+                report(self.recorder.last)
+            began = time.perf_counter()
+        return checkpoint
 
+    def _is_due(self, count: int, every_steps: int) -> bool:
+        return count % every_steps == 0 or count == self.step.config.steps
 
-def run_digest(description: dict[str, Any], steps: int) -> str:
-    """Names a finished run: what was trained, and for how long."""
-    return digest_of({"description": description, "steps": steps})
+    def _held_out(self, prompts: Prompts) -> HeldOut:
+        config = self.step.config
+        dataset = LatentDataset(self.job.dataset, split="held_out")
+        return HeldOut(
+            LatentStore(dataset, config.batches.cache_bytes),
+            prompts,
+            config.evaluation,
+            batch_size=config.batches.batch_size,
+            seed=config.seed,
+        )
+
+    def _evaluate(self, held_out: HeldOut) -> None:
+        """Measure the averaged weights, and note the loss beside the newest step."""
+        self.step.swap_ema()
+        nats = held_out.mean_nats(self.step.model.flow, self.step.parallel)
+        self.step.swap_ema()
+        self.recorder.annotate({"held_out_nats_per_dim": nats})
+
+    def _save(self, count: int) -> Checkpoint:
+        folder = save_checkpoint(
+            self.job.checkpoints,
+            count,
+            self.step.state(),
+            self.description,
+            self.step.parallel,
+            self.step.config.checkpoints.keep,
+        )
+        return Checkpoint(folder, count, self.description)

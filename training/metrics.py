@@ -1,5 +1,4 @@
-"""What a step costs: tokens, floating point operations, and the share of the machine's peak they
-are.
+"""What a step costs: tokens, floating point operations, and their share of a machine's peak.
 
 Pure arithmetic on a configuration and parameter counts. Knows nothing of time, devices or logs.
 """
@@ -22,6 +21,10 @@ class StepCost:
         tokens: latent tokens that the loss is taken over.
         matmul_flops: 6 FLOPs per weight and token (2 forward, 4 backward), attention left out.
         attention_flops: the products of attention, causal ones counted in half.
+
+    >>> cost = StepCost(tokens=100, matmul_flops=3e9, attention_flops=1e9)
+    >>> cost.utilisation(step_s=0.5, peak_flops=16e9)
+    {'mfu': 0.375, 'mfu_attention': 0.5}
     """
 
     tokens: int

@@ -1,17 +1,22 @@
 """Training on Ray: the same loop in the workers of a `TorchTrainer`.
 
-Only wires: the driver checks the run and opens its record, Ray Train starts `config.workers`
+Only wires: the driver checks the run and opens its record, Ray Train starts `workers.count`
 workers with a process group between them, each runs `training.loop.train`, the driver exports.
 Progress is read from the run's history file, which all see, so it is live without a barrier per
 step. Checkpoints are the loop's own: whatever dies, the next start finds the newest complete one.
+Knows nothing of losses, optimizers or what a checkpoint holds.
+
+    FlowreelError, RuntimeError
+    └── TrainingFailed    workers failed; the message is the first one's own error
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +26,21 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from flow.config import FlowConfig
-from flow.text import TextSpec
-from flow.weights import VideoSpec
 from flowreel.errors import FlowreelError
-from training.config import TrainConfig
+from training.config import TrainConfig, WorkerConfig
 from training.history import HistoryTail
 from training.loop import TrainJob, train
-from training.run import Run, TrainResult, check_run, conclude, recorded
-from training.tracking import TrackingRun
+from training.run import (
+    HistoryProgress,
+    TrainingRun,
+    TrainRequest,
+    TrainResult,
+    check_run,
+    conclude,
+    mlflow_record,
+)
+from training.tracking import MlflowRun
 
-Progress = Callable[[list[dict[str, Any]]], None]
 POLL_S = 0.5
 # Ray Train looks after its workers this often; its default of 2 s is felt at the end of a short
 # run.
@@ -60,43 +69,36 @@ class TrainingFailed(FlowreelError, RuntimeError):
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """What every worker does; its return value on worker 0 goes back to the driver."""
-    tracking = settings["tracking"]
-    ended = train(
+    mlflow_run = settings["mlflow_run"]
+    ending = train(
         TrainConfig(**settings["config"]),
-        TrainJob(
-            FlowConfig.from_dict(settings["flow"]),
-            TextSpec(**settings["text"]),
-            settings["dataset"],
-            Path(settings["out"]),
-        ),
+        TrainJob.from_dict(settings["job"]),
         report=lambda record: ray.train.report(record),
-        tracking=None if tracking is None else TrackingRun(**tracking),
+        tracking=None if mlflow_run is None else MlflowRun(**mlflow_run),
     )
-    return {"resumed_from": ended.resumed_from}
+    return {"resumed_from": ending.resumed_from}
 
 
-def _settings(run: Run, config: TrainConfig, tracking: TrackingRun | None) -> dict[str, Any]:
+def _settings(job: TrainJob, config: TrainConfig, mlflow_run: MlflowRun | None) -> dict[str, Any]:
+    """What every worker is told, as plain values: they travel as JSON."""
     return {
         "config": config.model_dump(mode="json"),
-        "flow": run.job.flow.to_dict(),
-        "text": run.job.text.to_dict(),
-        "dataset": str(run.job.dataset),
-        "out": str(run.out.resolve()),
-        "tracking": None if tracking is None else {"uri": tracking.uri, "run_id": tracking.run_id},
+        "job": job.to_dict(),
+        "mlflow_run": None if mlflow_run is None else asdict(mlflow_run),
     }
 
 
 @contextmanager
-def _watched(history: Path, progress: Progress | None) -> Iterator[None]:
+def _show_history(history: Path, progress: HistoryProgress | None) -> Iterator[None]:
     """Hand new history lines to `progress` from a thread while the body runs."""
     if progress is None:
         yield
         return
-    tail, done = HistoryTail(history), threading.Event()
+    tail, stop = HistoryTail(history), threading.Event()
     tail.new_records()  # Lines of an earlier call were shown then.
 
     def watch() -> None:
-        while not done.wait(POLL_S):
+        while not stop.wait(POLL_S):
             if records := tail.new_records():
                 progress(records)
 
@@ -105,8 +107,9 @@ def _watched(history: Path, progress: Progress | None) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
+        stop.set()
         thread.join()
+        # What the workers wrote since the thread last looked.
         if records := tail.new_records():
             progress(records)
 
@@ -126,77 +129,71 @@ def _first_failure(error: TrainingFailedError) -> TrainingFailed:
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
     last = lines[-1].strip() if lines else "no message"
     name = type(cause).__name__
-    said = last if last.startswith(name) else f"{name}: {last}"
-    return TrainingFailed(f"training worker {ranks[0]} failed: {said}", ranks[0])
+    reason = last if last.startswith(name) else f"{name}: {last}"
+    return TrainingFailed(f"training worker {ranks[0]} failed: {reason}", ranks[0])
 
 
-def _resolved(config: TrainConfig) -> tuple[TrainConfig, bool]:
+def _choose_backend(workers: WorkerConfig) -> WorkerConfig:
     """`backend: auto` decided by what the cluster has, so that driver and workers agree."""
     gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = config.backend == "nccl" or (config.backend == "auto" and gpus >= config.workers)
-    backend = "nccl" if use_gpu else "gloo"
-    return config.model_copy(update={"backend": backend}), use_gpu
+    use_gpu = workers.backend == "nccl" or (workers.backend == "auto" and gpus >= workers.count)
+    return workers.model_copy(update={"backend": "nccl" if use_gpu else "gloo"})
 
 
-def train_on_ray(
-    config: TrainConfig,
-    flow: FlowConfig,
-    text: TextSpec,
-    video: VideoSpec | None,
-    dataset: str | Path,
-    codec: Path | None,
-    out: Path,
-    *,
-    progress: Progress | None = None,
-) -> TrainResult:
-    """Train with `config.workers` Ray workers, or go on with, or find finished, the run in `out`.
+def _trainer(run: TrainingRun, mlflow_run: MlflowRun | None) -> TorchTrainer:
+    """The run as Ray Train sees it."""
+    workers = _choose_backend(run.config.workers)
+    return TorchTrainer(
+        _work,
+        train_loop_config=_settings(
+            run.job, run.config.model_copy(update={"workers": workers}), mlflow_run
+        ),
+        torch_config=TorchConfig(backend=workers.backend),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.backend == "nccl",
+            resources_per_worker={"CPU": workers.threads},
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(run.out.resolve()),
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures, controller_failure_limit=START_ATTEMPTS
+            ),
+        ),
+    )
+
+
+def train_on_ray(request: TrainRequest, *, progress: HistoryProgress | None = None) -> TrainResult:
+    """Train with `workers.count` Ray workers; or go on with the run in `out`, or find it finished.
 
     Uses the Ray cluster this process is connected to, or starts one that ends with this process.
 
     Args:
-        dataset: folder of latents, path or URI.
-        out: the run's folder; on a cluster of several machines, on storage they share.
+        request: what is to be trained, on what, how, and where to.
         progress: called in a thread of the driver with new history records, about twice a second.
 
     Raises:
-        RunError, CheckpointMismatch: before any worker is started.
-        TrainingFailed: a worker failed more than `max_worker_failures` times.
+        RunError, VideoMismatch, CheckpointMismatch: before any worker is started.
+        TrainingFailed: a worker failed more than `workers.max_failures` times.
     """
-    run = check_run(config, flow, text, video, dataset, codec, Path(out))
-    if (done := run.finished()) is not None:
-        return done
+    run = check_run(request)
+    earlier = run.finished()
+    if earlier is not None:
+        return earlier
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_S)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
     if not ray.is_initialized():
+        workers = run.config.workers
         ray.init(
-            num_cpus=config.workers * config.threads_per_worker,
-            include_dashboard=False,
-            log_to_driver=False,
+            num_cpus=workers.count * workers.threads, include_dashboard=False, log_to_driver=False
         )
-    resolved, use_gpu = _resolved(config)
-    with recorded(run) as tracking:
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config=_settings(run, resolved, tracking),
-            torch_config=TorchConfig(backend=resolved.backend),
-            scaling_config=ScalingConfig(
-                num_workers=config.workers,
-                use_gpu=use_gpu,
-                resources_per_worker={"CPU": config.threads_per_worker},
-            ),
-            run_config=RunConfig(
-                name="ray",
-                storage_path=str(run.out.resolve()),
-                failure_config=FailureConfig(
-                    max_failures=config.max_worker_failures,
-                    controller_failure_limit=START_ATTEMPTS,
-                ),
-            ),
-        )
+    with mlflow_record(run) as mlflow_run:
+        trainer = _trainer(run, mlflow_run)
         try:
-            with _watched(run.job.history, progress):
+            with _show_history(run.job.history, progress):
                 result = trainer.fit()
         except TrainingFailedError as error:
             raise _first_failure(error) from error
-        resumed = (result.return_value or {}).get("resumed_from")
-        return conclude(run, resumed, tracking)
+        resumed_from = (result.return_value or {}).get("resumed_from")
+        return conclude(run, resumed_from, mlflow_run)

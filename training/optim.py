@@ -1,5 +1,4 @@
-"""AdamW over a worker's own shards, the schedule, the averaged weights, and the decision to skip a
-step.
+"""AdamW over a worker's own shards, its schedule, the averaged weights, and the rule that skips.
 
 Works on the local tensors behind FSDP's sharded parameters (or on plain parameters: the same
 code), so that a step is a few fused kernels whatever the number of parameters. Whether a step is
@@ -11,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from training.config import TrainConfig
+from training.config import OptimizerConfig
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -38,51 +38,89 @@ def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def learning_rate(config: TrainConfig, peak: float, step: int) -> float:
-    """Linear warm-up, then a cosine to `final_learning_rate_ratio` of the peak.
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up to the peak, then half a cosine down to a share of it, the final ratio r.
 
-    >>> learning_rate(TrainConfig(steps=100, warmup_steps=10), 1.0, 4)
-    0.5
+    Before warm-up ends, step n has peak·(n + 1)/warmup_steps. After it, with p = (n − warmup_steps)
+    / (steps − warmup_steps), at most 1, it has peak·(r + (1 − r)·½(1 + cos πp)).
+
+    Attributes:
+        peak: the highest rate.
+        warmup_steps: steps of warm-up.
+        steps: step at which the cosine ends, warm-up included.
+        final_ratio: r.
+
+    >>> rate = LearningRate(peak=1.0, warmup_steps=10, steps=110)
+    >>> rate.at(4), rate.at(10), rate.at(60), rate.at(200)
+    (0.5, 1.0, 0.5, 0.0)
     """
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    length = max(1, (config.schedule_steps or config.steps) - config.warmup_steps)
-    progress = min(1.0, (step - config.warmup_steps) / length)
-    low = config.final_learning_rate_ratio
-    return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    peak: float
+    warmup_steps: int
+    steps: int
+    final_ratio: float = 0.0
+
+    @classmethod
+    def of(cls, config: OptimizerConfig, peak: float, steps: int) -> LearningRate:
+        """The configured schedule of a run of so many steps."""
+        return cls(
+            peak,
+            config.warmup_steps,
+            config.schedule_steps or steps,
+            config.final_learning_rate_ratio,
+        )
+
+    def at(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        length = max(1, self.steps - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / length)
+        low = self.final_ratio
+        return self.peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def ema_decay(config: TrainConfig, step: int) -> float:
-    """Decay of the averaged weights: short at first, so that early weights are soon forgotten."""
-    return min(config.ema_decay, (1 + step) / (10 + step))
+def ema_decay(limit: float, step: int) -> float:
+    """Decay of the averaged weights: short at first, so that early weights are soon forgotten.
+
+    >>> ema_decay(0.99, 0), ema_decay(0.99, 5000)
+    (0.1, 0.99)
+    """
+    return min(limit, (1 + step) / (10 + step))
 
 
 class ShardedAdamW:
-    """AdamW (β, ε, decay of `config`) and averaged weights for one network.
+    """AdamW and averaged weights for one network.
 
     Args:
         parameters: name and parameter; sharded ones are updated where they lie.
+        config: β, ε, weight decay, clipping and the decay of the averaged weights.
+        learning_rate: of every step.
     """
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig, peak: float
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        learning_rate: LearningRate,
     ) -> None:
         self.config = config
-        self.peak = peak
+        self.learning_rate = learning_rate
         self.parameters = dict(parameters)
         self.locals = {
             name: nn.Parameter(local_tensor(p.detach())) for name, p in self.parameters.items()
         }
         self.ema = {name: p.detach().clone() for name, p in self.locals.items()}
-        decayed = [self.locals[n] for n, p in self.parameters.items() if p.ndim >= 2]
-        plain = [self.locals[n] for n, p in self.parameters.items() if p.ndim < 2]
+        matrices = [self.locals[n] for n, p in self.parameters.items() if p.ndim >= 2]
+        vectors = [self.locals[n] for n, p in self.parameters.items() if p.ndim < 2]
         self.adam = torch.optim.AdamW(
             [
                 {"params": group, "weight_decay": decay}
-                for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
+                for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
                 if group
             ],
-            lr=peak,
+            lr=learning_rate.peak,
             betas=config.adam_betas,
             eps=config.adam_eps,
             fused=True,
@@ -96,8 +134,9 @@ class ShardedAdamW:
             }
 
     def take_gradients(self) -> Tensor:
-        """Hand the parameters' gradients over; the sum of squares of this worker's part, on the
-        device.
+        """Take the parameters' gradients over; returns the sum of their squares, 0-dim.
+
+        The sum is over this worker's part, and lies on the device.
         """
         for name, parameter in self.parameters.items():
             gradient = parameter.grad
@@ -110,13 +149,13 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def step(self, step: int, norm: Tensor, skip: Tensor) -> float:
-        """One update, clipped to `clip_norm` and left out where `skip`; the learning rate it used.
+        """One update, clipped to `clip_norm`, left out where `skip`; returns its learning rate.
 
         Args:
             norm: norm of the whole network's gradient, 0-dim on the device.
             skip: 1.0 or 0.0, 0-dim on the device.
         """
-        rate = learning_rate(self.config, self.peak, step)
+        rate = self.learning_rate.at(step)
         for group in self.adam.param_groups:
             group["lr"] = rate
         # The fused kernel divides gradients by grad_scale and does nothing where found_inf is 1.
@@ -125,7 +164,7 @@ class ShardedAdamW:
         self.adam.step()
         for parameter in self.locals.values():
             parameter.grad = None
-        weight = 1 - ema_decay(self.config, step)
+        weight = 1 - ema_decay(self.config.ema_decay, step)
         torch._foreach_lerp_(list(self.ema.values()), list(self.locals.values()), weight)
         return rate
 
@@ -153,22 +192,34 @@ class ShardedAdamW:
     def swap_ema(self) -> None:
         """Exchange weights and averaged weights (twice is nothing)."""
         for name, parameter in self.locals.items():
-            kept = parameter.detach().clone()
+            weights = parameter.detach().clone()
             parameter.copy_(self.ema[name])
-            self.ema[name].copy_(kept)
+            self.ema[name].copy_(weights)
 
 
 class SkipRule:
     """Decides on the device, alike on all workers, whether a step is taken.
 
     A step is skipped when a loss or gradient norm is not finite, or (with `spike_factor`) when a
-    norm is more than so many medians of the last `spike_window` taken steps.
+    norm is more than so many medians of the last `spike_median_steps` steps that were taken.
+
+    Args:
+        config: the factor, and how many steps the median is over.
+        device: where norms and counts lie.
+
+    >>> rule = SkipRule(OptimizerConfig(), torch.device("cpu"))
+    >>> norms = torch.tensor([1.0, 1.0])
+    >>> float(rule.decide(torch.tensor([0.5]), norms))
+    0.0
+    >>> float(rule.decide(torch.tensor([float("nan")]), norms))
+    1.0
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: OptimizerConfig, device: torch.device) -> None:
         self.config = config
-        self.norms = torch.full((2, config.spike_window), float("nan"), device=device)
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # taken, total, in a row
+        self.norms = torch.full((2, config.spike_median_steps), float("nan"), device=device)
+        # Steps taken, steps skipped in all, and steps skipped in a row.
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
 
     def decide(self, values: Tensor, norms: Tensor) -> Tensor:
         """1.0 to skip, 0.0 to take the step.
@@ -180,18 +231,19 @@ class SkipRule:
         bad = ~torch.isfinite(values).all()
         if self.config.spike_factor > 0:
             medians = self.norms.nanmedian(dim=1).values
-            full = self.counts[0] >= self.config.spike_window
+            # Before the ring is full a median says little, and nothing is skipped by it.
+            full = self.counts[0] >= self.config.spike_median_steps
             bad = bad | (full & (norms > self.config.spike_factor * medians).any())
-        taken = ~bad
-        place = self.counts[0] % self.config.spike_window
-        column = torch.where(norms > 0, norms, torch.nan)
-        index = place.expand(2, 1)
-        kept = self.norms.gather(1, index)
-        self.norms.scatter_(1, index, torch.where(taken, column[:, None], kept))
-        self.counts[0] += taken
+        # A ring of norms, written where the step is taken; no branch, so that the host is not asked.
+        index = (self.counts[0] % self.config.spike_median_steps).expand(2, 1)
+        norms_or_nan = torch.where(norms > 0, norms, torch.nan)
+        old_norms = self.norms.gather(1, index)
+        self.norms.scatter_(1, index, torch.where(~bad, norms_or_nan[:, None], old_norms))
+        self.counts[0] += ~bad
         self.counts[1] += bad
         self.counts[2] = (self.counts[2] + 1) * bad
         return bad.float()
 
     def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it; the tensors themselves."""
         return {"norms": self.norms, "counts": self.counts}

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from flow.denoiser import Denoiser
 from flow.flow import FlowModel
 from flowreel.errors import FlowreelError
-from training.config import TrainConfig
+from training.config import Precision, ShardGranularity, WorkerConfig
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 
@@ -50,6 +50,7 @@ class Parallel:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is the worker that writes what is written once."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -59,6 +60,7 @@ class Parallel:
         return values
 
     def barrier(self) -> None:
+        """Wait until all workers are here."""
         if self.mesh is not None:
             dist.barrier()
 
@@ -70,54 +72,57 @@ class Parallel:
         dist.broadcast(tensor, 0)
         return int(tensor.item())
 
-    def autocast(self, config: TrainConfig) -> AbstractContextManager[object]:
+    def autocast(self, precision: Precision) -> AbstractContextManager[object]:
         """The compute dtype of matrix products; log-densities stay fp32 inside the flow."""
-        if config.precision == "fp32":
+        if precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-def _backend(config: TrainConfig) -> str:
+def _backend(config: WorkerConfig) -> str:
     if config.backend != "auto":
         return config.backend
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 @contextmanager
-def join_workers(config: TrainConfig) -> Iterator[Parallel]:
+def join_workers(config: WorkerConfig) -> Iterator[Parallel]:
     """Take this process's place among the workers; leave it at the end if it was taken here.
 
     With strategy `fsdp` the process group is the one already set up (Ray Train does), or is set up
     from the environment variables of `torchrun`.
 
     Raises:
-        ParallelError: more or fewer processes than `workers`, or nccl without a GPU.
+        ParallelError: more or fewer processes than `count`, or nccl without a GPU.
     """
     backend = _backend(config)
     if backend == "nccl" and not torch.cuda.is_available():
         raise ParallelError(
-            "backend is 'nccl' but there is no GPU here; set it to 'auto' or 'gloo'"
+            "train.workers.backend is 'nccl' but there is no GPU here; set it to 'auto' or 'gloo'"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    torch.set_num_threads(config.threads_per_worker)
+    torch.set_num_threads(config.threads)
     if config.strategy == "single":
         yield Parallel(0, 1, device, None)
         return
-    joined = not dist.is_initialized()
-    if joined:
+    own_group = not dist.is_initialized()
+    if own_group:
         dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     try:
         world = dist.get_world_size()
-        if world != config.workers:
-            raise ParallelError(f"{world} processes were started, but workers is {config.workers}")
+        if world != config.count:
+            raise ParallelError(
+                f"{world} processes were started, but train.workers.count is {config.count}; "
+                "start as many as that"
+            )
         mesh = init_device_mesh(device.type, (world,))
         yield Parallel(dist.get_rank(), world, device, mesh)
     finally:
-        if joined:
+        if own_group:
             dist.destroy_process_group()
 
 
@@ -127,39 +132,40 @@ def _shard(
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
 
 
-def shard_model(model: FlowModel, parallel: Parallel, config: TrainConfig) -> None:
-    """Spread the parameters over the workers, in place; a single process only moves them to its
-    device.
+def shard_model(
+    model: FlowModel, parallel: Parallel, granularity: ShardGranularity, precision: Precision
+) -> None:
+    """Spread the parameters over the workers, in place.
 
-    `layer` gathers one transformer layer at a time (least memory), `block` one affine block,
-    `model` a whole network in one collective (least latency: right for models of a few million
-    parameters).
+    A single process only moves them to its device. Of the granularities, `layer` gathers one
+    transformer layer at a time (least memory), `block` one affine block, `model` a whole network in
+    one collective (least latency: right for models of a few million parameters).
     """
     model.to(parallel.device)
     if parallel.mesh is None:
         return
     # The flow never writes into a module's output, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    keep = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     # Inputs are cast by autocast alone: casting x itself to bf16 would change the data whose
     # density is learnt.
     layer = (
         MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        if config.precision == "bf16"
-        else keep
+        if precision == "bf16"
+        else fp32
     )
     blocks = [*model.flow.shallow, model.flow.deep]
-    if config.shard_granularity == "layer":
+    if granularity == "layer":
         for stack in [*blocks, model.denoiser]:
             for one_layer in () if stack is None else stack.layers:
                 _shard(one_layer, parallel.mesh, layer, reshard=True)
-    elif config.shard_granularity == "block":
+    elif granularity == "block":
         for block in blocks:
-            _shard(block, parallel.mesh, keep, reshard=True)
+            _shard(block, parallel.mesh, fp32, reshard=True)
     for root in networks(model).values():
-        _shard(root, parallel.mesh, keep, reshard=False)
+        _shard(root, parallel.mesh, fp32, reshard=False)
 
 
 def networks(model: FlowModel) -> dict[str, nn.Module]:

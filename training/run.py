@@ -1,12 +1,12 @@
-"""A whole training run as its driver sees it: checked, recorded, trained, exported; in one process
-here.
+"""A whole training run as its driver sees it: checked, tracked, trained, exported.
 
-`on_ray.py` puts workers in the place of the one process and shares everything else. A run that is
-finished is found so and not repeated; one that was killed goes on from its last complete
-checkpoint. Knows nothing of Ray.
+Here the training is done in one process; `on_ray.py` puts workers in its place and shares all the
+rest. A run that was finished before is not repeated; one that was killed goes on from its last
+complete checkpoint. Knows nothing of Ray.
 
-    ValueError
-    └── RunError    a dataset, codec or model that do not belong together
+    FlowreelError, ValueError
+    ├── RunError         a dataset, a codec and a model that do not belong together
+    └── VideoMismatch    see `video_spec.py`
 """
 
 from __future__ import annotations
@@ -20,30 +20,56 @@ from typing import Any
 
 from data_prep.latents.dataset import LatentDataset
 from flow.codec import VideoCodec
+from flow.codec_factors import WAN_FACTORS, read_factors
 from flow.config import FlowConfig
 from flow.text import TextSpec
-from flow.weights import ModelSpec, VideoSpec
+from flow.weights import ModelSpec
 from flowreel.errors import FlowreelError
+from flowreel.files import write_json
+from flowreel.values import digest_of
 from training.checkpoint import (
     CODEC_FOLDER,
     Checkpoint,
     check_fits,
     export_model,
     latest_complete,
-    write_json,
 )
 from training.config import TrainConfig
-from training.loop import TrainJob, describe, run_digest, train
-from training.tracking import TrackingRun, close_run, open_run
+from training.loop import TrainJob, describe, train
+from training.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
+from training.video_spec import StatedVideo, video_spec
 
 MODEL_NAME = "model"
 FINISHED_NAME = "finished.json"
 CONFIG_NAME = "train.json"
-Progress = Callable[[list[dict[str, Any]]], None]
+HistoryProgress = Callable[[list[dict[str, Any]]], None]
+"""Takes the lines that are new in a run's history."""
 
 
 class RunError(FlowreelError, ValueError):
     """A dataset, a codec and a model that do not belong together."""
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What is to be trained, on what, how, and where to.
+
+    Attributes:
+        config: how it is trained.
+        flow, text: the model, and the text encoder that it reads.
+        dataset: folder of prepared latents, path or URI.
+        out: the run's folder; on a cluster of several machines, on storage they share.
+        codec: folder of the codec that made the latents, copied beside the model; None: no codec.
+        video: what is stated of the clips; the dataset decides the rest (`video_spec`).
+    """
+
+    config: TrainConfig
+    flow: FlowConfig
+    text: TextSpec
+    dataset: str | Path
+    out: Path
+    codec: Path | None = None
+    video: StatedVideo = StatedVideo()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True)
@@ -69,29 +95,36 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A checked run.
+class TrainingRun:
+    """A checked request.
 
     Attributes:
-        config, job: how, what and where.
+        request: what was asked for.
+        job: what a worker is given.
         spec: what the exported model says of itself.
-        codec: folder of the codec that goes with it.
         description: what a checkpoint must agree with.
     """
 
-    config: TrainConfig
+    request: TrainRequest
     job: TrainJob
     spec: ModelSpec
-    codec: Path | None
     description: dict[str, Any]
 
     @property
+    def config(self) -> TrainConfig:
+        """How it is trained."""
+        return self.request.config
+
+    @property
     def out(self) -> Path:
+        """The run's folder."""
         return self.job.out
 
     @property
     def digest(self) -> str:
-        return run_digest(self.description, self.config.steps)
+        """Names what the run ends with: what is trained, for how long, and what it is said to be."""
+        values = {"description": self.description, "steps": self.config.steps}
+        return digest_of({**values, "video": self.spec.to_dict()["video"]})
 
     def finished(self) -> TrainResult | None:
         """The result of an earlier call that finished this very run, or None."""
@@ -105,113 +138,115 @@ class Run:
         return self.result(latest, latest.step, values["mlflow_run_id"])
 
     def result(
-        self, checkpoint: Checkpoint, resumed: int | None, run_id: str | None
+        self, checkpoint: Checkpoint, resumed_from: int | None, mlflow_run_id: str | None
     ) -> TrainResult:
+        """The result, given the last checkpoint."""
         return TrainResult(
             self.out / MODEL_NAME,
             checkpoint.path,
             checkpoint.step,
-            resumed,
-            run_id,
+            resumed_from,
+            mlflow_run_id,
             self.job.history,
         )
 
 
-def check_run(
-    config: TrainConfig,
-    flow: FlowConfig,
-    text: TextSpec,
-    video: VideoSpec | None,
-    dataset: str | Path,
-    codec: Path | None,
-    out: Path,
-) -> Run:
-    """Everything that can be wrong before a worker is started.
+def check_run(request: TrainRequest) -> TrainingRun:
+    """Find what is wrong with a request before a worker is started, or anything written.
 
     Raises:
         RunError: naming the two things that do not fit, with both values.
+        VideoMismatch: the videos that are stated are not those of the dataset.
         CheckpointMismatch: `out` holds checkpoints of another run.
     """
-    latents = LatentDataset(dataset, split="train")
-    info = latents.info
+    latents = LatentDataset(request.dataset, split="train")
+    _check_parts(request, latents)
+    codec = request.codec
+    spec = ModelSpec(
+        flow=request.flow,
+        text=request.text,
+        codec=None if codec is None else CODEC_FOLDER,
+        codec_digest=latents.info.codec_digest,
+        latents=latents.info.convention,
+        video=video_spec(
+            latents,
+            request.video,
+            WAN_FACTORS if codec is None else read_factors(codec),
+            images=not request.flow.video,
+        ),
+    )
+    job = TrainJob(request.flow, request.text, latents.folder.location, Path(request.out))
+    description = describe(request.config, job, latents)
+    latest = latest_complete(job.checkpoints)
+    if latest is not None:
+        check_fits(latest, description)
+        if latest.step > request.config.steps:
+            raise RunError(
+                f"{latest.path} is at step {latest.step}, past train.steps "
+                f"{request.config.steps}; raise train.steps, or train into another folder"
+            )
+    return TrainingRun(request, job, spec, description)
+
+
+def _check_parts(request: TrainRequest, latents: LatentDataset) -> None:
+    """Raise RunError where model, text encoder or codec do not go with the latents."""
+    flow, text, info = request.flow, request.text, latents.info
     if info.latent_channels != flow.latent_channels:
         raise RunError(
-            f"flow.latent_channels is {flow.latent_channels}, but {dataset} holds latents of "
-            f"{info.latent_channels} channels; set it to that"
+            f"flow.latent_channels is {flow.latent_channels}, but {request.dataset} holds latents "
+            f"of {info.latent_channels} channels; set it to that"
         )
     if (text.length, text.dim) != (flow.text_len, flow.text_dim):
         raise RunError(
             f"the text encoder gives {text.length} vectors of {text.dim}, but the flow reads "
             f"{flow.text_len} of {flow.text_dim}; make text and flow agree"
         )
-    if codec is not None and (digest := VideoCodec.load(codec).digest) != info.codec_digest:
-        raise RunError(
-            f"{dataset} was encoded by codec {info.codec_digest}, but {codec} is {digest}; "
-            "train with the codec the latents were made with, or prepare them again"
-        )
-    job = TrainJob(flow, text, latents.folder.location, Path(out))
-    description = describe(config, job, latents)
-    latest = latest_complete(job.checkpoints)
-    if latest is not None:
-        check_fits(latest, description)
-        if latest.step > config.steps:
+    if request.codec is not None:
+        digest = VideoCodec.load(request.codec).digest
+        if digest != info.codec_digest:
             raise RunError(
-                f"{latest.path} is at step {latest.step}, past steps {config.steps}; "
-                "raise steps, or train into another folder"
+                f"{request.dataset} was encoded by codec {info.codec_digest}, but {request.codec} "
+                f"is {digest}; train with the codec the latents were made with, or prepare them "
+                "again"
             )
-    spec = ModelSpec(
-        flow=flow,
-        text=text,
-        codec=None if codec is None else CODEC_FOLDER,
-        codec_digest=info.codec_digest,
-        latents=info.convention,
-        video=video,
-    )
-    return Run(config, job, spec, codec, description)
 
 
 @contextmanager
-def recorded(run: Run) -> Iterator[TrackingRun | None]:
-    """The run's MLflow record, open for the time of the training; closed as failed on an
-    exception.
-    """
+def mlflow_record(run: TrainingRun) -> Iterator[MlflowRun | None]:
+    """The MLflow run, open while the body trains; closed as failed where it raises."""
     run.out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        run.out / CONFIG_NAME, {**run.description, "all": run.config.model_dump(mode="json")}
-    )
-    tracking = open_run(
-        run.config,
+    settings = {**run.description, "all": run.config.model_dump(mode="json")}
+    write_json(run.out / CONFIG_NAME, settings)
+    record = open_mlflow_run(
+        run.config.tracking,
         run.out,
-        params={"train": run.config.model_dump(), **_without(run.description, "train")},
+        params={**run.description, "train": run.config.model_dump()},
         dataset=run.job.dataset,
         dataset_digest=run.description["dataset"]["samples"],
     )
     try:
-        yield tracking
+        yield record
     except BaseException:
-        close_run(tracking, ok=False)
+        close_mlflow_run(record, ok=False)
         raise
 
 
-def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k != key}
-
-
-def conclude(run: Run, resumed: int | None, tracking: TrackingRun | None) -> TrainResult:
-    """Export the trained model and mark the run finished; in the driver, after the workers are
-    gone.
-    """
+def conclude(
+    run: TrainingRun, resumed_from: int | None, mlflow_run: MlflowRun | None
+) -> TrainResult:
+    """Export the trained model and mark the run finished; in the driver, once no worker is left."""
     latest = latest_complete(run.job.checkpoints)
     assert latest is not None, "a finished loop leaves a checkpoint"
-    export_model(latest, run.spec, run.codec, run.out / MODEL_NAME)
-    run_id = tracking.run_id if tracking else None
-    result = run.result(latest, resumed, run_id)
-    close_run(
-        tracking,
+    export_model(latest, run.spec, run.request.codec, run.out / MODEL_NAME)
+    run_id = mlflow_run.run_id if mlflow_run else None
+    result = run.result(latest, resumed_from, run_id)
+    close_mlflow_run(
+        mlflow_run,
         ok=True,
         tags={"model_dir": str(result.model_dir), "steps": str(result.steps)},
         artifacts=[run.out / CONFIG_NAME, run.job.history],
     )
+    # Last of all, so that a run killed before is concluded again.
     write_json(
         run.out / FINISHED_NAME,
         {"digest": run.digest, "steps": result.steps, "mlflow_run_id": run_id},
@@ -219,26 +254,20 @@ def conclude(run: Run, resumed: int | None, tracking: TrackingRun | None) -> Tra
     return result
 
 
-def train_in_process(
-    config: TrainConfig,
-    flow: FlowConfig,
-    text: TextSpec,
-    video: VideoSpec | None,
-    dataset: str | Path,
-    codec: Path | None,
-    out: Path,
-) -> TrainResult:
+def train_in_process(request: TrainRequest) -> TrainResult:
     """A whole run in this process (strategy `single`); the same as on Ray but for the workers.
 
     Raises:
-        RunError, CheckpointMismatch, SkippedTooOften, SamplerError: see `check_run` and
-            `loop.train`.
+        RunError, VideoMismatch, CheckpointMismatch: see `check_run`.
+        SkippedTooOften, BatchSamplerError: see `loop.train`.
     """
-    if config.strategy != "single":
-        raise RunError(f"strategy is {config.strategy!r}; one process needs 'single'")
-    run = check_run(config, flow, text, video, dataset, codec, out)
-    if (done := run.finished()) is not None:
-        return done
-    with recorded(run) as tracking:
-        ended = train(config, run.job, tracking=tracking)
-        return conclude(run, ended.resumed_from, tracking)
+    strategy = request.config.workers.strategy
+    if strategy != "single":
+        raise RunError(f"train.workers.strategy is {strategy!r}; one process needs 'single'")
+    run = check_run(request)
+    earlier = run.finished()
+    if earlier is not None:
+        return earlier
+    with mlflow_record(run) as record:
+        ending = train(run.config, run.job, tracking=record)
+        return conclude(run, ending.resumed_from, record)

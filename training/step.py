@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flow.config import FlowConfig
 from flow.flow import FlowModel
 from flowreel.errors import FlowreelError
 from training.batches import TrainBatch
 from training.config import TrainConfig
 from training.objective import denoiser_backward, flow_backward
-from training.optim import ShardedAdamW, SkipRule, local_tensor
+from training.optim import LearningRate, ShardedAdamW, SkipRule, local_tensor
 from training.parallel import Parallel, forget_gathered, networks
 
 
@@ -48,8 +47,9 @@ class StepMetrics:
     learning_rate: float
 
     def record(self) -> dict[str, float | int | str | None]:
-        """Plain numbers, one line of the history. Waits for the device. Not-finite numbers become
-        None.
+        """Plain numbers, one line of the history; waits for the device.
+
+        Numbers that are not finite become None.
         """
         loss, denoiser, norm, denoiser_norm, skipped, in_a_row, *log_dets = (
             value if math.isfinite(value) else None for value in self.values.tolist()
@@ -74,21 +74,25 @@ class TrainStep:
 
     Args:
         model: already sharded (`parallel.shard_model`) where there are several workers.
+        config: the run's; each optimizer and the rule that skips get their section of it.
+        parallel: this worker's place.
     """
 
-    def __init__(
-        self, model: FlowModel, flow: FlowConfig, config: TrainConfig, parallel: Parallel
-    ) -> None:
+    def __init__(self, model: FlowModel, config: TrainConfig, parallel: Parallel) -> None:
         self.model = model
-        self.flow_config = flow
         self.config = config
         self.parallel = parallel
-        peaks = {"flow": config.flow_learning_rate, "denoiser": config.denoiser_learning_rate}
+        optimizer = config.optimizer
+        peaks = {"flow": optimizer.flow_learning_rate, "denoiser": optimizer.denoiser_learning_rate}
         self.optimizers = {
-            name: ShardedAdamW(module.named_parameters(), config, peaks[name])
+            name: ShardedAdamW(
+                module.named_parameters(),
+                optimizer,
+                LearningRate.of(optimizer, peaks[name], config.steps),
+            )
             for name, module in networks(model).items()
         }
-        self.skip_rule = SkipRule(config, parallel.device)
+        self.skip_rule = SkipRule(optimizer, parallel.device)
 
     def trains_denoiser(self, step: int) -> bool:
         """Whether a step has a denoiser loss."""
@@ -98,21 +102,21 @@ class TrainStep:
             and step >= self.config.denoiser_from_step
         )
 
-    def run(self, step: int, batch: TrainBatch) -> StepMetrics:
+    def take(self, step: int, batch: TrainBatch) -> StepMetrics:
         """Take one step on this worker's share of the batch."""
         with_denoiser = self.trains_denoiser(step)
-        sigma = self.flow_config.noise_std
+        sigma = self.model.config.noise_std
         zero = torch.zeros((), device=self.parallel.device)
         denoiser_loss = zero
-        with self.parallel.autocast(self.config):
+        with self.parallel.autocast(self.config.precision):
             flow_loss = flow_backward(
-                self.model.flow, batch.x_noisy, batch.text_BLD, sigma, with_target=with_denoiser
+                self.model.flow, batch.x_noisy, batch.text_BJE, sigma, with_target=with_denoiser
             )
             if with_denoiser:
                 assert self.model.denoiser is not None
                 assert flow_loss.score_target is not None
                 denoiser_loss = denoiser_backward(
-                    self.model.denoiser, batch.x_noisy, batch.text_BLD, flow_loss.score_target
+                    self.model.denoiser, batch.x_noisy, batch.text_BJE, flow_loss.score_target
                 )
         squares = [
             self.optimizers[n].take_gradients() if n in self.optimizers else zero
@@ -132,7 +136,7 @@ class TrainStep:
         in_a_row = self.skip_rule.counts[2].float()
         values = torch.cat([means[:2], norms, torch.stack([skip, in_a_row]), means[2:]])
         tokens = batch.x_noisy.numel() // batch.x_noisy.shape[-3] * world
-        tokens //= self.flow_config.patch_size**2
+        tokens //= self.model.config.patch_size**2
         return StepMetrics(step, batch.mode, tokens, values, with_denoiser, rate)
 
     def check_skips(self, record: dict[str, float | int | str | None]) -> None:
@@ -142,18 +146,17 @@ class TrainStep:
             SkippedTooOften: `max_consecutive_skips` steps in a row were skipped.
         """
         in_a_row = int(record["skipped_in_a_row"] or 0)
-        if in_a_row >= self.config.max_consecutive_skips:
+        if in_a_row >= self.config.optimizer.max_consecutive_skips:
             raise SkippedTooOften(
                 f"{in_a_row} steps in a row were skipped up to step {record['step']}: loss "
                 f"{record['loss_nats_per_dim']}, gradient norms {record['flow_grad_norm']} and "
-                f"{record['denoiser_grad_norm']} (None: not finite). Lower the learning rates, lengthen "
-                "warmup_steps, or look for broken latents; training resumes from the last checkpoint"
+                f"{record['denoiser_grad_norm']} (None: not finite). Lower the learning rates, "
+                "lengthen warmup_steps (both in train.optimizer), or look for broken latents; "
+                "training resumes from the last checkpoint"
             )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds, by name; tensors are shards of what they are on this
-        worker.
-        """
+        """Everything a checkpoint holds, by name; of sharded tensors this worker's part."""
         state: dict[str, Tensor] = {}
         for name, optimizer in self.optimizers.items():
             for key, parameter in optimizer.parameters.items():

@@ -1,10 +1,9 @@
-"""The run's record in MLflow: opened by the driver, fed by worker 0, continued when a run is
-resumed.
+"""The record of training in MLflow: opened by the driver, fed by worker 0, continued on resumption.
 
-The run's id is kept beside the checkpoints in `tracking.json`, so a resumed run goes on in the
-same MLflow run. Only the client API is used, never MLflow's global state, so that two runs in one
-process do not meet. Knows nothing of models, steps' insides or Ray. mlflow (slow to import) is
-imported only where a run is opened or fed.
+The MLflow run's id is kept beside the checkpoints in `tracking.json`, so training that is resumed
+goes on in the same MLflow run. Only the client API is used, never MLflow's global state, so that two runs in one
+process do not meet. mlflow is slow to import, and is imported only where a run is opened or fed.
+Knows nothing of models, steps' insides or Ray.
 """
 
 from __future__ import annotations
@@ -19,29 +18,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.checkpoint import write_json
-from training.config import TrainConfig
+from flowreel.files import write_json
+from flowreel.values import flattened
+from training.config import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 TRACKING_NAME = "tracking.json"
+# MLflow takes at most 100 parameters a call; older stores refuse values over 500 characters.
 PARAMS_PER_CALL = 90
 VALUE_LENGTH = 480
+METRICS_PER_CALL = 1000
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrackingRun:
-    """Where a run is recorded: the store's address and the run's id; all that a worker needs."""
+class MlflowRun:
+    """Where training is recorded; all that a worker needs.
+
+    Attributes:
+        uri: the store's address.
+        run_id: the run in it.
+    """
 
     uri: str
     run_id: str
 
 
-def tracking_uri(config: TrainConfig, out: Path) -> str:
+def tracking_uri(config: TrackingConfig, out: Path) -> str:
     """The configured store, or a SQLite file in the run's folder."""
-    return config.tracking_uri or f"sqlite:///{(out / 'mlflow.db').resolve()}"
+    return config.uri or f"sqlite:///{(out / 'mlflow.db').resolve()}"
 
 
 def _client(uri: str) -> MlflowClient:
@@ -53,39 +60,32 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    out: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping):
-            out.update(_flat(value, name))
-        else:
-            out[name] = str(value)[:VALUE_LENGTH]
-    return out
-
-
-def _experiment(client: MlflowClient, config: TrainConfig, out: Path) -> str:
-    found = client.get_experiment_by_name(config.experiment)
-    if found is not None:
-        return str(found.experiment_id)
-    own_store = config.tracking_uri is None
+def _experiment(client: MlflowClient, config: TrackingConfig, out: Path) -> str:
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    own_store = config.uri is None
     location = (out / "mlartifacts").resolve().as_uri() if own_store else None
     return str(client.create_experiment(config.experiment, artifact_location=location))
 
 
-def open_run(
-    config: TrainConfig,
+def open_mlflow_run(
+    config: TrackingConfig,
     out: Path,
     *,
     params: Mapping[str, Any],
     dataset: str | Path,
     dataset_digest: str,
-) -> TrackingRun | None:
-    """Open the run's record, or the one that `out/tracking.json` names; None where tracking is off.
+) -> MlflowRun | None:
+    """Open a run, or go on in the one that `out/tracking.json` names; None where tracking is off.
 
-    A recorded run that the store no longer has is replaced by a new one.
+    A run that the store no longer has is replaced by a new one.
+
+    Args:
+        params: plain values, nested maps too, that MLflow shows as parameters.
+        dataset, dataset_digest: what MLflow shows as the run's input.
     """
-    if not config.tracking:
+    if not config.enabled:
         return None
     from mlflow.entities import Dataset, DatasetInput, Param
     from mlflow.exceptions import MlflowException
@@ -94,34 +94,34 @@ def open_run(
     client = _client(uri)
     note = out / TRACKING_NAME
     if note.is_file():
-        saved = json.loads(note.read_text())
-        if saved["uri"] == uri:
+        earlier = json.loads(note.read_text())
+        if earlier["uri"] == uri:
             try:
-                client.update_run(saved["run_id"], status="RUNNING")
-                return TrackingRun(uri, saved["run_id"])
+                client.update_run(earlier["run_id"], status="RUNNING")
+                return MlflowRun(uri, earlier["run_id"])
             except MlflowException as error:
                 _log.warning(
-                    "MLflow run %s is gone (%s); opening a new one", saved["run_id"], error
+                    "MLflow run %s is gone (%s); opening a new one", earlier["run_id"], error
                 )
     run = client.create_run(_experiment(client, config, out), run_name=out.resolve().name)
     run_id = str(run.info.run_id)
-    flat = [Param(key, value) for key, value in _flat(params).items()]
-    for start in range(0, len(flat), PARAMS_PER_CALL):
-        client.log_batch(run_id, params=flat[start : start + PARAMS_PER_CALL])
+    rows = [Param(key, str(value)[:VALUE_LENGTH]) for key, value in flattened(params).items()]
+    for start in range(0, len(rows), PARAMS_PER_CALL):
+        client.log_batch(run_id, params=rows[start : start + PARAMS_PER_CALL])
     source = Dataset("latents", dataset_digest, "local", json.dumps({"uri": str(dataset)}))
     client.log_inputs(run_id, datasets=[DatasetInput(source)])
     write_json(note, {"uri": uri, "run_id": run_id})
-    return TrackingRun(uri, run_id)
+    return MlflowRun(uri, run_id)
 
 
-def close_run(
-    run: TrackingRun | None,
+def close_mlflow_run(
+    run: MlflowRun | None,
     *,
     ok: bool,
     tags: Mapping[str, str] | None = None,
     artifacts: Sequence[Path] = (),
 ) -> None:
-    """End the record as finished or failed, with files and tags of the result."""
+    """End a run as finished or failed, with files and tags of the result; None is let pass."""
     if run is None:
         return
     client = _client(run.uri)
@@ -136,10 +136,14 @@ class MetricsLogger:
     """Sends records to MLflow from a thread of its own; training never waits for the store.
 
     Args:
-        run: None makes an object that drops everything.
+        run: where to; None makes an object that drops everything.
+
+    >>> logger = MetricsLogger(None)
+    >>> logger.log([{"step": 0, "loss_nats_per_dim": 0.1}])
+    >>> logger.close()
     """
 
-    def __init__(self, run: TrackingRun | None) -> None:
+    def __init__(self, run: MlflowRun | None) -> None:
         self._queue: queue.Queue[list[dict[str, Any]] | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         if run is not None:
@@ -158,7 +162,7 @@ class MetricsLogger:
             self._thread.join()
             self._thread = None
 
-    def _send(self, run: TrackingRun) -> None:
+    def _send(self, run: MlflowRun) -> None:
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
@@ -172,8 +176,8 @@ class MetricsLogger:
                 if key != "step" and isinstance(value, int | float)
             ]
             try:
-                for start in range(0, len(metrics), 1000):
-                    client.log_batch(run.run_id, metrics=metrics[start : start + 1000])
+                for start in range(0, len(metrics), METRICS_PER_CALL):
+                    client.log_batch(run.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
             except MlflowException as error:
                 # Training goes on without its record; the history file has everything.
                 _log.warning("MLflow at %s took no metrics: %s", run.uri, error)

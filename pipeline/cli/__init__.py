@@ -23,7 +23,7 @@ from pipeline.cli.options import (
 __all__ = ["app", "main", "show_warning"]
 
 SHORT = (
-    "world.num_clips=96", "world.num_images=32", "world.clips_per_shard=32", "train.steps=40", "train.checkpoint_every=20",
+    "world.num_clips=96", "world.num_images=32", "world.clips_per_shard=32", "train.steps=40", "train.checkpoints.every_steps=20",
     "evaluate.colour_clips=4",
 )  # fmt: skip
 

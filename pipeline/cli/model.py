@@ -90,7 +90,7 @@ def train(
     reporter = Reporter()
     with local_or_given(loaded.cluster, address, needed=training_to_do(loaded, data, out)):
         result = run_train(loaded, data, out, reporter)
-    save_recipe(loaded, out)
+    save_recipe(loaded, out, bucket_as_given=True)
     reporter.console.print(f"model  {result.model_dir}")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from data_prep.config import digest_of
 from pipeline.recipes import RecipeError, load_recipe, recipe_names, save_recipe
+from training.video_spec import StatedVideo
 
 
 def refusal(tmp_path: Path, text: str, overrides: list[str] | None = None) -> str:
@@ -52,7 +53,14 @@ def test_an_unknown_key_is_named_with_what_is_allowed(tmp_path: Path) -> None:
     assert "train.stepz = 5" in message
     assert "unknown key" in message
     assert "did you mean steps?" in message
-    assert "batch_size" in message
+    assert "optimizer, checkpoints" in message
+
+
+def test_a_key_that_belongs_in_a_section_inside_is_shown_there(tmp_path: Path) -> None:
+    message = refusal(tmp_path, tiny_text(), ["train.batch_size=8"])
+    assert "did you mean train.batches.batch_size?" in message
+    message = refusal(tmp_path, tiny_text(), ["train.batches.batch_sise=8"])
+    assert "did you mean batch_size?" in message
 
 
 def test_an_unknown_key_of_the_model_is_named_too(tmp_path: Path) -> None:
@@ -79,6 +87,35 @@ def test_a_bad_value_is_named_with_its_rule(
     message = refusal(tmp_path, tiny_text(), [override])
     assert key in message
     assert value in message
+
+
+def without_bucket(tmp_path: Path) -> str:
+    """tiny, but for its bucket: a file's path."""
+    line = next(line for line in tiny_text().splitlines() if line.strip().startswith("bucket:"))
+    path = tmp_path / "open.yaml"
+    path.write_text(tiny_text().replace(line, ""))
+    return str(path)
+
+
+def test_a_recipe_states_of_the_videos_what_was_given(tmp_path: Path) -> None:
+    assert load_recipe("tiny").stated_video == StatedVideo(17, 64, 64, 8.0)
+    path = without_bucket(tmp_path)
+    assert load_recipe(path).stated_video == StatedVideo()
+    assert load_recipe(path, ["prepare.bucket.height=128"]).stated_video == StatedVideo(height=128)
+    aspects = ["prepare.bucket.aspects=['1:1','16:9']"]
+    assert load_recipe(path, aspects).stated_video == StatedVideo(sizes=((64, 64), (48, 80)))
+    sizes = ["prepare.bucket.sizes=[[48,80]]"]
+    assert load_recipe("tiny", sizes).stated_video == StatedVideo(17, fps=8.0, sizes=((48, 80),))
+
+
+def test_a_written_recipe_states_defaults_only_where_it_prepared(tmp_path: Path) -> None:
+    recipe = load_recipe(without_bucket(tmp_path), ["prepare.bucket.fps=16"])
+    save_recipe(recipe, tmp_path)
+    assert load_recipe(str(tmp_path / "recipe.yaml")).stated_video == StatedVideo(17, 64, 64, 16.0)
+    save_recipe(recipe, tmp_path, bucket_as_given=True)
+    again = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert again == recipe
+    assert again.stated_video == StatedVideo(fps=16.0)
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:

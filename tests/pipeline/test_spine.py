@@ -25,8 +25,9 @@ from pipeline.client import Request, VideoClient
 from tests.places import ROOT
 
 MICRO = (
-    "world.num_clips=40", "world.num_images=8", "world.clips_per_shard=24", "train.steps=6", "train.checkpoint_every=3",
-    "train.batch_size=4", "train.image_batch_size=4", "model.deep_width=64", "model.shallow_width=32",
+    "world.num_clips=40", "world.num_images=8", "world.clips_per_shard=24", "train.steps=6",
+    "train.checkpoints.every_steps=3", "train.batches.batch_size=4", "train.batches.image_batch_size=4",
+    "model.deep_width=64", "model.shallow_width=32",
     "model.layers_per_block=[1,1,1,2]", "model.denoiser_layers=2", "evaluate.colour_clips=4", "evaluate.noise_draws=2",
 )  # fmt: skip
 SETTINGS = [part for value in MICRO for part in ("--set", value)]

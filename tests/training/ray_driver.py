@@ -5,21 +5,19 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tests.training.world import TEXT, small_config, small_flow
+from tests.training.world import small_config, small_request, two_workers
 from training.on_ray import train_on_ray
 
 CONFIG = small_config(
-    strategy="fsdp",
-    workers=2,
     steps=300,
-    checkpoint_every=10,
-    log_every=5,
-    shard_granularity="model",
+    checkpoints={"every_steps": 10},
+    tracking={"every_steps": 5},
+    workers=two_workers(shard_granularity="model"),
 )
 
 
 def main(dataset: Path, out: Path) -> None:
-    train_on_ray(CONFIG, small_flow(), TEXT, None, dataset, None, out)
+    train_on_ray(small_request(dataset, out, CONFIG))
 
 
 if __name__ == "__main__":

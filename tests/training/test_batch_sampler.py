@@ -1,4 +1,4 @@
-"""The sampler is a pure function of the step, and noise of the place in the batch."""
+"""The batch sampler is a pure function of the step, and noise of the place in the batch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 
 from data_prep.latents.records import Bucket
-from training.batch_sampler import (
-    Sampler,
-    SamplerError,
-    random_stream,
-)
+from training.batch_sampler import BatchSampler, BatchSamplerError, random_stream
+from training.config import BatchConfig
 
 VIDEO, WIDE, IMAGE = Bucket(9, 64, 64), Bucket(9, 64, 96), Bucket(1, 64, 64)
 BUCKETS = {
@@ -22,15 +19,10 @@ BUCKETS = {
 }
 
 
-def sampler(**changes: object) -> Sampler:
-    values: dict[str, object] = {
-        "seed": 3,
-        "batch_size": 4,
-        "image_batch_size": 5,
-        "image_ratio": 0.2,
-        "drop_first_frame": 0.25,
-    }
-    return Sampler(BUCKETS, **{**values, **changes})  # type: ignore[arg-type]
+def sampler(seed: int = 3, **changes: object) -> BatchSampler:
+    values: dict[str, object] = {"batch_size": 4, "image_batch_size": 5}
+    config = BatchConfig(**{**values, **changes})  # type: ignore[arg-type]
+    return BatchSampler(BUCKETS, config, seed)
 
 
 def test_a_plan_depends_on_the_step_alone() -> None:
@@ -72,32 +64,30 @@ def test_a_batch_never_mixes_buckets_and_images_never_drop_their_only_frame() ->
     for step in range(200):
         plan = one.plan(step)
         assert {i[0] for i in plan.ids} == {{VIDEO: "v", WIDE: "w", IMAGE: "i"}[plan.bucket]}
-        assert not (plan.mode == "image" and plan.drop_first)
+        assert not (plan.mode == "image" and plan.drops_first_frame)
 
 
 def test_first_frames_are_dropped_at_the_configured_rate() -> None:
     one = sampler(image_ratio=0.0)
-    assert 0.2 < np.mean([one.plan(step).drop_first for step in range(1000)]) < 0.3
+    assert 0.2 < np.mean([one.plan(step).drops_first_frame for step in range(1000)]) < 0.3
 
 
 def test_workers_take_disjoint_shares_in_order() -> None:
     plan = sampler().plan(0)
     places = [list(plan.share(rank, 2)) for rank in range(2)]
     assert places == [[0, 1], [2, 3]]
-    with pytest.raises(SamplerError, match="4 does not divide among 3"):
+    with pytest.raises(BatchSamplerError, match="4 does not divide among 3"):
         plan.share(0, 3)
 
 
 def test_images_come_from_clips_where_there_are_no_images() -> None:
-    one = Sampler(
-        {VIDEO: BUCKETS[VIDEO]}, seed=0, batch_size=4, image_batch_size=4, image_ratio=0.5
-    )
+    one = BatchSampler({VIDEO: BUCKETS[VIDEO]}, BatchConfig(image_ratio=0.5), seed=0)
     assert {one.plan(step).mode for step in range(10)} == {"image", "video"}
 
 
 def test_missing_clips_are_said_by_name() -> None:
-    with pytest.raises(SamplerError, match="dataset has no video samples"):
-        Sampler({IMAGE: ["i"]}, seed=0, batch_size=4, image_batch_size=4, image_ratio=0.5)
+    with pytest.raises(BatchSamplerError, match="dataset has no video samples"):
+        BatchSampler({IMAGE: ["i"]}, BatchConfig(image_ratio=0.5), seed=0)
 
 
 def test_random_streams_do_not_touch() -> None:

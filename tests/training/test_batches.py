@@ -1,6 +1,4 @@
-"""Batches: shares of a batch are the batch, captions are mixed at the configured rates, prompts
-say what was done.
-"""
+"""Batches: shares are the batch, captions are mixed at their rates, prompts say what was done."""
 
 from __future__ import annotations
 
@@ -12,14 +10,10 @@ import torch
 
 from data_prep.latents.dataset import LatentDataset
 from flow.text import build_text_encoder
-from tests.training.world import TEXT, small_config, small_flow, write_dataset
-from training.batches import (
-    BatchMaker,
-    LatentStore,
-    Prompts,
-    aspect_name,
-)
-from training.loop import make_sampler
+from tests.training.world import SMALL, TEXT, small_flow, write_dataset
+from training.batch_sampler import BatchSampler
+from training.batches import BatchMaker, LatentStore, Prompts
+from training.config import BatchConfig
 
 
 @pytest.fixture(scope="module")
@@ -27,41 +21,49 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("latents") / "data", posterior_noise=True)
 
 
-def maker(root: Path, *, cache_bytes: int = 1 << 30, flow: Any = None, **config: Any) -> BatchMaker:
-    flow = flow or small_flow()
+SEED = 0
+
+
+def maker(
+    root: Path, *, cache_bytes: int = 1 << 30, flow: Any = None, **changes: Any
+) -> BatchMaker:
     dataset = LatentDataset(root, "train")
-    prompts = Prompts(build_text_encoder(TEXT), flow, dataset.info.fps)
-    store = LatentStore(dataset, cache_bytes)
-    return BatchMaker(store, prompts, small_config(**config), flow, dataset.info.convention)
+    prompts = Prompts(build_text_encoder(TEXT), flow or small_flow(), dataset.info.fps)
+    config = BatchConfig(**{**SMALL["batches"], **changes})
+    return BatchMaker(LatentStore(dataset, cache_bytes), prompts, config, SEED)
+
+
+def sampler_of(maker: BatchMaker) -> BatchSampler:
+    return BatchSampler(maker.store.dataset.buckets, maker.config, SEED)
 
 
 def test_shares_put_together_are_the_whole_batch(root: Path) -> None:
     one, two = maker(root), maker(root, cache_bytes=0)
-    sampler = make_sampler(one.config, one.store.dataset)
+    sampler = sampler_of(one)
     for step in range(8):
         plan = sampler.plan(step)
         whole = one.make(plan, 0, 1)
         shares = [two.make(plan, rank, 2) for rank in range(2)]
         assert torch.equal(whole.x_noisy, torch.cat([s.x_noisy for s in shares]))
-        assert torch.equal(whole.text_BLD, torch.cat([s.text_BLD for s in shares]))
+        assert torch.equal(whole.text_BJE, torch.cat([s.text_BJE for s in shares]))
         assert whole.prompts == shares[0].prompts + shares[1].prompts
 
 
 def test_steps_that_drop_the_first_frame_say_extend(root: Path) -> None:
     one = maker(root, caption_dropout=0.0)
-    sampler = make_sampler(one.config, one.store.dataset)
+    sampler = sampler_of(one)
     for step in range(40):
         plan = sampler.plan(step)
         batch = one.make(plan, 0, 1)
         assert batch.x_noisy.shape[1] == (
-            1 if plan.mode == "image" else 2 if plan.drop_first else 3
+            1 if plan.mode == "image" else 2 if plan.drops_first_frame else 3
         )
-        assert all(p.startswith("(extend) ") == plan.drop_first for p in batch.prompts)
+        assert all(p.startswith("(extend) ") == plan.drops_first_frame for p in batch.prompts)
 
 
 def test_captions_are_mixed_at_the_configured_rates(root: Path) -> None:
-    one = maker(root, drop_first_frame=0.0)
-    sampler = make_sampler(one.config, one.store.dataset)
+    one = maker(root, first_frame_dropout=0.0)
+    sampler = sampler_of(one)
     prompts = [p for step in range(500) for p in one.make(sampler.plan(step), 0, 1).prompts]
     share = {
         "null": sum(p == "" for p in prompts) / len(prompts),
@@ -74,23 +76,32 @@ def test_captions_are_mixed_at_the_configured_rates(root: Path) -> None:
 def test_the_template_says_what_the_model_is_told_to_read(root: Path) -> None:
     flow = small_flow(prompt_fps=True, prompt_aspect=True, prompt_noise=True)
     one = maker(root, flow=flow, caption_dropout=1.0, image_ratio=0.5)
-    sampler = make_sampler(one.config, one.store.dataset)
+    sampler = sampler_of(one)
     texts = {one.make(sampler.plan(s), 0, 1).prompts[0] for s in range(20)}
     assert "Noise Level 300:\nAn image:\n\n\n in a 1:1 aspect ratio.\n" in texts
     assert "Noise Level 300:\nA video with 8 fps:\n\n\n in a 1:1 aspect ratio.\n" in texts
     assert "Noise Level 300:\nA video with 8 fps:\n(extend) \n\n in a 1:1 aspect ratio.\n" in texts
 
 
+def test_an_image_model_reads_images_whatever_the_mode(root: Path) -> None:
+    flow = small_flow(prompt_fps=True, video=False)
+    one = maker(root, flow=flow, caption_dropout=1.0, image_ratio=0.5, first_frame_dropout=0.0)
+    batches = [one.make(sampler_of(one).plan(step), 0, 1) for step in range(4)]
+    assert {batch.mode for batch in batches} == {"image", "video"}
+    assert {p for batch in batches for p in batch.prompts} == {"An image:\n\n"}
+    assert all(batch.x_noisy.dim() == 4 for batch in batches)
+
+
+def test_a_prompt_names_the_aspect_of_its_bucket(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data", clips=0, images=0, more_buckets={(64, 96): 24})
+    flow = small_flow(prompt_aspect=True)
+    one = maker(root, flow=flow, caption_dropout=1.0, image_ratio=0.0, first_frame_dropout=0.0)
+    assert set(one.make(sampler_of(one).plan(0), 0, 1).prompts) == {"\n in a 3:2 aspect ratio.\n"}
+
+
 def test_noise_has_the_configured_strength(root: Path) -> None:
-    one = maker(root, drop_first_frame=0.0)
-    plan = make_sampler(one.config, one.store.dataset).plan(0)
-    two = maker(root, flow=small_flow(noise_std=0.6), drop_first_frame=0.0)
+    one = maker(root, first_frame_dropout=0.0)
+    plan = sampler_of(one).plan(0)
+    two = maker(root, flow=small_flow(noise_std=0.6), first_frame_dropout=0.0)
     difference = two.make(plan, 0, 1).x_noisy - one.make(plan, 0, 1).x_noisy
     assert float(difference.std()) == pytest.approx(0.3, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("size", "name"), [((64, 64), "1:1"), ((96, 64), "2:3"), ((480, 854), "16:9")]
-)
-def test_aspects_have_their_nearest_name(size: tuple[int, int], name: str) -> None:
-    assert aspect_name(*size) == name

@@ -12,12 +12,8 @@ import torch
 from data_prep.sources.moving_shapes import random_spec, render_clip
 from flow.codec import VideoCodec
 from pipeline.recipes import TINY_CODEC
-from training.codec_training import (
-    CodecConfig,
-    measure,
-    psnr_db,
-    train_codec,
-)
+from training.codec_config import CodecConfig
+from training.codec_training import measure, psnr_db, train_codec
 
 TINY = CodecConfig(
     z_dim=4, encoder_width=4, decoder_width=4, image_steps=3, steps=3, image_batch_size=2,

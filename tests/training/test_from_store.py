@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flow.weights import VideoSpec, load_model
+from flow.weights import load_model
 from tests.data_prep.s3_server import CREDENTIALS, running_store
-from tests.training.world import TEXT, small_config, small_flow, write_dataset
+from tests.training.world import small_request, write_dataset
 from training.run import train_in_process
-
-VIDEO = VideoSpec(num_frames=9, height=64, width=64, fps=8.0)
 
 
 def test_training_from_a_store_gives_the_weights_of_training_from_a_disk(
@@ -28,6 +26,6 @@ def test_training_from_a_store_gives_the_weights_of_training_from_a_disk(
         states = []
         for number, root in enumerate((data, store.uri("latents"))):
             out = tmp_path / f"out{number}"
-            result = train_in_process(small_config(), small_flow(), TEXT, VIDEO, root, None, out)
+            result = train_in_process(small_request(root, out))
             states.append(load_model(result.model_dir)[0].state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -1,6 +1,4 @@
-"""Held-out scores: same numbers for the same seed, captions worth something, the Gaussian baseline
-right.
-"""
+"""Held-out loss: the same numbers for the same seed, captions that matter, the Gaussian right."""
 
 from __future__ import annotations
 
@@ -16,11 +14,13 @@ from data_prep.latents.dataset import LatentDataset
 from flow.flow import DeepShallowFlow, FlowModel
 from flow.likelihood import NoiseFloorWarning, noise_floor
 from flow.text import build_text_encoder
-from tests.training.world import TEXT, small_config, small_flow, write_dataset
-from training.batches import Prompts
+from tests.training.world import TEXT, small_flow, write_dataset
+from training.batches import LatentStore, Prompts
+from training.config import EvaluationConfig
 from training.held_out import (
     EvaluationError,
     HeldOut,
+    Measurement,
     evaluate_nats,
     gaussian_nats_per_dim,
 )
@@ -37,14 +37,15 @@ def test_a_start_model_scores_the_second_moment(root: Path) -> None:
     held_out = LatentDataset(root, "held_out")
     flow = FlowModel(small_flow()).flow
     encoder = build_text_encoder(TEXT)
-    found = evaluate_nats(flow, held_out, encoder, small_flow(), draws=3)
-    again = evaluate_nats(flow, held_out, encoder, small_flow(), draws=3, batch_size=5)
-    assert found.per_clip == pytest.approx(again.per_clip, abs=1e-6)
-    assert found.draws == 3
-    assert 0 < found.standard_error < 0.05
-    assert found.mean == pytest.approx(float(np.mean(found.per_clip)))
+    loss = evaluate_nats(flow, held_out, encoder, measurement=Measurement(draws=3))
+    again = evaluate_nats(flow, held_out, encoder, measurement=Measurement(draws=3, batch_size=5))
+    assert loss.per_clip == pytest.approx(again.per_clip, abs=1e-6)
+    assert loss.draws == 3
+    assert 0 < loss.standard_error < 0.05
+    assert loss.mean == pytest.approx(float(np.mean(loss.per_clip)))
+    one_draw = Measurement(draws=1)
     captions = [
-        evaluate_nats(flow, held_out, encoder, small_flow(), captions=kind, draws=1).mean
+        evaluate_nats(flow, held_out, encoder, captions=kind, measurement=one_draw).mean
         for kind in ("true", "shuffled", "null")
     ]
     assert captions[0] == pytest.approx(captions[1]) == pytest.approx(captions[2])
@@ -53,7 +54,7 @@ def test_a_start_model_scores_the_second_moment(root: Path) -> None:
 def test_the_gaussian_fits_what_is_gaussian(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "data", clips=400, images=0, broken=0.5)
     baseline = gaussian_nats_per_dim(
-        LatentDataset(root, "train"), LatentDataset(root, "held_out"), 0.3, draws=4
+        LatentDataset(root, "train"), LatentDataset(root, "held_out"), 0.3
     )
     # The first frame's latents are all 0.5, later ones 0.3: nearly nothing but noise.
     spread = 0.2**2 * (1 / 3) * (2 / 3) + 0.3**2
@@ -65,9 +66,7 @@ def test_the_gaussian_beats_the_identity(root: Path) -> None:
     held_out = LatentDataset(root, "held_out")
     baseline = gaussian_nats_per_dim(LatentDataset(root, "train"), held_out, 0.3)
     torch.manual_seed(0)
-    identity = evaluate_nats(
-        FlowModel(small_flow()).flow, held_out, build_text_encoder(TEXT), small_flow()
-    )
+    identity = evaluate_nats(FlowModel(small_flow()).flow, held_out, build_text_encoder(TEXT))
     assert noise_floor(0.3) < baseline.mean < identity.mean
     assert baseline.ids == identity.ids
 
@@ -75,11 +74,11 @@ def test_the_gaussian_beats_the_identity(root: Path) -> None:
 def test_unknown_captions_and_empty_splits_are_refused(root: Path, tmp_path: Path) -> None:
     flow, encoder = FlowModel(small_flow()).flow, build_text_encoder(TEXT)
     with pytest.raises(EvaluationError, match="captions is 'all'"):
-        evaluate_nats(flow, LatentDataset(root, "held_out"), encoder, small_flow(), captions="all")  # type: ignore[arg-type]
+        evaluate_nats(flow, LatentDataset(root, "held_out"), encoder, captions="all")  # type: ignore[arg-type]
     few = write_dataset(tmp_path / "few", clips=1, images=0)
     # The one clip's key happens to be held out.
     with pytest.raises(EvaluationError, match=r"train split .* is empty"):
-        evaluate_nats(flow, LatentDataset(few, "train"), encoder, small_flow())
+        evaluate_nats(flow, LatentDataset(few, "train"), encoder)
 
 
 def leaky_flow() -> DeepShallowFlow:
@@ -96,13 +95,15 @@ def leaky_flow() -> DeepShallowFlow:
 def test_a_leak_of_causality_is_under_the_floor_and_warned_of(root: Path) -> None:
     held_out, encoder = LatentDataset(root, "held_out"), build_text_encoder(TEXT)
     with pytest.warns(NoiseFloorWarning, match=r"held_out split.*a block sees the token"):
-        found = evaluate_nats(leaky_flow(), held_out, encoder, small_flow(), draws=2)
-    assert found.mean < noise_floor(0.3) - 1
+        loss = evaluate_nats(leaky_flow(), held_out, encoder, measurement=Measurement(draws=2))
+    assert loss.mean < noise_floor(0.3) - 1
 
 
 def test_training_warns_of_the_floor_on_its_first_worker_alone(root: Path) -> None:
     prompts = Prompts(build_text_encoder(TEXT), small_flow(), 8.0)
-    during = HeldOut.open(root, prompts, small_flow(), small_config(eval_clips=8, eval_draws=1))
+    store = LatentStore(LatentDataset(root, "held_out"), cache_bytes=0)
+    config = EvaluationConfig(clips=8, draws=1)
+    during = HeldOut(store, prompts, config, batch_size=4, seed=0)
     one = Parallel(0, 1, torch.device("cpu"), None)
     with pytest.warns(NoiseFloorWarning, match="8 held-out clips"):
         during.mean_nats(leaky_flow(), one)

@@ -1,4 +1,4 @@
-"""A driver killed with SIGKILL takes its Ray workers with it, and the next call goes on from the last checkpoint."""
+"""A killed driver takes its Ray workers with it; the next call goes on from the checkpoint."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Whole runs of real processes: many workers equal one, resumed equals uninterrupted, and what
-stops a run.
-"""
+"""Whole runs of real processes: many equal one, resumed equals uninterrupted, what stops a run."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from flow.flow import FlowModel
 from tests.training import workers
-from tests.training.world import TEXT, small_config, small_flow, write_dataset
+from tests.training.world import TEXT, small_config, small_flow, two_workers, write_dataset
 from training.checkpoint import (
     MARKER_NAME,
     CheckpointMismatch,
@@ -53,7 +51,8 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def many(**changes: Any) -> TrainConfig:
-    return small_config(strategy="fsdp", workers=2, **changes)
+    granularity = changes.pop("shard_granularity", "layer")
+    return small_config(workers=two_workers(shard_granularity=granularity), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +84,11 @@ def test_a_resumed_run_ends_exactly_where_an_uninterrupted_one_does(
     single: TrainJob, dataset: Path, tmp_path: Path
 ) -> None:
     work = job(dataset, tmp_path)
-    first = train(small_config(steps=3, schedule_steps=6), work)
+    first = train(small_config(steps=3, optimizer={"schedule_steps": 6}), work)
     assert first.resumed_from is None
     whole = job(dataset, tmp_path / "whole")
-    train(small_config(schedule_steps=6), whole)
-    second = train(small_config(schedule_steps=6), work)
+    train(small_config(optimizer={"schedule_steps": 6}), whole)
+    second = train(small_config(optimizer={"schedule_steps": 6}), work)
     assert second.resumed_from == 3
     assert largest_difference(averaged(work), averaged(whole)) == 0.0
     assert [r["step"] for r in read_history(work.history)] == list(range(6))
@@ -99,8 +98,8 @@ def test_one_worker_goes_on_from_the_checkpoint_of_two(
     single: TrainJob, dataset: Path, tmp_path: Path
 ) -> None:
     work = job(dataset, tmp_path)
-    workers.run(many(steps=3, schedule_steps=6), work)
-    train(small_config(schedule_steps=6), work)
+    workers.run(many(steps=3, optimizer={"schedule_steps": 6}), work)
+    train(small_config(optimizer={"schedule_steps": 6}), work)
     assert largest_difference(averaged(work), averaged(single)) < 1e-5
 
 
@@ -109,7 +108,7 @@ def test_one_worker_goes_on_from_the_checkpoint_of_two(
 def test_killed_workers_resume_from_the_last_complete_checkpoint(
     dataset: Path, tmp_path: Path
 ) -> None:
-    config = many(steps=24, checkpoint_every=4, log_every=1, keep=3)
+    config = many(steps=24, checkpoints={"every_steps": 4, "keep": 3}, tracking={"every_steps": 1})
     work = job(dataset, tmp_path / "killed")
     processes = workers.start(config, work)
     while len(complete_checkpoints(work.checkpoints)) < 2:
@@ -146,7 +145,7 @@ def test_a_checkpoint_without_its_marker_is_not_one(dataset: Path, tmp_path: Pat
 
 def test_only_the_newest_checkpoints_are_kept(dataset: Path, tmp_path: Path) -> None:
     work = job(dataset, tmp_path)
-    train(small_config(steps=6, checkpoint_every=1, keep=2), work)
+    train(small_config(checkpoints={"every_steps": 1, "keep": 2}), work)
     assert [c.step for c in complete_checkpoints(work.checkpoints)] == [5, 6]
     assert len(list(work.checkpoints.iterdir())) == 2
 
@@ -168,7 +167,7 @@ def test_broken_latents_are_skipped_and_then_stop_the_run_with_the_reason(tmp_pa
     work = job(broken, tmp_path / "out")
     before = FlowModel(work.flow)
     with pytest.raises(SkippedTooOften, match="4 steps in a row were skipped up to step 3"):
-        train(small_config(max_consecutive_skips=4, steps=20), work)
+        train(small_config(optimizer={"max_consecutive_skips": 4}, steps=20), work)
     checkpoint = latest_complete(work.checkpoints)
     assert checkpoint is not None
     load_averaged(checkpoint, before)
@@ -179,38 +178,38 @@ def test_broken_latents_are_skipped_and_then_stop_the_run_with_the_reason(tmp_pa
 def test_all_workers_skip_when_one_of_them_sees_a_broken_sample(tmp_path: Path) -> None:
     broken = write_dataset(tmp_path / "data", broken=float("nan"))
     work = job(broken, tmp_path / "out")
-    workers.run(many(steps=2, max_consecutive_skips=5), work)
+    workers.run(many(steps=2, optimizer={"max_consecutive_skips": 5}), work)
     state = averaged(work)
     assert all(torch.isfinite(t).all() for t in state.values())
 
 
 def test_held_out_loss_is_the_same_on_two_workers(dataset: Path, tmp_path: Path) -> None:
-    found = []
+    losses = []
     for name, config in (
-        ("one", small_config(eval_every=3, eval_clips=3)),
-        ("two", many(eval_every=3, eval_clips=3)),
+        ("one", small_config(evaluation={"every_steps": 3, "clips": 3})),
+        ("two", many(evaluation={"every_steps": 3, "clips": 3})),
     ):
         work = job(dataset, tmp_path / name)
-        if config.workers == 1:
+        if config.workers.count == 1:
             train(config, work)
         else:
             workers.run(config, work)
         history = read_history(work.history)
-        found.append([r.get("held_out_nats_per_dim") for r in history])
-    assert found[0][0] is None
-    assert found[0][2] == pytest.approx(found[1][2], abs=1e-5)
-    assert found[0][5] == pytest.approx(found[1][5], abs=1e-5)
+        losses.append([r.get("held_out_nats_per_dim") for r in history])
+    assert losses[0][0] is None
+    assert losses[0][2] == pytest.approx(losses[1][2], abs=1e-5)
+    assert losses[0][5] == pytest.approx(losses[1][5], abs=1e-5)
 
 
 def test_evaluating_does_not_change_what_is_learnt(
     single: TrainJob, dataset: Path, tmp_path: Path
 ) -> None:
     work = job(dataset, tmp_path)
-    train(small_config(eval_every=1, eval_clips=2), work)
+    train(small_config(evaluation={"every_steps": 1, "clips": 2}), work)
     assert largest_difference(averaged(work), averaged(single)) == 0.0
 
 
 def test_prefetched_batches_are_the_same(single: TrainJob, dataset: Path, tmp_path: Path) -> None:
     work = job(dataset, tmp_path)
-    train(small_config(prefetch=True), work)
+    train(small_config(batches={"prefetch": True}), work)
     assert largest_difference(averaged(work), averaged(single)) == 0.0

@@ -1,6 +1,4 @@
-"""Training on a real Ray cluster: equal to one process, live, recorded, and clear when
-it fails.
-"""
+"""Training on a real Ray cluster: equal to one process, live, recorded, clear when it fails."""
 
 from __future__ import annotations
 
@@ -12,11 +10,12 @@ import pytest
 import ray
 
 from flow.weights import load_model
-from tests.training.world import TEXT, small_config, small_flow, write_dataset
+from tests.training.world import small_config, small_request, two_workers, write_dataset
 from training.on_ray import TrainingFailed, train_on_ray
 from training.run import train_in_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+WORKERS = two_workers(shard_granularity="model")
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +31,11 @@ def cluster() -> Iterator[None]:
 def test_two_ray_workers_train_what_one_process_does(cluster: None, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "data")
     seen: list[int] = []
-    config = small_config(
-        strategy="fsdp", workers=2, shard_granularity="model", steps=6, tracking=True
-    )
+    config = small_config(workers=WORKERS, tracking={"enabled": True})
 
     def go() -> tuple[int, int | None, str | None, Path]:
         result = train_on_ray(
-            config,
-            small_flow(),
-            TEXT,
-            None,
-            dataset,
-            None,
-            tmp_path / "ray",
+            small_request(dataset, tmp_path / "ray", config),
             progress=lambda records: seen.extend(r["step"] for r in records),
         )
         return result.steps, result.resumed_from, result.mlflow_run_id, result.model_dir
@@ -56,18 +47,14 @@ def test_two_ray_workers_train_what_one_process_does(cluster: None, tmp_path: Pa
     started = time.monotonic()
     assert go() == (6, 6, run_id, model_dir)
     assert time.monotonic() - started < 5, "a finished run starts no workers"
-    single = train_in_process(
-        small_config(), small_flow(), TEXT, None, dataset, None, tmp_path / "single"
-    )
+    single = train_in_process(small_request(dataset, tmp_path / "single"))
     one, two = (load_model(d)[0].state_dict() for d in (single.model_dir, model_dir))
     assert max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-5
 
 
 def test_a_failing_worker_is_one_clear_error(cluster: None, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "data", broken=float("nan"))
-    config = small_config(
-        strategy="fsdp", workers=2, shard_granularity="model", max_consecutive_skips=2
-    )
+    config = small_config(workers=WORKERS, optimizer={"max_consecutive_skips": 2})
     with pytest.raises(TrainingFailed, match="SkippedTooOften: 2 steps in a row") as caught:
-        train_on_ray(config, small_flow(), TEXT, None, dataset, None, tmp_path / "out")
+        train_on_ray(small_request(dataset, tmp_path / "out", config))
     assert "\n" not in str(caught.value)

@@ -1,6 +1,4 @@
-"""The optimizer equals torch's plain AdamW with clipping; skips leave no trace; the schedule's
-corners.
-"""
+"""The optimizer equals torch's AdamW with clipping; skips leave no trace; the schedule's ends."""
 
 from __future__ import annotations
 
@@ -10,13 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from tests.training.world import small_config
-from training.config import TrainConfig
-from training.optim import ShardedAdamW, SkipRule, learning_rate
+from training.config import OptimizerConfig
+from training.optim import LearningRate, ShardedAdamW, SkipRule
 
 
 def network() -> nn.Sequential:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+
+
+def adamw(net: nn.Module) -> ShardedAdamW:
+    config = small_config().optimizer
+    return ShardedAdamW(net.named_parameters(), config, LearningRate.of(config, 1e-2, steps=6))
 
 
 def loss_of(net: nn.Module, scale: float) -> Tensor:
@@ -30,9 +33,10 @@ def one_step(net: nn.Module, optimizer: ShardedAdamW, step: int, scale: float, s
 
 
 def test_equals_torch_adamw_after_clip_grad_norm() -> None:
-    config = small_config(weight_decay=0.1, warmup_steps=3, steps=10)
+    config = small_config(optimizer={"weight_decay": 0.1, "warmup_steps": 3}).optimizer
     ours, theirs = network(), network()
-    optimizer = ShardedAdamW(ours.named_parameters(), config, 1e-2)
+    rates = LearningRate.of(config, 1e-2, steps=10)
+    optimizer = ShardedAdamW(ours.named_parameters(), config, rates)
     weights = [p for p in theirs.parameters() if p.ndim >= 2]
     vectors = [p for p in theirs.parameters() if p.ndim < 2]
     plain = torch.optim.AdamW(
@@ -45,7 +49,7 @@ def test_equals_torch_adamw_after_clip_grad_norm() -> None:
         loss_of(theirs, 5.0).backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.clip_norm)
         for group in plain.param_groups:
-            group["lr"] = learning_rate(config, 1e-2, step)
+            group["lr"] = rates.at(step)
         plain.step()
         plain.zero_grad()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -54,7 +58,7 @@ def test_equals_torch_adamw_after_clip_grad_norm() -> None:
 
 def test_a_skipped_step_changes_neither_weights_nor_moments() -> None:
     net = network()
-    optimizer = ShardedAdamW(net.named_parameters(), small_config(), 1e-2)
+    optimizer = adamw(net)
     one_step(net, optimizer, 0, 1.0, 0.0)
     before = {k: v.clone() for k, v in optimizer.state().items() if not k.startswith("ema")}
     weights = [p.detach().clone() for p in net.parameters()]
@@ -66,7 +70,7 @@ def test_a_skipped_step_changes_neither_weights_nor_moments() -> None:
 
 def test_swapping_averaged_weights_twice_is_nothing() -> None:
     net = network()
-    optimizer = ShardedAdamW(net.named_parameters(), small_config(), 1e-2)
+    optimizer = adamw(net)
     one_step(net, optimizer, 0, 1.0, 0.0)
     weights = [p.detach().clone() for p in net.parameters()]
     optimizer.swap_ema()
@@ -76,8 +80,8 @@ def test_swapping_averaged_weights_twice_is_nothing() -> None:
 
 
 def test_schedule_warms_up_and_ends_at_its_ratio() -> None:
-    config = TrainConfig(steps=100, warmup_steps=10, final_learning_rate_ratio=0.1)
-    rates = [learning_rate(config, 2.0, step) for step in range(101)]
+    config = OptimizerConfig(warmup_steps=10, final_learning_rate_ratio=0.1)
+    rates = [LearningRate.of(config, 2.0, steps=100).at(step) for step in range(101)]
     assert rates[0] == 0.2
     assert rates[9] == rates[10] == max(rates) == 2.0
     assert abs(rates[100] - 0.2) < 1e-9
@@ -85,7 +89,7 @@ def test_schedule_warms_up_and_ends_at_its_ratio() -> None:
 
 
 def test_a_spike_is_judged_against_the_running_median() -> None:
-    rule = SkipRule(small_config(spike_factor=4.0, spike_window=8), torch.device("cpu"))
+    rule = SkipRule(OptimizerConfig(spike_factor=4.0, spike_median_steps=8), torch.device("cpu"))
 
     def decide(norm: float) -> float:
         norms = torch.tensor([norm, 0.0])

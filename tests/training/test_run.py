@@ -1,6 +1,4 @@
-"""A run as its driver sees it: exported, recorded, found finished, and refused before it starts
-when it cannot work.
-"""
+"""A run as its driver sees it: exported, recorded, found finished, or refused before it starts."""
 
 from __future__ import annotations
 
@@ -14,11 +12,25 @@ from pydantic import ValidationError
 from flow.flow import FlowModel
 from flow.text import TextSpec
 from flow.weights import VideoSpec, load_model
-from tests.training.world import CODEC, TEXT, small_config, small_flow, write_dataset
-from training.checkpoint import CheckpointMismatch, latest_complete, load_averaged
+from tests.training.world import (
+    CODEC,
+    TEXT,
+    small_config,
+    small_flow,
+    small_request,
+    two_workers,
+    write_dataset,
+)
+from training.checkpoint import (
+    MARKER_NAME,
+    CheckpointMismatch,
+    latest_complete,
+    load_averaged,
+)
 from training.history import History, HistoryTail, read_history
-from training.run import RunError, train_in_process
+from training.run import RunError, check_run, train_in_process
 from training.tracking import TRACKING_NAME
+from training.video_spec import StatedVideo, VideoMismatch
 
 VIDEO = VideoSpec(num_frames=9, height=64, width=64, fps=8.0)
 
@@ -29,9 +41,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_a_model_of_its_averaged_weights(dataset: Path, tmp_path: Path) -> None:
-    result = train_in_process(
-        small_config(), small_flow(), TEXT, VIDEO, dataset, None, tmp_path / "out"
-    )
+    result = train_in_process(small_request(dataset, tmp_path / "out"))
     assert (result.steps, result.resumed_from, result.mlflow_run_id) == (6, None, None)
     model, spec = load_model(result.model_dir)
     assert (spec.text, spec.video, spec.codec_digest, spec.codec) == (TEXT, VIDEO, CODEC, None)
@@ -49,9 +59,7 @@ def test_a_finished_run_is_not_repeated_and_can_be_lengthened(
     dataset: Path, tmp_path: Path
 ) -> None:
     def go(steps: int) -> tuple[int, int | None, int]:
-        r = train_in_process(
-            small_config(steps=steps), small_flow(), TEXT, VIDEO, dataset, None, tmp_path
-        )
+        r = train_in_process(small_request(dataset, tmp_path, small_config(steps=steps)))
         return r.steps, r.resumed_from, (r.model_dir / "model.safetensors").stat().st_mtime_ns
 
     first, again, longer = go(4), go(4), go(6)
@@ -59,18 +67,18 @@ def test_a_finished_run_is_not_repeated_and_can_be_lengthened(
     assert again == (4, 4, first[2])
     assert longer[:2] == (6, 4)
     assert longer[2] > first[2]
-    with pytest.raises(RunError, match="at step 6, past steps 4"):
+    with pytest.raises(RunError, match=r"at step 6, past train\.steps 4"):
         go(4)
 
 
 def test_a_run_killed_between_its_last_step_and_its_export_is_exported(
     dataset: Path, tmp_path: Path
 ) -> None:
-    arguments = (small_config(), small_flow(), TEXT, VIDEO, dataset, None, tmp_path)
-    first = train_in_process(*arguments)
+    request = small_request(dataset, tmp_path)
+    first = train_in_process(request)
     (tmp_path / "finished.json").unlink()
     (first.model_dir / "model.safetensors").unlink()
-    again = train_in_process(*arguments)
+    again = train_in_process(request)
     assert again.resumed_from == 6
     assert load_model(again.model_dir)[0].config == small_flow()
 
@@ -79,19 +87,22 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(dataset: Path, tmp_path: P
     from mlflow.tracking import MlflowClient
 
     def go(steps: int) -> str:
-        config = small_config(steps=steps, schedule_steps=6, tracking=True)
-        result = train_in_process(config, small_flow(), TEXT, VIDEO, dataset, None, tmp_path)
+        config = small_config(
+            steps=steps, optimizer={"schedule_steps": 6}, tracking={"enabled": True}
+        )
+        result = train_in_process(small_request(dataset, tmp_path, config))
         assert result.mlflow_run_id is not None
         return result.mlflow_run_id
 
     run_id = go(3)
     assert go(6) == run_id
-    saved = json.loads((tmp_path / TRACKING_NAME).read_text())
-    assert saved["run_id"] == run_id
-    client = MlflowClient(saved["uri"])
+    note = json.loads((tmp_path / TRACKING_NAME).read_text())
+    assert note["run_id"] == run_id
+    client = MlflowClient(note["uri"])
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["flow.deep_width"] == "32"
+    assert run.data.params["train.batches.batch_size"] == "4"
     logged = client.get_metric_history(run_id, "loss_nats_per_dim")
     assert [m.step for m in logged] == list(range(6))
     history = read_history(tmp_path / "history.jsonl")
@@ -103,26 +114,28 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(RunError, match=r"latent_channels is 8, but .* of 4 channels"):
-        train_in_process(
-            small_config(), small_flow(latent_channels=8), TEXT, None, dataset, None, out
-        )
+        train_in_process(small_request(dataset, out, flow=small_flow(latent_channels=8)))
     with pytest.raises(RunError, match="gives 6 vectors of 32, but the flow reads 6 of 16"):
-        train_in_process(
-            small_config(), small_flow(), TextSpec("hashed", 6, 32), None, dataset, None, out
-        )
+        train_in_process(small_request(dataset, out, text=TextSpec("hashed", 6, 32)))
     assert not out.exists()
-    train_in_process(small_config(), small_flow(), TEXT, None, dataset, None, out)
-    with pytest.raises(CheckpointMismatch, match="batch_size is 8 but the checkpoint has 4"):
-        train_in_process(small_config(batch_size=8), small_flow(), TEXT, None, dataset, None, out)
+    train_in_process(small_request(dataset, out))
+    larger = small_config(batches={"batch_size": 8})
+    with pytest.raises(
+        CheckpointMismatch, match=r"train\.batches\.batch_size is 8 but the checkpoint has 4"
+    ):
+        train_in_process(small_request(dataset, out, larger))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": 2}, "one process"),
-        ({"workers": 3, "strategy": "fsdp"}, "batch_size 4 must be a multiple of workers 3"),
-        ({"adam_betas": (0.9, 1.0)}, r"must lie in \[0, 1\)"),
-        ({"learning_rate": 1.0}, "Extra inputs are not permitted"),
+        ({"workers": {"count": 2}}, "one process"),
+        (
+            {"workers": two_workers(count=3)},
+            r"batches\.batch_size 4 must be a multiple of workers\.count 3",
+        ),
+        ({"optimizer": {"adam_betas": (0.9, 1.0)}}, r"must lie in \[0, 1\)"),
+        ({"optimizer": {"learning_rate": 1.0}}, "Extra inputs are not permitted"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(
@@ -130,6 +143,45 @@ def test_configurations_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         small_config(**changes)
+
+
+def test_a_model_says_the_size_and_the_rate_of_its_dataset(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", clips=0, images=8, more_buckets={(128, 96): 40})
+    out = tmp_path / "out"
+    with pytest.raises(
+        VideoMismatch, match=r"states height 64, width 64, but .* 9x128x96"
+    ) as caught:
+        train_in_process(small_request(data, out, video=StatedVideo(height=64, width=64)))
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+    result = train_in_process(small_request(data, out, small_config(steps=1)))
+    assert load_model(result.model_dir)[1].video == VideoSpec(9, 128, 96, 8.0)
+
+
+def test_another_stated_bucket_is_exported_anew_without_a_step(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", more_buckets={(48, 80): 24})
+    out, config = tmp_path / "out", small_config(steps=1)
+    first = train_in_process(small_request(data, out, config))
+    assert load_model(first.model_dir)[1].video == VIDEO
+    request = small_request(data, out, config, video=StatedVideo(height=48, width=80))
+    assert check_run(request).finished() is None
+    second = train_in_process(request)
+    assert (second.steps, second.resumed_from) == (1, 1)
+    assert load_model(second.model_dir)[1].video == VideoSpec(9, 48, 80, 8.0)
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(
+    dataset: Path, tmp_path: Path
+) -> None:
+    request = small_request(dataset, tmp_path)
+    result = train_in_process(request)
+    marker = result.checkpoint_dir / MARKER_NAME
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "format": 1}))
+    with pytest.raises(
+        CheckpointMismatch, match=r"format 1, this version reads 2: train"
+    ) as caught:
+        train_in_process(request)
+    assert "\n" not in str(caught.value)
 
 
 def test_history_drops_what_a_resumed_run_does_again(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Starts real training processes (gloo between them) for the tests; also what those processes run."""
+"""Starts real training processes (gloo between them), and is what those processes run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-from flow.config import FlowConfig
-from flow.text import TextSpec
 from tests.places import ROOT
 from training.config import TrainConfig
 from training.loop import TrainJob, train
@@ -26,22 +23,16 @@ def _free_port() -> int:
 
 
 def start(config: TrainConfig, job: TrainJob) -> list[subprocess.Popen[str]]:
-    """`config.workers` processes that run the training loop."""
-    settings: dict[str, Any] = {
-        "config": config.model_dump(mode="json"),
-        "flow": job.flow.to_dict(),
-        "text": job.text.to_dict(),
-        "dataset": str(job.dataset),
-        "out": str(job.out),
-    }
+    """`config.workers.count` processes that run the training loop."""
+    settings = {"config": config.model_dump(mode="json"), "job": job.to_dict()}
     port = _free_port()
     processes = []
-    for rank in range(config.workers):
+    for rank in range(config.workers.count):
         env = {
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(config.workers),
+            "WORLD_SIZE": str(config.workers.count),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
@@ -73,15 +64,7 @@ def run(config: TrainConfig, job: TrainJob) -> None:
 
 
 def main(settings: dict[str, Any]) -> None:
-    train(
-        TrainConfig(**settings["config"]),
-        TrainJob(
-            FlowConfig.from_dict(settings["flow"]),
-            TextSpec(**settings["text"]),
-            Path(settings["dataset"]),
-            Path(settings["out"]),
-        ),
-    )
+    train(TrainConfig(**settings["config"]), TrainJob.from_dict(settings["job"]))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The latents are moving blobs whose mean depends on the caption, so that a captio
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from data_prep.latents.records import (
     write_rows,
 )
 from flow.codec import LatentConvention
+from flow.codec_factors import WAN_FACTORS
 from flow.config import FlowConfig
 from flow.text import TextSpec
 from training.config import TrainConfig
+from training.run import TrainRequest
 
 CHANNELS = 4
 CODEC = "0123456789abcdef"
@@ -47,25 +50,50 @@ def small_flow(**changes: Any) -> FlowConfig:
     return FlowConfig(**{**values, **changes})
 
 
-def small_config(**changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {
-        "steps": 6,
-        "batch_size": 4,
-        "image_batch_size": 4,
+SMALL: dict[str, Any] = {
+    "steps": 6,
+    "batches": {"batch_size": 4, "image_batch_size": 4},
+    "optimizer": {
         "flow_learning_rate": 3e-3,
         "denoiser_learning_rate": 3e-3,
         "warmup_steps": 2,
-        "checkpoint_every": 3,
-        "log_every": 2,
         "ema_decay": 0.9,
-        "tracking": False,
-    }
-    return TrainConfig(**{**values, **changes})
+    },
+    "checkpoints": {"every_steps": 3},
+    "tracking": {"enabled": False, "every_steps": 2},
+}
 
 
-def _latents(rng: np.random.Generator, frames: int, word: int) -> np.ndarray:
+def small_config(**changes: Any) -> TrainConfig:
+    """A short run; a change is a top-level value, or a map that changes keys of a section.
+
+    >>> small_config(batches={"batch_size": 8}).batches.image_batch_size
+    4
+    """
+    values = dict(SMALL)
+    for name, value in changes.items():
+        values[name] = {**SMALL.get(name, {}), **value} if isinstance(value, dict) else value
+    return TrainConfig(**values)
+
+
+def two_workers(**changes: Any) -> dict[str, Any]:
+    """The section `workers` of two processes that share the work."""
+    return {"strategy": "fsdp", "count": 2, **changes}
+
+
+def small_request(
+    dataset: str | Path, out: Path, config: TrainConfig | None = None, **changes: Any
+) -> TrainRequest:
+    """A run of a small model; changes are other fields of the request."""
+    values: dict[str, Any] = {"flow": small_flow(), "text": TEXT, **changes}
+    return TrainRequest(config or small_config(), dataset=dataset, out=out, **values)
+
+
+def _latents(rng: np.random.Generator, bucket: Bucket, word: int) -> np.ndarray:
+    frames = WAN_FACTORS.latent_frames(bucket.frames)
+    cells = WAN_FACTORS.grid(bucket.height, bucket.width)
     base = np.linspace(-1, 1, len(WORDS))[word]
-    x = rng.standard_normal((1, CHANNELS, 4, 4)) * 0.5 + base
+    x = rng.standard_normal((1, CHANNELS, *cells)) * 0.5 + base
     drift = rng.standard_normal((1, CHANNELS, 1, 1)) * 0.2
     return (x + drift * np.arange(frames)[:, None, None, None]).astype(np.float16)
 
@@ -78,21 +106,30 @@ def write_dataset(
     frames: int = 9,
     posterior_noise: bool = False,
     broken: float | None = None,
+    more_buckets: Mapping[tuple[int, int], int] | None = None,
 ) -> Path:
-    """A dataset folder as `prepare` leaves it; `broken` is a value put into every latent."""
+    """A dataset folder as `prepare` leaves it.
+
+    Args:
+        broken: a value put into every latent.
+        more_buckets: clips of further sizes: how many of each (height, width).
+    """
     for folder in ("latents", "captions", "manifests"):
         (root / folder).mkdir(parents=True)
     video, image = Bucket(frames, 64, 64), Bucket(1, 64, 64)
     convention = LatentConvention((0.0,) * CHANNELS, (1.0,) * CHANNELS, 0.6, posterior_noise)
-    info = DatasetInfo(CODEC, convention, 8.0, (video, image), CHANNELS, "0" * 16)
+    sizes = {Bucket(frames, *size): count for size, count in (more_buckets or {}).items()}
+    buckets = (video, image, *sizes)
+    info = DatasetInfo(CODEC, convention, 8.0, buckets, CHANNELS, "0" * 16)
     (root / "dataset.json").write_text(json.dumps(info.to_dict()))
     rng = np.random.default_rng(7)
-    rows: dict[Bucket, list[dict[str, Any]]] = {video: [], image: []}
+    rows: dict[Bucket, list[dict[str, Any]]] = {bucket: [] for bucket in buckets}
     captions = []
-    for number in range(clips + images):
-        bucket = video if number < clips else image
+    counts = {video: clips, image: images, **sizes}
+    bucket_of = [bucket for bucket, count in counts.items() for _ in range(count)]
+    for number, bucket in enumerate(bucket_of):
         word = number % len(WORDS)
-        mean = _latents(rng, 1 + (bucket.frames - 1) // 4, word)
+        mean = _latents(rng, bucket, word)
         if broken is not None:
             mean[...] = broken
         key = f"clip{number:04d}"

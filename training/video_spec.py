@@ -1,0 +1,115 @@
+"""The videos that a model learns: those of its dataset, held against what its user states.
+
+The dataset decides, for it was cut before; what a user states (a recipe's `prepare.bucket`, say)
+is only checked. Knows nothing of training, of models' insides or of Ray.
+
+    FlowreelError, ValueError
+    └── VideoMismatch    what is stated and what the dataset holds differ, or it holds nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from data_prep.latents.dataset import LatentDataset
+from data_prep.latents.records import Bucket
+from flow.codec_factors import CodecFactors
+from flow.weights import VideoSpec
+from flowreel.errors import FlowreelError
+
+
+class VideoMismatch(FlowreelError, ValueError):
+    """Videos that the dataset does not hold; the message names what is stated and what is held."""
+
+
+@dataclass(frozen=True)
+class StatedVideo:
+    """What a user states of the clips that a model learns; the dataset decides the rest.
+
+    Attributes:
+        num_frames: video frames of a clip; None: not stated. It says nothing of images.
+        height, width: pixels of a clip; None: not stated.
+        fps: frames per second of a clip; None: not stated.
+        sizes: (height, width) of several buckets, in pixels; none: not stated.
+
+    >>> StatedVideo(height=64).differences(Bucket(17, 128, 128), fps=8.0)
+    {'height': (64, 128)}
+    """
+
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def differences(self, bucket: Bucket, fps: float) -> dict[str, tuple[float, float]]:
+        """What is stated otherwise than a bucket has it: (stated, held) by name, sizes left out."""
+        held = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+        if bucket.frames == 1:
+            del held["num_frames"]
+        pairs = {name: (getattr(self, name), value) for name, value in {**held, "fps": fps}.items()}
+        return {k: pair for k, pair in pairs.items() if pair[0] is not None and pair[0] != pair[1]}
+
+    def admits(self, bucket: Bucket, fps: float) -> bool:
+        """Whether a bucket is one of those that are stated."""
+        size_fits = not self.sizes or (bucket.height, bucket.width) in self.sizes
+        return size_fits and not self.differences(bucket, fps)
+
+
+def video_spec(
+    dataset: LatentDataset, stated: StatedVideo, factors: CodecFactors, *, images: bool = False
+) -> VideoSpec:
+    """The videos that a model makes which is trained on this dataset.
+
+    They are those of one bucket. Of several buckets it is the one with most clips in the split (the
+    largest of equals), among those that are stated where something is. A dataset without clips
+    gives images.
+
+    Args:
+        dataset: the training split.
+        stated: every size and number in it must be one that the dataset holds.
+        factors: the codec's, in space and time.
+        images: the model is one of images: one frame of the bucket's size.
+
+    Raises:
+        VideoMismatch: the dataset holds nothing, or not what is stated.
+    """
+    clips = {b: ids for b, ids in dataset.buckets.items() if b.frames > 1} or dataset.buckets
+    if not clips:
+        raise VideoMismatch(
+            f"the {dataset.split} split of {dataset.folder.where()} is empty; prepare more clips"
+        )
+    fps = dataset.info.fps
+    held_sizes = {(bucket.height, bucket.width) for bucket in clips}
+    admitted = {bucket: ids for bucket, ids in clips.items() if stated.admits(bucket, fps)}
+    if not admitted or not held_sizes.issuperset(stated.sizes):
+        raise VideoMismatch(_mismatch(dataset, stated, clips))
+    bucket = _with_most_clips(admitted)
+    num_frames = 1 if images else bucket.frames
+    return VideoSpec(num_frames, bucket.height, bucket.width, fps, *factors)
+
+
+def _with_most_clips(clips: Mapping[Bucket, Sequence[str]]) -> Bucket:
+    return max(clips, key=lambda bucket: (len(clips[bucket]), tuple(bucket)))
+
+
+def _mismatch(
+    dataset: LatentDataset, stated: StatedVideo, clips: Mapping[Bucket, Sequence[str]]
+) -> str:
+    """One line: what is stated, what the dataset holds, and how to go on."""
+    fps = dataset.info.fps
+    differences = stated.differences(_with_most_clips(clips), fps)
+    statements = [f"{name} {value:g}" for name, (value, _held) in differences.items()]
+    settings = [
+        f"--set prepare.bucket.{name}={held:g}" for name, (_value, held) in differences.items()
+    ]
+    if stated.sizes:
+        statements.append(f"sizes {', '.join(f'{h}x{w}' for h, w in stated.sizes)}")
+        sizes = ",".join(f"[{b.height},{b.width}]" for b in sorted(clips))
+        settings.append(f"--set prepare.bucket.aspects=[] --set 'prepare.bucket.sizes=[{sizes}]'")
+    return (
+        f"prepare.bucket states {', '.join(statements)}, but {dataset.folder.where()} holds clips "
+        f"of {', '.join(str(bucket) for bucket in sorted(clips))} (frames x height x width) at "
+        f"{fps:g} fps; train with {' '.join(settings)}, or prepare them again"
+    )

@@ -122,7 +122,7 @@ class TrainingRun:
 
     @property
     def digest(self) -> str:
-        """Names what the run ends with: what is trained, for how long, and what it is said to be."""
+        """Names the run's end: what is trained, for how long, and which videos it makes."""
         values = {"description": self.description, "steps": self.config.steps}
         return digest_of({**values, "video": self.spec.to_dict()["video"]})
 

@@ -32,7 +32,7 @@ from training.codec_config import CodecConfig
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from training.video_spec import StatedVideo
+    from training.stated_video import StatedVideo
 
 ASSETS = Path(__file__).parent / "assets"
 RECIPES = Path(__file__).parent / "recipes"
@@ -138,7 +138,7 @@ class Recipe(BaseModel):
 
         With `aspects` or `sizes` it states the sizes that these come to, whoever gave the rest.
         """
-        from training.video_spec import StatedVideo
+        from training.stated_video import StatedVideo
 
         bucket = self.prepare.bucket
         stated = {name: getattr(bucket, name) for name in bucket.model_fields_set}

@@ -4,7 +4,7 @@ The files, in the order to read them:
 
     config.py           every setting, in a section for each part that reads it
     run.py              START HERE: one whole run: checked, tracked, trained, exported
-    video_spec.py       which videos a dataset teaches, held against what a user states
+    stated_video.py     which videos a dataset teaches, held against what a user states
     loop.py             one worker's steps, from the newest checkpoint to the last one
     batch_sampler.py    which samples a step trains on: a pure function of seed and step
     batches.py          a step's plan becomes tensors: latents, noise, encoded prompts

@@ -6,7 +6,7 @@ complete checkpoint. Knows nothing of Ray.
 
     FlowreelError, ValueError
     ├── RunError         a dataset, a codec and a model that do not belong together
-    └── VideoMismatch    see `video_spec.py`
+    └── VideoMismatch    see `stated_video.py`
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.loop import TrainJob, describe, train
+from training.stated_video import StatedVideo, video_spec
 from training.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
-from training.video_spec import StatedVideo, video_spec
 
 MODEL_NAME = "model"
 FINISHED_NAME = "finished.json"

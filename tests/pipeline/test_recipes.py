@@ -12,7 +12,7 @@ from data_prep.config import digest_of
 from pipeline.recipes import RecipeError, load_recipe, recipe_names, save_recipe
 from tests.places import ROOT
 from tests.training.world import CHANNELS, write_dataset
-from training.video_spec import StatedVideo
+from training.stated_video import StatedVideo
 
 
 def refusal(tmp_path: Path, text: str, overrides: list[str] | None = None) -> str:

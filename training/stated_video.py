@@ -28,7 +28,7 @@ class StatedVideo:
     """What a user states of the clips that a model learns; the dataset decides the rest.
 
     Attributes:
-        num_frames: video frames of a clip; None: not stated. It says nothing of images.
+        num_frames: video frames of a clip, not compared with images; None: not stated.
         height, width: pixels of a clip; None: not stated.
         fps: frames per second of a clip; None: not stated.
         sizes: (height, width) of several buckets, in pixels; none: not stated.

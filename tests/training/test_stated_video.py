@@ -10,7 +10,7 @@ from data_prep.latents.dataset import LatentDataset
 from flow.codec_factors import SD_FACTORS, WAN_FACTORS
 from flow.weights import VideoSpec
 from tests.training.world import write_dataset
-from training.video_spec import StatedVideo, VideoMismatch, video_spec
+from training.stated_video import StatedVideo, VideoMismatch, video_spec
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Recipes: everything a run needs to know, in one YAML file that reads alone.
 
-Each stage owns its part of the schema; this file puts them together, finds recipes by name, applies
-`key.path=value` overrides, and turns whatever is wrong into one line that names key, value and what is allowed.
+Each package owns its part of the schema; this file puts them together, finds recipes by name,
+applies `key.path=value` overrides, and turns whatever is wrong into one line that names key, value
+and what is allowed. Knows nothing of how any of it is carried out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from training.codec_config import CodecConfig
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from training.video_spec import StatedVideo
+    from training.stated_video import StatedVideo
 
 ASSETS = Path(__file__).parent / "assets"
 RECIPES = Path(__file__).parent / "recipes"
@@ -116,7 +117,8 @@ class Recipe(BaseModel):
     def _codec_is_somewhere(cls, codec: str) -> str:
         if codec != "tiny" and not Path(codec).is_dir() and not HUB_ID.fullmatch(codec):
             raise ValueError(
-                f"unknown codec {codec!r}: allowed are 'tiny', a folder that exists, or a hub id (owner/name)"
+                f"unknown codec {codec!r}: allowed are 'tiny', a folder that exists, "
+                "or a hub id (owner/name)"
             )
         return codec
 
@@ -125,7 +127,8 @@ class Recipe(BaseModel):
         if (self.text.length, self.text.dim) != (self.model.text_len, self.model.text_dim):
             raise ValueError(
                 f"text makes {self.text.length}x{self.text.dim} tokens, model reads "
-                f"{self.model.text_len}x{self.model.text_dim}; make text.length = model.text_len and text.dim = model.text_dim"
+                f"{self.model.text_len}x{self.model.text_dim}; make text.length = model.text_len "
+                "and text.dim = model.text_dim"
             )
         return self
 
@@ -135,7 +138,7 @@ class Recipe(BaseModel):
 
         With `aspects` or `sizes` it states the sizes that these come to, whoever gave the rest.
         """
-        from training.video_spec import StatedVideo
+        from training.stated_video import StatedVideo
 
         bucket = self.prepare.bucket
         stated = {name: getattr(bucket, name) for name in bucket.model_fields_set}
@@ -168,7 +171,8 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         path = RECIPES / f"{source}.yaml"
     if not path.is_file():
         raise RecipeError(
-            f"recipe {source!r}: no such file, and no recipe of that name ({', '.join(recipe_names())})"
+            f"recipe {source!r}: no such file, and no recipe of that name "
+            f"({', '.join(recipe_names())})"
         )
     try:
         values = yaml.safe_load(path.read_text())
@@ -246,7 +250,7 @@ def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
 
 
 def _nearest(schema: type[BaseModel], location: tuple[Any, ...], allowed: list[str]) -> str:
-    """A question after the key that may be meant: in a section inside, where it is just so there."""
+    """A question after the key that may be meant; it may belong in a section inside this one."""
     *section, name = (str(part) for part in location)
     for inner in allowed:
         if name in _fields_at(schema, (*section, inner)):

@@ -234,7 +234,7 @@ class SkipRule:
             # Before the ring is full a median says little, and nothing is skipped by it.
             full = self.counts[0] >= self.config.spike_median_steps
             bad = bad | (full & (norms > self.config.spike_factor * medians).any())
-        # A ring of norms, written where the step is taken; no branch, so that the host is not asked.
+        # A ring of norms, written where the step is taken. A branch would have to ask the device.
         index = (self.counts[0] % self.config.spike_median_steps).expand(2, 1)
         norms_or_nan = torch.where(norms > 0, norms, torch.nan)
         old_norms = self.norms.gather(1, index)

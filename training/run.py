@@ -6,7 +6,7 @@ complete checkpoint. Knows nothing of Ray.
 
     FlowreelError, ValueError
     ├── RunError         a dataset, a codec and a model that do not belong together
-    └── VideoMismatch    see `video_spec.py`
+    └── VideoMismatch    see `stated_video.py`
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.loop import TrainJob, describe, train
+from training.stated_video import StatedVideo, video_spec
 from training.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
-from training.video_spec import StatedVideo, video_spec
 
 MODEL_NAME = "model"
 FINISHED_NAME = "finished.json"
@@ -122,7 +122,7 @@ class TrainingRun:
 
     @property
     def digest(self) -> str:
-        """Names what the run ends with: what is trained, for how long, and what it is said to be."""
+        """Names the run's end: what is trained, for how long, and which videos it makes."""
         values = {"description": self.description, "steps": self.config.steps}
         return digest_of({**values, "video": self.spec.to_dict()["video"]})
 
@@ -160,21 +160,7 @@ def check_run(request: TrainRequest) -> TrainingRun:
         CheckpointMismatch: `out` holds checkpoints of another run.
     """
     latents = LatentDataset(request.dataset, split="train")
-    _check_parts(request, latents)
-    codec = request.codec
-    spec = ModelSpec(
-        flow=request.flow,
-        text=request.text,
-        codec=None if codec is None else CODEC_FOLDER,
-        codec_digest=latents.info.codec_digest,
-        latents=latents.info.convention,
-        video=video_spec(
-            latents,
-            request.video,
-            WAN_FACTORS if codec is None else read_factors(codec),
-            images=not request.flow.video,
-        ),
-    )
+    spec = _model_spec(request, latents)
     job = TrainJob(request.flow, request.text, latents.folder.location, Path(request.out))
     description = describe(request.config, job, latents)
     latest = latest_complete(job.checkpoints)
@@ -188,12 +174,12 @@ def check_run(request: TrainRequest) -> TrainingRun:
     return TrainingRun(request, job, spec, description)
 
 
-def _check_parts(request: TrainRequest, latents: LatentDataset) -> None:
-    """Raise RunError where model, text encoder or codec do not go with the latents."""
-    flow, text, info = request.flow, request.text, latents.info
+def _model_spec(request: TrainRequest, latents: LatentDataset) -> ModelSpec:
+    """What the exported model will say of itself; refuses parts that do not go together."""
+    flow, text, codec, info = request.flow, request.text, request.codec, latents.info
     if info.latent_channels != flow.latent_channels:
         raise RunError(
-            f"flow.latent_channels is {flow.latent_channels}, but {request.dataset} holds latents "
+            f"model.latent_channels is {flow.latent_channels}, but {request.dataset} holds latents "
             f"of {info.latent_channels} channels; set it to that"
         )
     if (text.length, text.dim) != (flow.text_len, flow.text_dim):
@@ -201,14 +187,23 @@ def _check_parts(request: TrainRequest, latents: LatentDataset) -> None:
             f"the text encoder gives {text.length} vectors of {text.dim}, but the flow reads "
             f"{flow.text_len} of {flow.text_dim}; make text and flow agree"
         )
-    if request.codec is not None:
-        digest = VideoCodec.load(request.codec).digest
-        if digest != info.codec_digest:
-            raise RunError(
-                f"{request.dataset} was encoded by codec {info.codec_digest}, but {request.codec} "
-                f"is {digest}; train with the codec the latents were made with, or prepare them "
-                "again"
-            )
+    factors = WAN_FACTORS if codec is None else read_factors(codec)
+    video = video_spec(latents, request.video, factors, images=not flow.video)
+    # Last, for it reads the codec's weights.
+    digest = info.codec_digest if codec is None else VideoCodec.load(codec).digest
+    if digest != info.codec_digest:
+        raise RunError(
+            f"{request.dataset} was encoded by codec {info.codec_digest}, but {codec} is {digest}; "
+            "train with the codec the latents were made with, or prepare them again"
+        )
+    return ModelSpec(
+        flow=flow,
+        text=text,
+        codec=None if codec is None else CODEC_FOLDER,
+        codec_digest=digest,
+        latents=info.convention,
+        video=video,
+    )
 
 
 @contextmanager

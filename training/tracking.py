@@ -1,9 +1,9 @@
 """The record of training in MLflow: opened by the driver, fed by worker 0, continued on resumption.
 
-The MLflow run's id is kept beside the checkpoints in `tracking.json`, so training that is resumed
-goes on in the same MLflow run. Only the client API is used, never MLflow's global state, so that two runs in one
-process do not meet. mlflow is slow to import, and is imported only where a run is opened or fed.
-Knows nothing of models, steps' insides or Ray.
+The MLflow run's id lies beside the checkpoints in `tracking.json`, so that training which is
+resumed goes on in the same MLflow run. Only the client API is used, never MLflow's global state, so
+that two runs in one process do not meet. mlflow is slow to import; this file imports it only where
+a run is opened or fed. Knows nothing of models, steps' insides or Ray.
 """
 
 from __future__ import annotations

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from data_prep.config import digest_of
 from pipeline.recipes import RecipeError, load_recipe, recipe_names, save_recipe
-from training.video_spec import StatedVideo
+from tests.places import ROOT
+from tests.training.world import CHANNELS, write_dataset
+from training.stated_video import StatedVideo
 
 
 def refusal(tmp_path: Path, text: str, overrides: list[str] | None = None) -> str:
@@ -116,6 +120,21 @@ def test_a_written_recipe_states_defaults_only_where_it_prepared(tmp_path: Path)
     again = load_recipe(str(tmp_path / "recipe.yaml"))
     assert again == recipe
     assert again.stated_video == StatedVideo(fps=16.0)
+
+
+def test_training_refuses_videos_that_the_dataset_does_not_hold(tmp_path: Path) -> None:
+    data, out = write_dataset(tmp_path / "data"), tmp_path / "out"
+    command = [
+        *(sys.executable, "-m", "pipeline.cli", "train", "--data", str(data), "--out", str(out)),
+        *("--recipe", "tiny", "--set", f"model.latent_channels={CHANNELS}"),
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert "prepare.bucket states num_frames 17, but" in line
+    assert "9x64x64 (frames x height x width) at 8 fps" in line
+    assert "train with --set prepare.bucket.num_frames=9, or prepare them again" in line
+    assert not out.exists()
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Settings of training: sections that refuse what they do not know, and what a resumption may change."""
+"""Settings of training: sections refuse what they do not know; a resumption may change some."""
 
 from __future__ import annotations
 

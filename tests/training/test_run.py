@@ -29,8 +29,8 @@ from training.checkpoint import (
 )
 from training.history import History, HistoryTail, read_history
 from training.run import RunError, check_run, train_in_process
+from training.stated_video import StatedVideo, VideoMismatch
 from training.tracking import TRACKING_NAME
-from training.video_spec import StatedVideo, VideoMismatch
 
 VIDEO = VideoSpec(num_frames=9, height=64, width=64, fps=8.0)
 

@@ -28,7 +28,7 @@ class StatedVideo:
     """What a user states of the clips that a model learns; the dataset decides the rest.
 
     Attributes:
-        num_frames: video frames of a clip; None: not stated. It says nothing of images.
+        num_frames: video frames of a clip, not compared with images; None: not stated.
         height, width: pixels of a clip; None: not stated.
         fps: frames per second of a clip; None: not stated.
         sizes: (height, width) of several buckets, in pixels; none: not stated.
@@ -85,13 +85,9 @@ def video_spec(
     admitted = {bucket: ids for bucket, ids in clips.items() if stated.admits(bucket, fps)}
     if not admitted or not held_sizes.issuperset(stated.sizes):
         raise VideoMismatch(_mismatch(dataset, stated, clips))
-    bucket = _with_most_clips(admitted)
+    bucket = max(admitted, key=lambda b: (len(admitted[b]), tuple(b)))
     num_frames = 1 if images else bucket.frames
     return VideoSpec(num_frames, bucket.height, bucket.width, fps, *factors)
-
-
-def _with_most_clips(clips: Mapping[Bucket, Sequence[str]]) -> Bucket:
-    return max(clips, key=lambda bucket: (len(clips[bucket]), tuple(bucket)))
 
 
 def _mismatch(
@@ -99,7 +95,9 @@ def _mismatch(
 ) -> str:
     """One line: what is stated, what the dataset holds, and how to go on."""
     fps = dataset.info.fps
-    differences = stated.differences(_with_most_clips(clips), fps)
+    # The bucket nearest to what is stated says least; of equals, the one with most clips.
+    nearest = min(clips, key=lambda b: (len(stated.differences(b, fps)), -len(clips[b]), tuple(b)))
+    differences = stated.differences(nearest, fps)
     statements = [f"{name} {value:g}" for name, (value, _held) in differences.items()]
     settings = [
         f"--set prepare.bucket.{name}={held:g}" for name, (_value, held) in differences.items()

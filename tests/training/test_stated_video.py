@@ -10,7 +10,7 @@ from data_prep.latents.dataset import LatentDataset
 from flow.codec_factors import SD_FACTORS, WAN_FACTORS
 from flow.weights import VideoSpec
 from tests.training.world import write_dataset
-from training.video_spec import StatedVideo, VideoMismatch, video_spec
+from training.stated_video import StatedVideo, VideoMismatch, video_spec
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,10 @@ def test_of_several_buckets_it_is_the_one_that_is_stated(several: LatentDataset)
     spec = video_spec(several, StatedVideo(height=64, width=64), WAN_FACTORS)
     assert (spec.height, spec.width) == (64, 64)
     assert "9x48x80, 9x64x64" in refusal(several, StatedVideo(height=32))
+    # The way out keeps as much as it can of what is stated.
+    message = refusal(several, StatedVideo(17, 64, 64))
+    assert "states num_frames 17, but" in message
+    assert message.count("--set") == 1
     both = video_spec(several, StatedVideo(sizes=((48, 80), (64, 64))), WAN_FACTORS)
     assert (both.height, both.width) == (48, 80)
 

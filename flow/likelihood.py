@@ -30,7 +30,7 @@ from flow.attention import TransformerLayer
 from flow.flow import LOG_SQRT_2PI, DeepShallowFlow
 from flow.rope import Rope
 from flow.tokens import frame_sequence
-from flowreel.errors import FlowreelError
+from flowreel.errors import FlowreelError, FlowreelWarning
 
 Per = Literal["video", "frame", "token"]
 Unit = Literal["nats", "nats_per_dim", "bits_per_dim"]
@@ -51,7 +51,7 @@ class LikelihoodError(FlowreelError, ValueError):
     """A likelihood that is asked for in an unknown way; the message names the value and the rule."""
 
 
-class NoiseFloorWarning(UserWarning):
+class NoiseFloorWarning(FlowreelWarning):
     """A mean loss that no density can have on data with that much noise."""
 
 

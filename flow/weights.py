@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flow.codec_factors import WAN_FACTORS, CodecFactors
-from flow.config import ConfigError, FlowConfig
+from flow.config import FlowConfig
 from flow.flow import FlowModel
 from flow.latent_convention import LatentConvention
 from flow.released_checkpoint import open_released
@@ -35,37 +34,10 @@ from flow.tensor_files import (
     check_shapes,
     write_tensors,
 )
-from flow.text import TextSpec
+from flow.text_spec import TextSpec
+from flow.video_spec import VideoSpec
 
 CONFIG_FILE = "config.json"
-
-
-@dataclass(frozen=True)
-class VideoSpec:
-    """The videos a model was trained on.
-
-    num_frames: video frames (1 for images); height, width: pixels; fps: frames per second;
-    cell_pixels, latent_every: its codec's factors, pixels per latent row and column and video frames
-    per latent frame after the first.
-    """
-
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-    cell_pixels: int = WAN_FACTORS.space
-    latent_every: int = WAN_FACTORS.time
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise ConfigError(f"video {field.name} = {value!r}: must be a positive number")
-
-    @property
-    def factors(self) -> CodecFactors:
-        """What one latent of the model stands for."""
-        return CodecFactors(self.cell_pixels, self.latent_every)
 
 
 @dataclass(frozen=True)

@@ -14,3 +14,7 @@ from __future__ import annotations
 
 class FlowreelError(Exception):
     """Root of all errors whose message tells a user what was got, the rule, and what to do next."""
+
+
+class FlowreelWarning(UserWarning):
+    """Root of all warnings worded for users; the command line prints them in one line."""

@@ -1,4 +1,4 @@
-"""The type of decoded frames. The one home of the name."""
+"""What frames are: uint8 arrays of RGB pixels. Knows nothing of how they are read or written."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import numpy as np
 import numpy.typing as npt
 
 Frames = npt.NDArray[np.uint8]
-"""[T, H, W, 3], or [H, W, 3] of a single picture: RGB."""
+"""Frames [T, H, W, 3] of a clip, or one frame [H, W, 3]: red, green, blue, each 0 to 255."""

@@ -16,8 +16,9 @@ import httpx
 import numpy as np
 
 from flowreel.errors import FlowreelError
+from media.frames import Frames
 from media.write import encode_png
-from pipeline.report import Frames, Sample
+from pipeline.report import Sample
 
 POLL_S = 0.1
 

@@ -1,7 +1,8 @@
 """Where a run's Ray comes from: one of its own on this machine, or a cluster it is submitted to.
 
-`local_or_given` is the only place that starts or stops Ray; `submit` sends a recipe to a cluster as a Ray job. The same recipe
-runs in both; nothing in it changes but resources and paths.
+`local_or_given` is the only place that starts or stops Ray; `submit` sends a recipe to a cluster as
+a Ray job. The same recipe runs in both; nothing in it changes but resources and paths. Knows nothing
+of what the stages do.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flowreel.errors import FlowreelError
 from pipeline.recipes import ClusterConfig, Recipe, save_recipe
@@ -24,6 +28,10 @@ from pipeline.recipes import ClusterConfig, Recipe, save_recipe
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flowreel", "flow", "media", "data_prep", "training", "serving", "pipeline")
 SUBMITTED_STAGES = ("demo", "prepare", "train")
+
+
+class ClusterError(FlowreelError, ConnectionError):
+    """A cluster that cannot be reached."""
 
 
 class SubmitError(FlowreelError, ValueError):
@@ -34,10 +42,18 @@ class SubmitError(FlowreelError, ValueError):
 def local_or_given(
     config: ClusterConfig, address: str | None = None, *, needed: bool = True
 ) -> Iterator[None]:
-    """A connected Ray: the cluster at `address` (or in `RAY_ADDRESS`, as inside a job), else one of our own, ended on leaving.
+    """A connected Ray: the cluster at an address, else one of our own, ended on leaving.
 
-    Our own binds to loopback, sends no usage statistics, and keeps its files under the system's temporary folder.
-    Where it is not `needed` (all work was done before), none is started.
+    Our own binds to loopback, sends no usage statistics, and keeps its files under the system's
+    temporary folder.
+
+    Args:
+        config: what a Ray of our own may take of this machine.
+        address: of a cluster; by default that in `RAY_ADDRESS`, as inside a job.
+        needed: False where all work was done before: then none is started.
+
+    Raises:
+        ClusterError: no cluster answers at the address.
     """
     if not needed:
         yield
@@ -45,31 +61,70 @@ def local_or_given(
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # By default Ray gives its workers the lowest priority, so that any other busy process starves them.
+    # By default Ray gives its workers the lowest priority, so that any other busy process starves
+    # them.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Ray Data's actors make its core print a harmless error line each; whoever wants Ray's own log sets this to info.
+    # Ray Data's actors make its core print a harmless error line each.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Ray guards its local cluster by a token; that it does needs no warning.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     given = address or os.environ.get("RAY_ADDRESS")
-    if given:
-        ray.init(address=given, log_to_driver=False, logging_level=logging.WARNING)
-    else:
+    try:
+        _connect(config, given)
+        # Set after the start, which sets it too: the service says itself where it listens.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        yield
+    finally:
+        # Also where the start itself was interrupted: some of Ray's processes may be up already.
+        ray.shutdown()
+
+
+def _connect(config: ClusterConfig, address: str | None) -> None:
+    """Start Ray here, or connect to the cluster at the address."""
+    import ray
+
+    # `flowreel -v` asks for what the libraries log; else only warnings are worth a line.
+    verbose = logging.getLogger().isEnabledFor(logging.INFO)
+    logs: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.WARNING,
+    }
+    if address is None:
         ray.init(
             num_cpus=config.num_cpus or os.cpu_count(),
             object_store_memory=config.object_store_mb * 1024**2,
             include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
             configure_logging=True,
             _node_ip_address="127.0.0.1",
+            **logs,
         )
-    # Set after init, which sets it too: the service says itself where it listens.
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        return
+    try:
+        ray.init(address=address, **logs)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray cluster at {address} ({' '.join(str(error).split())[:200]}); start one with "
+            "`ray start --head`, or leave --address and RAY_ADDRESS out"
+        ) from error
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Keep Ctrl-C a KeyboardInterrupt while Ray Train runs.
+
+    Ray Train puts a handler of its own in place, which ends the process as if all were well (exit
+    code 0), and leaves it there for whatever comes after the training.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
     finally:
-        ray.shutdown()
+        signal.signal(signal.SIGINT, handler)
 
 
 @dataclass(frozen=True)
@@ -90,13 +145,14 @@ def submit(
     wait: bool = True,
     timeout_s: float = 24 * 3600.0,
 ) -> Submitted:
-    """Run `flowreel STAGE` with this recipe as a job of the cluster whose dashboard answers at `address`.
+    """Run `flowreel STAGE` with this recipe as a job of a cluster.
 
     Args:
         recipe: travels resolved, as YAML, with the packages of this checkout.
-        address: such as `http://127.0.0.1:8265`.
+        address: of the cluster's dashboard, such as `http://127.0.0.1:8265`.
         stage: one of `SUBMITTED_STAGES`.
-        arguments: further command-line arguments of the stage, such as `["--out", "/mnt/shared/run1"]`.
+        arguments: further command-line arguments of the stage, such as
+            `["--out", "/mnt/shared/run1"]`.
         wait: until the job has ended, else return at once.
         timeout_s: how long to wait; the job goes on after that.
 
@@ -107,8 +163,9 @@ def submit(
         raise SubmitError(f"stage {stage!r}; allowed: {', '.join(SUBMITTED_STAGES)}")
     if "--out" not in (arguments or []):
         raise SubmitError(
-            "a job's own folder is gone when it ends: give the stage an --out on storage that the cluster's machines share, "
-            f"as in flowreel submit {recipe.name} --address {address} -- --out /mnt/shared/run1"
+            "a job's own folder is gone when it ends: give the stage an --out on storage that the "
+            f"cluster's machines share, as in flowreel submit {recipe.name} --address {address} -- "
+            "--out /mnt/shared/run1"
         )
     from ray.job_submission import JobStatus, JobSubmissionClient
 

@@ -1,6 +1,7 @@
-"""`flowreel inspect`: a dataset's figures as tables in the terminal, and as a page with pictures that opens without a server.
+"""`flowreel inspect`: a dataset's figures as tables, and as a page with pictures.
 
-Reads what `data_prep.latents.inspection` found and draws; it measures nothing itself.
+Draws what `data_prep.latents.inspection` measured; measures nothing itself. Every picture is in the
+page, so that it opens without a server. Knows nothing of training or Ray.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from data_prep.latents.inspection import (
@@ -24,9 +24,10 @@ from data_prep.latents.inspection import (
     kept_pictures,
 )
 from data_prep.storage.location import Location, is_uri
+from flowreel.files import write_whole
+from media.frames import Frames
 from pipeline.console import Reporter
 
-Frames = npt.NDArray[np.uint8]
 _THUMBNAIL_SIDE = 192
 _BINS = 12
 
@@ -43,60 +44,109 @@ class Bar:
 def inspect(
     root: Location, page: Path | None, codec: str, pictures: int, reporter: Reporter
 ) -> Path:
-    """Print the tables and write the page (`root/inspect.html`, or `inspect.html` here for a store); returns its path.
+    """Print the tables and write the page; returns the page's path.
+
+    Args:
+        root: the dataset, a folder or a URI.
+        page: the page to write; by default `inspect.html` in the dataset, or here for a store.
+        codec: folder or hub id of the codec that made the latents.
+        pictures: thumbnails of kept clips, and as many of clips that were not kept.
 
     Raises:
         LatentDatasetError: no dataset, a damaged one, or latents of another codec.
         CodecError: the codec cannot be loaded.
     """
-    found = inspect_dataset(root)
-    print_tables(found, reporter)
+    inspection = inspect_dataset(root)
+    print_tables(inspection, reporter)
     kept: list[Picture] = []
-    if pictures and found.counts.get("kept"):
+    if pictures and inspection.counts.get("kept"):
         from flow.codec import VideoCodec
 
         kept = kept_pictures(root, VideoCodec.load(codec), pictures)
     dropped = dropped_pictures(root, pictures) if pictures else []
     page = page or (Path("inspect.html") if is_uri(root) else Path(root, "inspect.html"))
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render(found, kept, dropped))
-    reporter.console.print(f"page  {page}", soft_wrap=True)
+    write_whole(page, render(inspection, kept, dropped))
+    reporter.outcome(f"page  {page}")
+    reporter.document({**figures(inspection), "page": page})
     return page
 
 
-def print_tables(found: Inspection, reporter: Reporter) -> None:
+def figures(inspection: Inspection) -> dict[str, Any]:
+    """What the tables print, as plain values for `--json`."""
+    channels = inspection.channels
+    return {
+        "root": inspection.root,
+        "shards": inspection.shards,
+        "truncated_shards": inspection.truncated,
+        "samples": inspection.total,
+        "samples_by_status": inspection.counts,
+        "samples_by_reason": [
+            {"status": status, "reason": reason, "samples": count}
+            for (status, reason), count in inspection.reasons.items()
+        ],
+        "near_duplicates_masked": inspection.duplicates,
+        "buckets": [
+            {
+                "bucket": str(bucket.bucket),
+                "clips": bucket.clips,
+                "seconds": bucket.seconds,
+                "bytes": bucket.size_bytes,
+            }
+            for bucket in inspection.buckets
+        ],
+        "caption_words": {
+            kind: dict(zip(("least", "median", "p95", "most"), _quantiles(words), strict=True))
+            for kind, words in inspection.caption_words.items()
+            if words
+        },
+        "channels": None
+        if channels is None
+        else {
+            "records": channels.records,
+            "mean": channels.mean,
+            "std": channels.std,
+            "shift": channels.shift,
+            "scale": channels.scale,
+        },
+        "bytes": inspection.size_bytes,
+    }
+
+
+def _quantiles(words: list[int]) -> list[float]:
+    return [float(np.quantile(words, q)) for q in (0.0, 0.5, 0.95, 1.0)]
+
+
+def print_tables(inspection: Inspection, reporter: Reporter) -> None:
     """Samples, buckets, captions, channels, bytes."""
-    rows = [["kept", "", str(found.counts.get("kept", 0))]]
-    rows += [[status, reason, str(n)] for (status, reason), n in found.reasons.items()]
-    if found.duplicates:
-        rows.append(["kept", "of these masked as near-duplicates", str(found.duplicates)])
-    title = f"{found.total} samples of {found.shards} shards"
+    rows = [["kept", "", str(inspection.counts.get("kept", 0))]]
+    rows += [[status, reason, str(n)] for (status, reason), n in inspection.reasons.items()]
+    if inspection.duplicates:
+        rows.append(["kept", "of these masked as near-duplicates", str(inspection.duplicates)])
+    title = f"{inspection.total} samples of {inspection.shards} shards"
     reporter.table(title, ["status", "reason", "samples"], rows)
     rows = [
         [str(b.bucket), str(b.clips), clock(b.seconds) if b.seconds else "–", size(b.size_bytes)]
-        for b in found.buckets
+        for b in inspection.buckets
     ]
     reporter.table("buckets", ["frames x height x width", "clips", "length", "bytes"], rows)
     rows = [
         [
             kind,
-            *(f"{np.quantile(words, q):.0f}" for q in (0.0, 0.5, 0.95, 1.0)),
+            *(f"{quantile:.0f}" for quantile in _quantiles(words)),
             str(words.count(0)),
         ]
-        for kind, words in found.caption_words.items()
+        for kind, words in inspection.caption_words.items()
         if words
     ]
     reporter.table("words of a caption", ["", "least", "median", "95%", "most", "empty"], rows)
-    if found.channels is not None:
+    if inspection.channels is not None:
         rows = [
-            [str(c), f"{found.channels.shift[c]:+.2f}", f"{found.channels.scale[c]:.2f}"]
-            for c in furthest(found.channels)[:6]
+            [str(c), f"{inspection.channels.shift[c]:+.2f}", f"{inspection.channels.scale[c]:.2f}"]
+            for c in furthest(inspection.channels)[:6]
         ]
-        title = (
-            f"channels furthest from the codec's own statistics ({found.channels.records} records)"
-        )
+        title = f"channels furthest from the codec's own statistics ({inspection.channels.records} records)"
         reporter.table(title, ["channel", "(mean - codec's) / codec's std", "std / codec's"], rows)
-    rows = [[kind, size(count)] for kind, count in found.size_bytes.items() if count]
+    rows = [[kind, size(count)] for kind, count in inspection.size_bytes.items() if count]
     reporter.table("bytes on disk", ["", ""], rows)
 
 
@@ -107,7 +157,7 @@ def furthest(channels: Channels) -> list[int]:
     return [int(c) for c in np.argsort(-distance, kind="stable")]
 
 
-def render(found: Inspection, kept: list[Picture], dropped: list[Picture]) -> str:
+def render(inspection: Inspection, kept: list[Picture], dropped: list[Picture]) -> str:
     """The page as text; every picture is in it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
@@ -117,14 +167,14 @@ def render(found: Inspection, kept: list[Picture], dropped: list[Picture]) -> st
         autoescape=select_autoescape(["html", "j2"]),
     )
     environment.filters |= {"size": size, "clock": clock}
-    fps = found.info.fps
+    fps = inspection.info.fps
     return environment.get_template("inspect.html.j2").render(
-        found=found,
-        name=found.root.rstrip("/").rpartition("/")[2],
-        seconds=sum(b.seconds for b in found.buckets),
-        latents_bytes=found.size_bytes["latents"],
-        histograms={kind: histogram(words) for kind, words in found.caption_words.items()},
-        channels=_channel_marks(found.channels) if found.channels is not None else [],
+        inspection=inspection,
+        name=inspection.root.rstrip("/").rpartition("/")[2],
+        seconds=sum(b.seconds for b in inspection.buckets),
+        latents_bytes=inspection.size_bytes["latents"],
+        histograms={kind: histogram(words) for kind, words in inspection.caption_words.items()},
+        channels=_channel_marks(inspection.channels) if inspection.channels is not None else [],
         kept=[(picture, thumbnail(picture.frames, fps)) for picture in kept],
         dropped=[(picture, thumbnail(picture.frames, fps)) for picture in dropped],
     )

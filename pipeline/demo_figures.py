@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,6 +108,23 @@ def likelihoods(model_dir: Path, latents: str | Path, *, draws: int) -> dict[str
         "held_out_clips": len(true.ids),
         "noise_draws": draws,
     }
+
+
+def overlap_s(spans: list[dict[str, Any]]) -> float:
+    """Seconds in which the decoder worked on frame n while the deep block worked on a later frame.
+
+    >>> deep = [{"name": "deep", "frame": n, "start_s": n, "end_s": n + 1} for n in range(3)]
+    >>> decode = [{"name": "decode", "frame": 0, "start_s": 1.0, "end_s": 1.5}]
+    >>> overlap_s(deep + decode)
+    0.5
+    """
+    total = 0.0
+    for decode in (s for s in spans if s["name"] == "decode"):
+        for deep in (s for s in spans if s["name"] == "deep" and s["frame"] > decode["frame"]):
+            total += max(
+                0.0, min(deep["end_s"], decode["end_s"]) - max(deep["start_s"], decode["start_s"])
+            )
+    return total
 
 
 def codec_quality(codec_source: str | Path, num_frames: int, fps: float) -> float:

@@ -1,220 +1,177 @@
-"""The commands that need no cluster, or only their own: sample, score, evaluate, serve.
+"""`flowreel sample`: one video made in this process, by the session code that the service runs.
 
-Each is a few lines over a stage's public function, with what a person at a terminal expects to see.
+Prompt, model folder and settings in; frames, and an mp4 or png, out. Starts no cluster. Knows
+nothing of Ray, HTTP or training.
 """
 
 from __future__ import annotations
 
 import secrets
-import signal
-import threading
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 
 from flowreel.errors import FlowreelError
-from media.read import read_video
+from flowreel.files import write_whole
+from media.frames import Frames
 from media.write import decode_image, encode_mp4, encode_png
 from pipeline.console import Reporter
-from pipeline.demo_figures import likelihoods
 from pipeline.recipes import Recipe
-from pipeline.video_likelihood import (
-    check_per_token_path,
-    score_video,
-    write_per_token,
-)
-from serving.loading import load
-from serving.messages import GeneratedVideo
+from pipeline.tables import sampling_lines
+from serving.config import Limits
+from serving.loading import LoadedModel, load
+from serving.messages import Chunk, GeneratedVideo
 from serving.requests import CreateVideo, Generation, from_validation
 from serving.session import generate
 
 
-class VideoFitError(FlowreelError, ValueError):
-    """A video that cannot be cut to what a model takes."""
+class VideoFileError(FlowreelError, ValueError):
+    """A file that cannot hold what was made."""
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """What a user asks of one video.
+
+    Attributes:
+        prompt: what is to be seen.
+        num_frames: video frames; None: the length the model was trained on.
+        seed: of the noise.
+        guidance: weight w; None: the recipe's default.
+        schedule: how the deep block is inverted.
+        image: file of a first frame to continue.
+        certify: prove by one more pass how exact the sample is.
+    """
+
+    prompt: str
+    num_frames: int | None = None
+    seed: int = 0
+    guidance: float | None = None
+    schedule: str = "jacobi"
+    image: Path | None = None
+    certify: bool = False
 
 
 def sample_video(
     recipe: Recipe,
     model: Path,
-    prompt: str,
+    options: VideoOptions,
     out: Path | None,
+    reporter: Reporter | None = None,
+) -> Frames:
+    """Make one video here and write it; returns its frames, uint8 [T, H, W, 3].
+
+    Args:
+        recipe: whose sampler and limits hold.
+        model: model folder.
+        options: what is to be made.
+        out: ends in .mp4, or in .png for one frame; by default sample.mp4 or sample.png.
+        reporter: what is said on the way.
+
+    Raises:
+        VideoFileError: a .png for several frames.
+        InvalidRequest: a value over a limit, or one that the model cannot make.
+        CheckpointError, CodecError, TextError: a part of the model is missing.
+    """
+    reporter = reporter or Reporter()
+    torch.set_num_threads(recipe.serve.resources.threads)
+    loaded = load(model, sampling=recipe.sampler)
+    out = out or Path("sample.mp4" if loaded.model.config.video else "sample.png")
+    request = request_for(
+        loaded,
+        recipe.serve.limits,
+        options.prompt,
+        num_frames=options.num_frames,
+        seed=options.seed,
+        guidance=options.guidance,
+        schedule=options.schedule,
+        given_first_frame=options.image is not None,
+    )
+    if out.suffix.lower() == ".png" and request.num_frames > 1:
+        raise VideoFileError(f"{out} holds one frame; {request.num_frames} frames need a .mp4")
+    picture = None
+    if options.image is not None:
+        data = options.image.read_bytes()
+        picture = decode_image(data, max_pixels=recipe.serve.limits.image_pixels)
+    with reporter.progress("sampling") as update:
+        num_ready = 0
+
+        def count(chunk: Chunk) -> None:
+            nonlocal num_ready
+            num_ready += len(chunk.frames)
+            update(num_ready, request.num_frames, "frames")
+
+        video = generate(loaded, request, picture, on_chunk=count, certify=options.certify)
+    write_video(out, video)
+    num_frames, height, width = video.frames.shape[:3]
+    what = (
+        "an image" if out.suffix.lower() == ".png" else f"{num_frames} frames at {video.fps:g} fps"
+    )
+    reporter.outcome(f"{out}: {what}, seed {options.seed}")
+    for line in sampling_lines(video):
+        reporter.say(line)
+    size = {"frames": num_frames, "height": height, "width": width, "fps": video.fps}
+    reporter.document({"path": out, "seed": options.seed, **size, **_exactness(video)})
+    return video.frames
+
+
+def request_for(
+    loaded: LoadedModel,
+    limits: Limits,
+    prompt: str,
     *,
     num_frames: int | None,
     seed: int,
     guidance: float | None,
     schedule: str,
-    image: Path | None,
-    certify: bool = False,
-) -> np.ndarray:
-    """Make one video here and write it; returns its frames, uint8 [T, H, W, 3].
+    given_first_frame: bool,
+) -> Generation:
+    """The request for one video made in this process, held against the service's own limits.
 
-    `out` ends in .mp4, or in .png for one frame; by default it is sample.mp4, of an image model sample.png.
+    Raises:
+        InvalidRequest: a value is over a limit, or is not what the model can make.
     """
-    reporter = Reporter()
-    torch.set_num_threads(recipe.serve.resources.threads)
-    loaded = load(model, sampling=recipe.sampler)
-    if out is None:
-        out = Path("sample.mp4" if loaded.model.config.video else "sample.png")
     try:
         asked = CreateVideo(
             prompt=prompt,
-            num_frames=num_frames or loaded.facts.num_frames,
+            num_frames=loaded.facts.num_frames if num_frames is None else num_frames,
             guidance=guidance,
             seed=seed,
             schedule=schedule,  # type: ignore[arg-type]
         )
     except ValidationError as error:
         raise from_validation(error) from error
-    request = Generation.admit(
+    return Generation.admit(
         asked,
         loaded.facts,
-        recipe.serve.limits,
+        limits,
         request_id=secrets.token_hex(8),
         seed=seed,
-        given_first_frame=image is not None,
+        given_first_frame=given_first_frame,
     )
-    as_png = out.suffix.lower() == ".png"
-    if as_png and request.num_frames > 1:
-        raise VideoFitError(f"{out} holds one frame; {request.num_frames} frames need a .mp4")
-    picture = None
-    if image is not None:
-        picture = decode_image(image.read_bytes(), max_pixels=recipe.serve.limits.image_pixels)
-    with reporter.progress("sampling") as update:
-        done = 0
-
-        def count(chunk: object) -> None:
-            nonlocal done
-            done += len(chunk.frames)  # type: ignore[attr-defined]
-            update(done, request.num_frames, "frames")
-
-        video = generate(loaded, request, picture, on_chunk=count, certify=certify)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(
-        encode_png(video.frames[0]) if as_png else encode_mp4(video.frames, fps=video.fps)
-    )
-    said = "an image" if as_png else f"{len(video.frames)} frames at {video.fps:g} fps"
-    reporter.console.print(f"{out}: {said}, seed {seed}")
-    for line in describe_sampling(video):
-        reporter.console.print(line)
-    return video.frames
 
 
-def describe_sampling(video: GeneratedVideo) -> list[str]:
-    """What sampling took and how exact it is, as lines for people."""
-    lines = []
-    if (took := video.counters) is not None:
-        lines.append(
-            f"deep block  {took.iterations} iterations of {took.ms_per_iteration:.1f} ms, "
-            f"{took.evaluations_per_token:.1f} evaluations per token, {took.tokens_per_s:.0f} tokens/s"
-        )
-        sweeps = " ".join(str(work.iterations) for work in took.shallow)
-        lines.append(f"shallow     {sweeps} sweeps, block by block")
-    if (proof := video.certificate) is not None:
-        lines.append(
-            f"certificate |r| at most {proof.max_abs:.2g}, p99.9 {proof.p999_abs:.2g}: the exact sample of noise that far "
-            "from the noise drawn"
-        )
-    return lines
+def write_video(path: Path, video: GeneratedVideo) -> None:
+    """Write an mp4, or the first frame as a png; the file is there whole or not at all."""
+    if path.suffix.lower() == ".png":
+        write_whole(path, encode_png(video.frames[0]))
+    else:
+        write_whole(path, encode_mp4(video.frames, fps=video.fps))
 
 
-def score_file(
-    model: Path,
-    video: Path,
-    prompt: str,
-    *,
-    draws: int,
-    seed: int,
-    per_frame: bool = True,
-    per_token: Path | None = None,
-) -> None:
-    """Print how likely the model finds a video file, as a whole and frame by frame; per_token: a file for all tokens."""
-    from flow.weights import read_spec
-
-    if per_token is not None:
-        check_per_token_path(per_token)
-    spec = read_spec(model)
-    if spec.video is None:
-        raise VideoFitError(f"{model} is no video model, so it cannot score a video")
-    frames = fit_video(
-        video, spec.video.num_frames, spec.video.height, spec.video.width, spec.video.fps
-    )
-    reporter = Reporter()
-    with reporter.progress("scoring") as update:
-        score = score_video(
-            model,
-            frames,
-            prompt,
-            draws=draws,
-            seed=seed,
-            progress=lambda done, total: update(done, total, "draws"),
-        )
-    for line in score.lines():
-        reporter.console.print(line, soft_wrap=True)
-    if per_frame:
-        columns = ["latent", "frames", "nll nats/dim", "nll bits/dim", "loss nats/dim"]
-        reporter.table("each frame given those before it", columns, score.frame_rows())
-    if per_token is not None:
-        write_per_token(per_token, score, frames, prompt)
-        reporter.console.print(f"every token: {per_token}", soft_wrap=True)
-
-
-def evaluate_model(model: Path, latents: Path, *, draws: int) -> None:
-    """Print held-out likelihoods of a model beside their baselines."""
-    found = likelihoods(model, latents, draws=draws)
-    rows = [
-        ["held out, true captions", f"{found['held_out_nats_per_dim']:.4f} ± {found['held_out_stderr']:.4f}"],
-        ["held out, shuffled captions", f"{found['shuffled_caption_nats_per_dim']:.4f}"],
-        ["best Gaussian per channel", f"{found['gaussian_nats_per_dim']:.4f}"],
-        ["noise floor ½ + ln σ", f"{found['noise_floor_nats_per_dim']:.4f}"],
-    ]  # fmt: skip
-    reporter = Reporter()
-    clips = f"{found['held_out_clips']:.0f} clips, {draws} noise draws"
-    reporter.table(clips, ["loss (½ ln 2π left out)", "nats/dim"], rows)
-    bits = found["held_out_nll_bits_per_dim"]
-    reporter.console.print(f"nll {bits:.4f} bits/dim (held out, true captions, ½ ln 2π included)")
-
-
-def fit_video(path: Path, num_frames: int, height: int, width: int, fps: float) -> np.ndarray:
-    """The beginning of a video file at a model's frame rate and size, uint8 [T, height, width, 3].
-
-    Raises:
-        VideoError: it cannot be read.
-        VideoFitError: it is too short.
-    """
-    from data_prep.clips.cut import fit_frame
-
-    clip = read_video(path)
-    times = clip.pts_s[0] + np.arange(num_frames) / fps
-    end_s = clip.pts_s[-1] + 1 / fps
-    if times[-1] > end_s:
-        raise VideoFitError(
-            f"{path} is {end_s - clip.pts_s[0]:.2f} s long; the model takes {num_frames} frames at {fps:g} fps, "
-            f"{num_frames / fps:.2f} s"
-        )
-    nearest = np.abs(np.asarray(clip.pts_s)[None] - times[:, None]).argmin(1)
-    return np.stack([fit_frame(clip.frames[i], height, width) for i in nearest])
-
-
-def serve_until_interrupted(
-    recipe: Recipe, model: Path, *, host: str, port: int, data_dir: Path, address: str | None
-) -> None:
-    """Serve until SIGINT or SIGTERM, then leave no process behind."""
-    from pipeline.cluster import local_or_given
-    from pipeline.stages import serve
-
-    reporter, stop = Reporter(), threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with (
-        local_or_given(recipe.cluster, address),
-        serve(recipe, model, data_dir, host=host, port=port) as served,
-    ):
-        reporter.console.print(f"serving {model} at {served.url}  (Ctrl-C ends it)")
-        reporter.console.print(
-            f"  curl {served.url}/v1/videos -H 'content-type: application/json' -d '{{\"prompt\": \"A red circle moves left\"}}'",
-            soft_wrap=True,
-        )
-        stop.wait()
-        reporter.console.print("stopping")
+def _exactness(video: GeneratedVideo) -> dict[str, object]:
+    """What sampling took and its certificate, as plain values."""
+    took = video.counters
+    return {
+        "deep_block": None
+        if took is None
+        else {
+            "iterations": took.iterations,
+            "ms_per_iteration": took.ms_per_iteration,
+            "evaluations_per_token": took.evaluations_per_token,
+            "tokens_per_s": took.tokens_per_s,
+        },
+        "certificate": video.certificate,
+    }

@@ -25,13 +25,13 @@ from data_prep.config import PrepareConfig
 from data_prep.storage.store import open_folder
 from flow.codec_factors import HUB_ID
 from flow.config import FlowConfig
-from flow.text import TextSpec
+from flow.text_spec import TextSpec
 from flowreel.errors import FlowreelError
 from serving.config import Limits, Resources, SamplingConfig
-from training.codec_config import CodecConfig
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from training.codec_config import CodecConfig
     from training.stated_video import StatedVideo
 
 ASSETS = Path(__file__).parent / "assets"
@@ -75,7 +75,12 @@ class ServeConfig(BaseModel):
     host: str = Field(
         default="127.0.0.1", description="interface to bind; loopback unless you say otherwise"
     )
-    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="TCP port; 0: a free one; null: 8000 in `flowreel serve`, a free one in the demo",
+    )
     limits: Limits = Field(default_factory=Limits, description="what the service admits")
     resources: Resources = Field(
         default_factory=Resources, description="what each deployment takes"
@@ -175,7 +180,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
             f"({', '.join(recipe_names())})"
         )
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -191,6 +196,9 @@ def codec_config(overrides: list[str]) -> CodecConfig:
     Raises:
         RecipeError: an unknown key or a bad value; always one line.
     """
+    # Here and not above: a recipe can be read and refused without torch.
+    from training.codec_config import CodecConfig
+
     values: dict[str, Any] = {}
     for override in overrides:
         _override(values, override)

@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-Frames = npt.NDArray[np.uint8]
+from flowreel.files import write_whole
+from media.frames import Frames
+
 INK, PALE, DEEP, DECODE = "#1d2733", "#8a97a6", "#2f6fde", "#e2842c"
 
 
@@ -148,23 +150,6 @@ def timeline(spans: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def overlap_s(spans: list[dict[str, Any]]) -> float:
-    """Seconds in which the decoder worked on frame n while the deep block worked on a later frame.
-
-    >>> deep = [{"name": "deep", "frame": n, "start_s": n, "end_s": n + 1} for n in range(3)]
-    >>> decode = [{"name": "decode", "frame": 0, "start_s": 1.0, "end_s": 1.5}]
-    >>> overlap_s(deep + decode)
-    0.5
-    """
-    total = 0.0
-    for decode in (s for s in spans if s["name"] == "decode"):
-        for deep in (s for s in spans if s["name"] == "deep" and s["frame"] > decode["frame"]):
-            total += max(
-                0.0, min(deep["end_s"], decode["end_s"]) - max(deep["start_s"], decode["start_s"])
-            )
-    return total
-
-
 def data_uri(path: Path) -> str:
     """The file as a `data:` URI."""
     kinds = {".mp4": "video/mp4", ".png": "image/png"}
@@ -208,5 +193,5 @@ def write_report(
         statuses=statuses,
     )
     path = out / "report.html"
-    path.write_text(page)
+    write_whole(path, page)
     return path

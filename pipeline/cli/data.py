@@ -1,4 +1,4 @@
-"""Commands around a latent dataset: prepare, inspect, export."""
+"""Commands around a dataset of latents: prepare, inspect, export."""
 
 from __future__ import annotations
 
@@ -7,18 +7,27 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli import arguments
 from pipeline.cli.options import (
     AddressOption,
+    DataArgument,
+    JsonOption,
     RecipeOption,
     SetOption,
-    app,
-    shards_of,
-    user_errors,
+    command,
+    reporter,
 )
 
 
-@app.command()
-@user_errors
+@command(
+    resumes=True,
+    examples=(
+        "flowreel prepare --shards /data/panda --out /data/latents",
+        "flowreel prepare --shards s3://b/{00000..00099}.tar --out s3://b/latents",
+        "flowreel prepare --only captions --out /data/latents "
+        "--set prepare.captioner.backend=vlm --set prepare.captioner.model=NAME",
+    ),
+)
 def prepare(
     out: Annotated[
         str,
@@ -29,15 +38,16 @@ def prepare(
     shards: Annotated[
         str | None,
         typer.Option(
-            help="Tars or loose files: a folder, one tar, {00000..00099}.tar, or a .txt list of these. With --only "
-            "captions: where they are now, by default where they were."
+            help="Tars or loose files: a folder, one tar, {00000..00099}.tar, or a .txt list of "
+            "these. With --only captions: where they are now; default: where they were."
         ),
     ] = None,
     only: Annotated[
         str | None,
         typer.Option(
-            help="'captions': write captions for the latents that stand, where they are missing or "
-            "the recipe names another captioner; latents are not touched."
+            help="'captions': write captions for the latents that stand, where they are missing "
+            "or the recipe names another captioner; latents are not touched. Default: everything.",
+            autocompletion=lambda: ["captions"],
         ),
     ] = None,
     redo: Annotated[
@@ -49,40 +59,47 @@ def prepare(
     ] = False,
     recipe: RecipeOption = "tiny",
     codec: Annotated[
-        str | None, typer.Option(help="'tiny', a folder, or a hub id (recipe: codec).")
+        str | None,
+        typer.Option(help="'tiny', a folder, or a hub id; default: the recipe's codec."),
     ] = None,
     set_: SetOption = None,
     address: AddressOption = None,
+    json_: JsonOption = False,
 ) -> None:
-    """Video shards → latent shards: decode, filter, caption, encode. Run again, it does only what is left."""
+    """Video shards → latent shards: decode, filter, caption, encode.
+
+    Run again, it does only what is left.
+    """
+    if only is not None:
+        arguments.one_of("--only", only, ["captions"])
+    elif shards is None:
+        raise arguments.ArgumentError("--shards is missing; give the shards to prepare")
+    arguments.output_folder(out)
+    if only == "captions":
+        arguments.latents(out)
     from pipeline.recipes import load_recipe, save_recipe
 
-    if only not in (None, "captions"):
-        raise typer.BadParameter(f"{only!r}; allowed: captions", param_hint="--only")
-    if shards is None and only is None:
-        raise typer.BadParameter("missing; give the shards to prepare", param_hint="--shards")
     loaded = load_recipe(recipe, [*(set_ or []), *([f"codec={codec}"] if codec else [])])
-    paths = shards_of(shards) if shards else None
+    paths = arguments.shards(shards) if shards else None
     from pipeline.cluster import local_or_given
-    from pipeline.console import Reporter
     from pipeline.stages import caption_again, captions_to_do, prepare_latents, shards_to_do
 
+    said = reporter(json_)
     if only == "captions":
-        with local_or_given(loaded.cluster, address, needed=captions_to_do(loaded, paths, out) > 0):
-            caption_again(loaded, paths, out, Reporter())
+        left = captions_to_do(loaded, paths, out)
+        with local_or_given(loaded.cluster, address, needed=left > 0):
+            report = caption_again(loaded, paths, out, said)
     else:
         left = shards_to_do(loaded, paths or [], out, redo=redo)
         with local_or_given(loaded.cluster, address, needed=left > 0):
-            prepare_latents(loaded, paths or [], out, Reporter(), redo=redo)
+            report = prepare_latents(loaded, paths or [], out, said, redo=redo)
     save_recipe(loaded, out)
+    said.document(report)
 
 
-@app.command()
-@user_errors
+@command(examples=["flowreel inspect runs/demo/latents"])
 def inspect(
-    data: Annotated[
-        str, typer.Argument(help="Latents that `flowreel prepare` wrote: folder or URI.")
-    ],
+    data: DataArgument,
     page: Annotated[
         Path | None, typer.Option(help="The HTML page; default: inspect.html in that folder.")
     ] = None,
@@ -92,32 +109,38 @@ def inspect(
     codec: Annotated[
         str, typer.Option(help="The codec that made the latents: 'tiny', a folder, or a hub id.")
     ] = "tiny",
+    json_: JsonOption = False,
 ) -> None:
-    """What a dataset holds: tables here, and a page with pictures of what was kept and what was not."""
-    from pipeline.console import Reporter
+    """What a dataset holds: tables, and a page with pictures of what was kept and what was not."""
+    arguments.latents(data)
+    if page is not None:
+        arguments.output_file(page, option="--page")
     from pipeline.dataset_page import inspect as run_inspect
     from pipeline.recipes import TINY_CODEC
 
     source = str(TINY_CODEC) if codec == "tiny" else codec
-    run_inspect(data, page, source, pictures, Reporter())
+    run_inspect(data, page, source, pictures, reporter(json_))
 
 
-@app.command()
-@user_errors
+@command(resumes=True, examples=["flowreel export runs/demo/latents --out tars/ --split train"])
 def export(
-    data: Annotated[
-        str, typer.Argument(help="Latents that `flowreel prepare` wrote: folder or URI.")
-    ],
+    data: DataArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the tars.")],
-    shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a tar.")] = 1024,
-    split: Annotated[str, typer.Option(help="all, train or held_out.")] = "all",
+    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a tar, in megabytes.")] = 1024,
+    split: Annotated[
+        str,
+        typer.Option(help="all, train or held_out.", autocompletion=arguments.complete_split),
+    ] = "all",
+    json_: JsonOption = False,
 ) -> None:
     """Latents as WebDataset tars. Killed, run it again: tars that stand are not written anew."""
+    arguments.latents(data)
+    arguments.output_folder(out)
+    arguments.one_of("--split", split, arguments.splits())
     from data_prep.latents.export import export_webdataset
-    from pipeline.console import Reporter
 
-    reporter = Reporter()
-    with reporter.progress("exporting") as update:
+    said = reporter(json_)
+    with said.progress("exporting") as update:
         paths = export_webdataset(
             data,
             out,
@@ -125,4 +148,5 @@ def export(
             split=split,  # type: ignore[arg-type]
             progress=lambda done, total: update(done, total, "records"),
         )
-    reporter.console.print(f"{len(paths)} tars  {out}", soft_wrap=True)
+    said.outcome(f"{len(paths)} tars  {out}")
+    said.document({"out": out, "tars": paths})

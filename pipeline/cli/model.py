@@ -1,4 +1,4 @@
-"""Commands around a model: train it, sample, score, evaluate, serve, import released weights."""
+"""Commands around a model: train it, sample, ask how likely a video is, evaluate, serve, import."""
 
 from __future__ import annotations
 
@@ -7,115 +7,98 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli import arguments
 from pipeline.cli.options import (
     AddressOption,
+    DataOption,
+    JsonOption,
+    ModelArgument,
     PromptOption,
     RecipeOption,
     SetOption,
-    app,
-    user_errors,
+    command,
+    reporter,
 )
 
 
-@app.command("train-codec")
-@user_errors
-def train_codec_command(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for config.json, weights and quality.json.")
-    ],
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps on clips; default 3600 (20 minutes on a core).")
-    ] = None,
-    image_steps: Annotated[
-        int | None, typer.Option(min=0, help="Steps on single frames before; default 900.")
-    ] = None,
-    start: Annotated[Path | None, typer.Option(help="Codec folder whose training goes on.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
-    fps: Annotated[
-        float, typer.Option(min=1, help="Frames per second of the training clips.")
-    ] = 8.0,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other setting: key=value, such as learning_rate=1e-3."),
-    ] = None,
-) -> None:
-    """Train a small codec (x16 in space, x4 in time) on procedural video; prints its held-out PSNR in dB."""
-    from data_prep.sources.moving_shapes import random_spec, render_clip
-    from pipeline.console import Reporter
-    from pipeline.recipes import codec_config
-    from training.codec_training import train_codec
-
-    chosen = {"steps": steps, "image_steps": image_steps, "seed": seed}
-    config = codec_config(
-        [*(f"{k}={v}" for k, v in chosen.items() if v is not None), *(set_ or [])]
-    )
-    reporter = Reporter()
-    with reporter.progress("training codec") as update:
-        quality = train_codec(
-            config,
-            lambda scene, count: render_clip(random_spec(scene), count, fps),
-            out,
-            progress=lambda m: update(int(m["step"]), int(m["steps"]), f"{m['psnr_db']:.1f} dB"),
-            start=start,
-        )
-    reporter.console.print(f"{out}: {quality['psnr_db']:.2f} dB on held-out clips")
-
-
-@app.command()
-@user_errors
+@command(
+    resumes=True,
+    examples=["flowreel train --data /data/latents --out runs/mine --set train.steps=2000"],
+)
 def train(
-    data: Annotated[
-        str,
-        typer.Option(help="Folder of latents that `flowreel prepare` wrote; path or s3:// URI."),
-    ],
+    data: DataOption,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for checkpoints, model and MLflow store.")
     ],
     recipe: RecipeOption = "tiny",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps (recipe: train.steps).")
+        int | None, typer.Option(min=1, help="Optimizer steps; default: the recipe's train.steps.")
     ] = None,
     set_: SetOption = None,
     address: AddressOption = None,
+    json_: JsonOption = False,
 ) -> None:
-    """Latent shards → checkpoints and a model folder. Killed, run it again: it goes on from the last checkpoint."""
+    """Latent shards → checkpoints and a model folder.
+
+    Killed, run it again: it goes on from the last checkpoint.
+    """
+    arguments.latents(data)
+    arguments.output_folder(out)
     from pipeline.recipes import load_recipe, save_recipe
 
     loaded = load_recipe(recipe, [*(set_ or []), *([f"train.steps={steps}"] if steps else [])])
     from pipeline.cluster import local_or_given
-    from pipeline.console import Reporter
     from pipeline.stages import train as run_train
     from pipeline.stages import training_to_do
 
-    reporter = Reporter()
+    said = reporter(json_)
     with local_or_given(loaded.cluster, address, needed=training_to_do(loaded, data, out)):
-        result = run_train(loaded, data, out, reporter)
+        result = run_train(loaded, data, out, said)
     save_recipe(loaded, out, bucket_as_given=True)
-    reporter.console.print(f"model  {result.model_dir}")
+    said.outcome(f"model  {result.model_dir}")
+    said.document(result)
 
 
-@app.command()
-@user_errors
+@command(
+    examples=(
+        "flowreel sample runs/demo/train/model --prompt 'A red circle moves left.'",
+        "flowreel sample runs/demo/train/model -p 'A red circle' --image first.png --certificate",
+    )
+)
 def sample(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+    model: ModelArgument,
     prompt: PromptOption,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="The mp4, or png of one frame, to write; default: sample.mp4."
+            "--out",
+            "-o",
+            help="The .mp4, or .png of one frame, to write; default: sample.mp4, or sample.png "
+            "with an image model.",
         ),
     ] = None,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Video frames, 4k+1; default: the trained length.")
+        int | None,
+        typer.Option(
+            min=1, help="Video frames, 4k+1 with the codec's factor 4; default: the trained length."
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Noise seed; the same seed gives the same video.")
     ] = 0,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Guidance weight; 0 is none, default the recipe's.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="Guidance weight; 0 is none, default the recipe's serve.limits.default_guidance.",
+        ),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="jacobi (as served), sliding (fewer evaluations) or sequential.")
+        str,
+        typer.Option(
+            help="jacobi (as served), sliding (fewer evaluations) or sequential.",
+            autocompletion=arguments.complete_schedule,
+        ),
     ] = "jacobi",
     certificate: Annotated[
         bool, typer.Option("--certificate", help="Prove how exact the sample is, by one more pass.")
@@ -126,39 +109,41 @@ def sample(
     denoiser: Annotated[
         str | None,
         typer.Option(
-            help="learned, score (forward and backward through the flow, whole clip) or none; default the recipe's."
+            help="learned, score (forward and backward through the flow, whole clip) or none; "
+            "default: the recipe's sampler.denoiser.",
+            autocompletion=arguments.complete_denoiser,
         ),
     ] = None,
     recipe: RecipeOption = "tiny",
     set_: SetOption = None,
+    json_: JsonOption = False,
 ) -> None:
     """One video in this process, frame for frame what `flowreel serve` would send."""
+    folder = arguments.model_folder(model)
+    if out is not None:
+        arguments.output_file(out, suffixes=arguments.VIDEO_SUFFIXES)
+    if image is not None:
+        arguments.input_file(image, "a png, jpg or webp")
+    arguments.one_of("--schedule", schedule, arguments.schedules())
+    if denoiser is not None:
+        arguments.one_of("--denoiser", denoiser, arguments.denoisers())
     from pipeline.recipes import load_recipe
 
     chosen = [f"sampler.denoiser={denoiser}"] if denoiser else []
     loaded = load_recipe(recipe, [*(set_ or []), *chosen])
-    from pipeline.make_video import sample_video
+    from pipeline.make_video import VideoOptions, sample_video
 
-    sample_video(
-        loaded,
-        model,
-        prompt,
-        out,
-        num_frames=frames,
-        seed=seed,
-        guidance=guidance,
-        schedule=schedule,
-        image=image,
-        certify=certificate,
-    )
+    options = VideoOptions(prompt, frames, seed, guidance, schedule, image, certificate)
+    sample_video(loaded, folder, options, out, reporter(json_))
 
 
-@app.command()
-@user_errors
-def score(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
+def likelihood(
+    model: ModelArgument,
     video: Annotated[
-        Path, typer.Argument(help="mp4, cut and resized to what the model was trained on.")
+        Path,
+        typer.Argument(
+            metavar="VIDEO", help="mp4; its beginning is cut to what the model was trained on."
+        ),
     ],
     prompt: PromptOption,
     draws: Annotated[int, typer.Option(min=2, max=1024, help="Seeded noise draws.")] = 8,
@@ -168,39 +153,87 @@ def score(
     ] = True,
     per_token: Annotated[
         Path | None,
-        typer.Option(help="Write every token: .png, a heat map over the frames, or .npz, numbers."),
+        typer.Option(
+            help="Write every token: .png, a heat map over the frames, or .npz, numbers; "
+            "default: not."
+        ),
     ] = None,
+    json_: JsonOption = False,
 ) -> None:
-    """How likely the model finds a video: negative log-likelihood and training loss, in nats and bits per dimension, of
-    the video and of each frame; mean ± standard error over seeded noise draws.
-    """
-    from pipeline.make_video import score_file
+    """How likely the model finds a video, as a whole and frame by frame (also called `score`).
 
-    score_file(
-        model, video, prompt, draws=draws, seed=seed, per_frame=per_frame, per_token=per_token
+    Prints the negative log-likelihood and the training loss, in nats and bits per dimension: mean
+    ± standard error over seeded noise draws.
+    """
+    folder = arguments.model_folder(model)
+    arguments.input_file(video, "a video")
+    if per_token is not None:
+        arguments.output_file(per_token, option="--per-token", suffixes=(".npz", ".png"))
+    from pipeline.video_likelihood import likelihood_of_file
+
+    likelihood_of_file(
+        folder,
+        video,
+        prompt,
+        draws=draws,
+        seed=seed,
+        per_frame=per_frame,
+        per_token=per_token,
+        reporter=reporter(json_),
     )
 
 
-@app.command()
-@user_errors
+command(
+    examples=(
+        "flowreel likelihood runs/demo/train/model video.mp4 --prompt 'A red circle'",
+        "flowreel likelihood runs/demo/train/model video.mp4 -p 'A red circle' --per-token a.png",
+    )
+)(likelihood)
+command("score", hidden=True)(likelihood)
+
+
+@command(examples=["flowreel evaluate runs/demo/train/model --data runs/demo/latents"])
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
-    data: Annotated[Path, typer.Option(help="Folder of latents that `flowreel prepare` wrote.")],
+    model: ModelArgument,
+    data: DataOption,
     draws: Annotated[int, typer.Option(min=2, max=1024, help="Noise draws per clip.")] = 4,
+    json_: JsonOption = False,
 ) -> None:
-    """Held-out loss in nats per dimension with true and with shuffled captions, beside a Gaussian and the noise floor."""
-    from pipeline.make_video import evaluate_model
+    """Held-out loss in nats per dimension, beside its baselines.
 
-    evaluate_model(model, data, draws=draws)
+    These are shuffled captions, the best Gaussian per channel, and the noise floor ½ + ln σ.
+    """
+    folder = arguments.model_folder(model)
+    arguments.latents(data)
+    from pipeline.demo_figures import likelihoods
+    from pipeline.tables import say_evaluation
+
+    said = reporter(json_)
+    figures = likelihoods(folder, data, draws=draws)
+    say_evaluation(figures, said)
+    said.document(figures)
 
 
-@app.command()
-@user_errors
+@command(
+    examples=(
+        "flowreel serve runs/demo/train/model --port 8000",
+        "curl 127.0.0.1:8000/v1/videos -H 'content-type: application/json' "
+        '-d \'{"prompt": "A red circle moves left"}\'',
+    )
+)
 def serve(
-    model: Annotated[Path, typer.Argument(help="Model folder.")],
-    host: Annotated[str | None, typer.Option(help="Interface to bind; default 127.0.0.1.")] = None,
+    model: ModelArgument,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Interface to bind; default: the recipe's serve.host, else 127.0.0.1."),
+    ] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="TCP port, 0 for a free one; default 8000.")
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="TCP port, 0 for a free one; default: the recipe's serve.port, else 8000.",
+        ),
     ] = None,
     data_dir: Annotated[Path, typer.Option(help="Where jobs and videos are kept.")] = Path(
         "runs/served"
@@ -208,27 +241,38 @@ def serve(
     recipe: RecipeOption = "tiny",
     set_: SetOption = None,
     address: AddressOption = None,
+    json_: JsonOption = False,
 ) -> None:
     """Model folder → HTTP endpoint (OpenAI Videos dialect), until Ctrl-C."""
+    folder = arguments.model_folder(model)
+    arguments.output_folder(data_dir, option="--data-dir")
     from pipeline.recipes import load_recipe
 
     loaded = load_recipe(recipe, set_)
-    from pipeline.make_video import serve_until_interrupted
+    from pipeline.run_service import serve_until_stopped
 
-    serve_until_interrupted(
+    serve_until_stopped(
         loaded,
-        model,
-        host=host or loaded.serve.host,
-        port=8000 if port is None else port,
+        folder,
+        host=host,
+        port=port,
         data_dir=data_dir,
         address=address,
+        reporter=reporter(json_),
     )
 
 
-@app.command("import-weights")
-@user_errors
+@command(
+    "import-weights",
+    examples=["flowreel import-weights X.pth --config X.yaml --out DIR --dtype bf16"],
+)
 def import_weights(
-    weights: Annotated[Path, typer.Argument(help="Released .pth (read with weights_only=True).")],
+    weights: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WEIGHTS", help="Released .pth; nothing in it is run (weights_only=True)."
+        ),
+    ],
     config: Annotated[Path, typer.Option(help="Its YAML: a list of `arguments`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Model folder to write.")],
     text_dim: Annotated[
@@ -236,7 +280,11 @@ def import_weights(
         typer.Option(min=1, help="Width of a text token; default: read from the weights."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="bf16, fp32, or keep: as the checkpoint has them.")
+        str,
+        typer.Option(
+            help="bf16, fp32, or keep: as the checkpoint has them.",
+            autocompletion=lambda: list(arguments.DTYPES),
+        ),
     ] = "keep",
     codec: Annotated[
         str | None, typer.Option(help="Codec's folder or hub id; default: what the YAML names.")
@@ -252,8 +300,16 @@ def import_weights(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model folder at --out.")
     ] = False,
+    json_: JsonOption = False,
 ) -> None:
-    """A released checkpoint → sharded safetensors + config.json, in little memory; what is there is whole or not at all."""
+    """A released checkpoint → a model folder: sharded safetensors and config.json.
+
+    It takes little memory, and what is written is there whole or not at all.
+    """
+    arguments.input_file(weights, "the released .pth")
+    arguments.input_file(config, "the released YAML")
+    arguments.one_of("--dtype", dtype, arguments.DTYPES)
+    arguments.output_folder(out)
     from pipeline.import_released import import_released_weights
 
     import_released_weights(
@@ -266,4 +322,67 @@ def import_weights(
         text=text,
         aspect=aspect,
         overwrite=overwrite,
+        reporter=reporter(json_),
     )
+
+
+@command(
+    "train-codec",
+    examples=["flowreel train-codec --out runs/codec --set learning_rate=1e-3"],
+)
+def train_codec_command(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for config.json, weights and quality.json.")
+    ],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps on clips; default 3600 (20 minutes on a core).")
+    ] = None,
+    image_steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps on single frames before; default 900.")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Codec folder whose training goes on; default: a new codec."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
+    fps: Annotated[
+        float, typer.Option(min=1, help="Frames per second of the training clips.")
+    ] = 8.0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any other setting, such as learning_rate=1e-3; repeatable. "
+            "`flowreel settings train-codec` lists them.",
+        ),
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Train a small codec (×16 in space, ×4 in time) on procedural video.
+
+    Prints its PSNR in dB on held-out clips.
+    """
+    arguments.output_folder(out)
+    if start is not None:
+        arguments.input_file(start / "config.json", "the folder of a codec")
+    from pipeline.recipes import codec_config
+
+    chosen = {"steps": steps, "image_steps": image_steps, "seed": seed}
+    config = codec_config(
+        [*(f"{k}={v}" for k, v in chosen.items() if v is not None), *(set_ or [])]
+    )
+    from data_prep.sources.moving_shapes import random_spec, render_clip
+    from training.codec_training import train_codec
+
+    said = reporter(json_)
+    with said.progress("training codec") as update:
+        quality = train_codec(
+            config,
+            lambda scene, count: render_clip(random_spec(scene), count, fps),
+            out,
+            progress=lambda m: update(int(m["step"]), int(m["steps"]), f"{m['psnr_db']:.1f} dB"),
+            start=start,
+        )
+    said.outcome(f"{out}: {quality['psnr_db']:.2f} dB on held-out clips")
+    said.document({"codec": out, **quality})

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from media.write import encode_mp4
-from pipeline.report import Sample, contact_sheet, loss_curve, overlap_s, timeline, write_report
+from pipeline.demo_figures import overlap_s
+from pipeline.report import Sample, contact_sheet, loss_curve, timeline, write_report
 
 SUMMARY = {
     "held_out_nats_per_dim": -0.3,

@@ -131,22 +131,19 @@ def served_frames(run: Path, mp4: Path) -> np.ndarray:
 
 
 def test_sample_makes_the_served_video_frame_for_frame(run: Path, tmp_path: Path) -> None:
-    from pipeline.make_video import sample_video
+    from pipeline.make_video import VideoOptions, sample_video
     from pipeline.recipes import load_recipe
 
     prompt = "A red circle moves left over a dark background."
     recipe = load_recipe(str(run / "recipe.yaml"))
-    frames = sample_video(
-        recipe, run / "train" / "model", prompt, tmp_path / "a.mp4",
-        num_frames=None, seed=0, guidance=None, schedule="jacobi", image=None,
-    )  # fmt: skip
+    frames = sample_video(recipe, run / "train" / "model", VideoOptions(prompt), tmp_path / "a.mp4")
     assert np.array_equal(frames, served_frames(run, next(run.glob("text-to-video-000*.mp4"))))
 
 
-def test_score_prints_a_mean_with_its_standard_error(run: Path, tmp_path: Path) -> None:
+def test_likelihood_prints_a_mean_with_its_standard_error(run: Path, tmp_path: Path) -> None:
     video = next(run.glob("text-to-video-000*.mp4"))
     command = (
-        "score",
+        "likelihood",
         str(run / "train" / "model"),
         str(video),
         "--prompt",
@@ -161,7 +158,7 @@ def test_score_prints_a_mean_with_its_standard_error(run: Path, tmp_path: Path) 
     picture = tmp_path / "surprise.png"
     again = flowreel(*command, "--per-token", str(picture)).stdout
     assert picture.stat().st_size > 10_000
-    assert again.splitlines()[-7:-1] == said.splitlines()[-6:], "seeded draws give the same score"
+    assert again.splitlines()[-7:-1] == said.splitlines()[-6:], "seeded draws give the same figures"
 
 
 def test_prepare_and_train_run_again_do_nothing(run: Path) -> None:
@@ -290,7 +287,7 @@ def test_serve_answers_until_interrupted_and_leaves_nothing(run: Path, tmp_path:
             video = client.make(Request("text to video", "a red circle", 5, 1), tmp_path)
         assert video.frames.shape == (5, 64, 64, 3)
         served.send_signal(signal.SIGINT)
-        assert served.wait(60) == 0
+        assert served.wait(60) == 130
     finally:
         served.kill()
         served.wait()
@@ -361,7 +358,7 @@ def test_a_prompt_over_the_limit_is_refused_with_both_numbers(run: Path, tmp_pat
 def test_a_video_that_is_none_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
     line = refusal(
-        "score", str(run / "train" / "model"), str(tmp_path / "broken.mp4"), "--prompt", "x"
+        "likelihood", str(run / "train" / "model"), str(tmp_path / "broken.mp4"), "--prompt", "x"
     )
     assert "broken.mp4" in line or "video" in line
 

@@ -1,4 +1,4 @@
-"""`flowreel score` and `evaluate` on a real model folder: figures that agree with the flow, files that hold what they say."""
+"""`flowreel likelihood` and `evaluate` on a real model folder: figures, tables and files that agree."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 
 from flow.likelihood import NoiseFloorWarning, draw_noise
-from pipeline.cli import show_warning
-from pipeline.make_video import evaluate_model
+from pipeline.cli.options import show_warning
+from pipeline.console import Reporter
+from pipeline.demo_figures import likelihoods
+from pipeline.tables import say_evaluation
 from pipeline.video_likelihood import (
-    ScoreOutputError,
-    VideoScore,
+    PerTokenFileError,
+    VideoLikelihood,
     check_per_token_path,
-    score_video,
+    measure_likelihood,
     write_per_token,
 )
 from serving.loading import load
@@ -37,12 +39,12 @@ def frames() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def scored(model_dir: Path, frames: np.ndarray) -> VideoScore:
-    return score_video(model_dir, frames, PROMPT, draws=3, seed=4)
+def measured(model_dir: Path, frames: np.ndarray) -> VideoLikelihood:
+    return measure_likelihood(model_dir, frames, PROMPT, draws=3, seed=4)
 
 
-def test_a_videos_score_is_the_flows_loss_on_its_noised_latents(
-    model_dir: Path, frames: np.ndarray, scored: VideoScore
+def test_a_videos_loss_is_the_flows_on_its_noised_latents(
+    model_dir: Path, frames: np.ndarray, measured: VideoLikelihood
 ) -> None:
     loaded = load(model_dir)
     assert loaded.codec is not None
@@ -54,14 +56,14 @@ def test_a_videos_score_is_the_flows_loss_on_its_noised_latents(
         float(loaded.model.flow(x + 0.3 * draw_noise(4, d, x.shape[1:]), text).loss())
         for d in range(3)
     ]
-    assert float(scored.loss().mean) == pytest.approx(np.mean(losses), abs=1e-5)
+    assert float(measured.loss().mean) == pytest.approx(np.mean(losses), abs=1e-5)
     error = np.std(losses, ddof=1) / math.sqrt(3)
-    assert float(scored.loss().standard_error) == pytest.approx(error, rel=1e-3)
-    assert scored.floor == pytest.approx(0.5 + math.log(0.3))
+    assert float(measured.loss().standard_error) == pytest.approx(error, rel=1e-3)
+    assert measured.floor == pytest.approx(0.5 + math.log(0.3))
 
 
-def test_what_is_printed_names_both_constants_and_every_frame(scored: VideoScore) -> None:
-    nll, loss, floor, total = scored.lines()
+def test_what_is_printed_names_both_constants_and_every_frame(measured: VideoLikelihood) -> None:
+    nll, loss, floor, total = measured.lines()
     number = float(nll.split()[1])
     assert number - float(loss.split()[1]) == pytest.approx(0.5 * math.log(2 * math.pi), abs=1e-4)
     assert float(nll.split()[5]) == pytest.approx(number / math.log(2), abs=2e-4)
@@ -71,30 +73,30 @@ def test_what_is_printed_names_both_constants_and_every_frame(scored: VideoScore
     dims = 3 * 4 * 4
     assert f"over {dims} dimensions" in total
     assert float(total.split()[3]) == pytest.approx(-number * dims, abs=0.1)
-    rows = scored.frame_rows()
+    rows = measured.frame_rows()
     assert [row[:2] for row in rows] == [["0", "0"], ["1", "1-4"], ["2", "5-8"]]
     means = [float(row[2].split()[0]) for row in rows]
     assert np.mean(means) == pytest.approx(number, abs=1e-4)
 
 
 def test_every_token_is_written_as_numbers_or_as_a_picture(
-    scored: VideoScore, frames: np.ndarray, tmp_path: Path
+    measured: VideoLikelihood, frames: np.ndarray, tmp_path: Path
 ) -> None:
-    write_per_token(tmp_path / "new" / "a.npz", scored, frames, PROMPT)
+    write_per_token(tmp_path / "new" / "a.npz", measured, frames, PROMPT)
     with np.load(tmp_path / "new" / "a.npz") as saved:
         loss, nll = saved["loss_nats_DTHW"], saved["nll_nats_DTHW"]
         assert loss.shape == (3, 3, 2, 2)
         assert saved["token_pixels"] == 16
-        assert (loss.sum((1, 2, 3)) / 48).mean() == pytest.approx(float(scored.loss().mean))
+        assert (loss.sum((1, 2, 3)) / 48).mean() == pytest.approx(float(measured.loss().mean))
         np.testing.assert_allclose(nll - loss, saved["token_dim"] * 0.5 * math.log(2 * math.pi))
-    write_per_token(tmp_path / "a.png", scored, frames, PROMPT)
+    write_per_token(tmp_path / "a.png", measured, frames, PROMPT)
     with Image.open(tmp_path / "a.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert picture.size[0] > 500
     # The heat is coloured, the margins are white.
     assert (np.ptp(pixels.astype(int), axis=-1) > 60).mean() > 0.05
     assert (pixels == 255).all(-1).mean() > 0.1
-    with pytest.raises(ScoreOutputError, match=r"a.jpg: must end in .npz or .png"):
+    with pytest.raises(PerTokenFileError, match=r"a.jpg: must end in .npz or .png"):
         check_per_token_path(tmp_path / "a.jpg")
 
 
@@ -107,7 +109,7 @@ def test_evaluate_prints_the_loss_beside_its_baselines(
     root = write_dataset(tmp_path / "data", clips=160, images=0)
     torch.manual_seed(0)
     save_model(tmp_path / "model", FlowModel(small_flow()), ModelSpec(small_flow(), TEXT))
-    evaluate_model(tmp_path / "model", root, draws=2)
+    say_evaluation(likelihoods(tmp_path / "model", root, draws=2), Reporter())
     said = capsys.readouterr().out
     for what in (
         "true captions",
@@ -128,4 +130,4 @@ def test_a_warning_of_ours_is_one_line_to_a_user(capsys: pytest.CaptureFixture[s
         warnings.warn("somebody else's", UserWarning, stacklevel=1)
     ours, *others = capsys.readouterr().err.splitlines()
     assert ours == "flowreel: warning: too good"
-    assert "test_score.py" in others[0]
+    assert "test_video_likelihood.py" in others[0]

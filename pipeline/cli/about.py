@@ -1,0 +1,65 @@
+"""Commands about this machine and these settings: doctor, settings."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.arguments import complete_section
+from pipeline.cli.options import JsonOption, RecipeOption, SetOption, command, reporter
+
+
+@command(examples=["flowreel doctor", "flowreel doctor --recipe my.yaml --json"])
+def doctor(
+    recipe: RecipeOption = "tiny",
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Check this machine: what Flowreel and a recipe need, what is there, what to do about it.
+
+    The exit code is 1 where something that is needed is missing.
+    """
+    from pipeline.recipes import load_recipe
+
+    loaded = load_recipe(recipe, set_)
+    from pipeline.doctor import examine
+
+    raise typer.Exit(0 if examine(loaded, reporter(json_)) else 1)
+
+
+@command(
+    examples=(
+        "flowreel settings train",
+        "flowreel settings prepare.filters",
+        "flowreel settings serve.port --json",
+    )
+)
+def settings(
+    section: Annotated[
+        str | None,
+        typer.Argument(
+            help="A section, such as train or prepare.filters, or one setting by its key; "
+            "default: all.",
+            autocompletion=complete_section,
+        ),
+    ] = None,
+    json_: JsonOption = False,
+    markdown_: Annotated[
+        bool, typer.Option("--markdown", help="All of them as the page of the documentation.")
+    ] = False,
+) -> None:
+    """Every setting with its default, what is allowed, and what it is."""
+    from pipeline.settings import markdown, sections
+
+    if markdown_:
+        sys.stdout.write(markdown())
+        return
+    said = reporter(json_)
+    chosen = sections(section)
+    for part in chosen if not json_ else ():
+        rows = [[s.name, s.default_text, s.allowed, s.description] for s in part.settings]
+        title = f"{part.name}: {part.summary}"
+        said.table(title, ["setting", "default", "allowed", "what it is"], rows, left=True)
+    said.document([setting.values() for part in chosen for setting in part.settings])

@@ -1,0 +1,200 @@
+"""Checks of arguments and paths that a command makes before it imports anything heavy, and completion.
+
+A wrong path or a misspelt choice is answered at once, not after torch and Ray have been loaded.
+Every check raises `ArgumentError`, worded for users. Knows nothing of torch, Ray or pydantic.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import get_args
+
+from flowreel.errors import FlowreelError
+
+VIDEO_SUFFIXES = (".mp4", ".png")
+"""What `flowreel sample` writes: a video, or one frame."""
+DTYPES = ("keep", "bf16", "fp32")
+"""Of imported weights; a test holds them equal to those of `pipeline.import_released`."""
+
+
+class ArgumentError(FlowreelError, ValueError):
+    """An argument or a path that a command cannot work with."""
+
+
+def one_of(option: str, value: str, allowed: Iterable[str]) -> str:
+    """The value, if it is a known choice of the option.
+
+    >>> one_of("--split", "train", ("all", "train"))
+    'train'
+    >>> one_of("--split", "trian", ("all", "train"))
+    Traceback (most recent call last):
+    pipeline.cli.arguments.ArgumentError: --split 'trian': must be one of all, train; did you mean 'train'?
+    """
+    choices = list(allowed)
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(value, choices, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ArgumentError(f"{option} {value!r}: must be one of {', '.join(choices)}{hint}")
+
+
+def model_folder(path: str) -> Path:
+    """The model folder at a path: it has a config.json that describes a flow, and weights."""
+    folder = Path(path)
+    if not folder.exists():
+        raise ArgumentError(
+            f"{path}: no such model folder; `flowreel train` and `flowreel import-weights` make one"
+        )
+    if not folder.is_dir():
+        raise ArgumentError(f"{path} is a file; give the model's folder")
+    config = folder / "config.json"
+    if not config.is_file():
+        inside = [p for p in ("model", "train/model") if (folder / p / "config.json").is_file()]
+        hint = f"; did you mean {folder / inside[0]}?" if inside else ""
+        raise ArgumentError(f"{path} is no model folder: it has no config.json{hint}")
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArgumentError(f"{config} is not JSON: {error}") from error
+    if not isinstance(fields, dict) or "flow" not in fields:
+        raise ArgumentError(f"{path} is no model folder: its config.json describes no flow")
+    if not any(folder.glob("*.safetensors")):
+        raise ArgumentError(f"{path} holds no weights: no .safetensors file lies in it")
+    return folder
+
+
+def input_file(path: Path, what: str) -> Path:
+    """A file that is there and can be read."""
+    if path.is_dir():
+        raise ArgumentError(f"{path} is a folder; give {what}")
+    if not path.exists():
+        raise ArgumentError(f"{path}: no such file; give {what}")
+    if not os.access(path, os.R_OK):
+        raise ArgumentError(f"{path}: no permission to read it")
+    return path
+
+
+def latents(location: str) -> str:
+    """A dataset of latents; one in an object store is not asked for before it is opened."""
+    from data_prep.storage.location import absolute, is_uri
+
+    if is_uri(location):
+        return location
+    folder = Path(absolute(location))
+    if not folder.is_dir():
+        raise ArgumentError(f"{location}: no such folder; `flowreel prepare` writes one of latents")
+    if not (folder / "dataset.json").is_file():
+        inside = (folder / "latents" / "dataset.json").is_file()
+        hint = f"; did you mean {folder / 'latents'}?" if inside else "; prepare one"
+        raise ArgumentError(f"no latent dataset in {location}: dataset.json is missing{hint}")
+    return location
+
+
+def output_folder(location: str | Path, *, option: str = "--out") -> None:
+    """A folder that is there or can be made; object stores are not asked."""
+    from data_prep.storage.location import absolute, is_uri
+
+    if is_uri(location):
+        return
+    path = Path(absolute(location))
+    if path.exists() and not path.is_dir():
+        raise ArgumentError(f"{option} {location} is a file; give a folder")
+    _check_writable(path, option, location)
+
+
+def output_file(path: Path, *, option: str = "--out", suffixes: tuple[str, ...] = ()) -> None:
+    """A file that can be written or replaced."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ArgumentError(f"{option} {path}: must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise ArgumentError(f"{option} {path} is a folder; give a file")
+    # A file is written beside its place and renamed: that must never replace a device.
+    if path.exists() and not path.is_file():
+        raise ArgumentError(f"{option} {path} is no ordinary file; give one")
+    _check_writable(path.absolute().parent, option, path)
+
+
+def _check_writable(folder: Path, option: str, given: str | Path) -> None:
+    """Refuse a place in which nothing can be made."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ArgumentError(f"{option} {given}: {there} is a file, so nothing can be made in it")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{option} {given}: no permission to write in {there}")
+
+
+def shards(pattern: str) -> list[str]:
+    """The shards that a user names."""
+    from data_prep.sources.find import find_shards
+
+    return find_shards(pattern)
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of the recipes that ship; where none begins so, the shell offers files."""
+    folder = Path(__file__).parents[1] / "recipes"
+    return [p.stem for p in sorted(folder.glob("*.yaml")) if p.stem.startswith(incomplete)]
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Keys for `--set`, up to the `=`."""
+    from pipeline.settings import recipe_settings
+
+    keys = (f"{setting.key}=" for setting in recipe_settings())
+    return [key for key in keys if key.startswith(incomplete)]
+
+
+def complete_section(incomplete: str) -> list[str]:
+    """Sections for `flowreel settings`."""
+    from pipeline.settings import section_names
+
+    return [name for name in section_names() if name.startswith(incomplete)]
+
+
+def complete_stage(incomplete: str) -> list[str]:
+    """What a job of a cluster can run."""
+    from pipeline.cluster import SUBMITTED_STAGES
+
+    return [name for name in SUBMITTED_STAGES if name.startswith(incomplete)]
+
+
+def complete_schedule(incomplete: str) -> list[str]:
+    """Schedules of the deep block."""
+    return [name for name in schedules() if name.startswith(incomplete)]
+
+
+def complete_denoiser(incomplete: str) -> list[str]:
+    """What takes the noise away."""
+    return [name for name in denoisers() if name.startswith(incomplete)]
+
+
+def schedules() -> tuple[str, ...]:
+    """The schedules that a request may name."""
+    from serving.config import Schedule
+
+    return get_args(Schedule)
+
+
+def denoisers() -> tuple[str, ...]:
+    """The denoisers that a recipe may name."""
+    from serving.config import SamplingConfig
+
+    return get_args(SamplingConfig.model_fields["denoiser"].annotation)
+
+
+def splits() -> tuple[str, ...]:
+    """The splits of a dataset."""
+    from data_prep.latents.dataset import Split
+
+    return get_args(Split)
+
+
+def complete_split(incomplete: str) -> list[str]:
+    """Splits of a dataset."""
+    return [name for name in splits() if name.startswith(incomplete)]

@@ -1,0 +1,113 @@
+"""Outcomes as a person reads them: the tables and closing lines of the stages and commands.
+
+Takes what was measured and prints it through a `Reporter`. Measures nothing itself. Knows nothing
+of Ray, and of no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.console import Reporter
+
+if TYPE_CHECKING:
+    from data_prep.run import PrepareReport
+    from serving.messages import GeneratedVideo
+
+CLOSING_FIGURES = (
+    "held_out_nats_per_dim", "gaussian_nats_per_dim", "shuffled_caption_nats_per_dim",
+    "noise_floor_nats_per_dim", "colour_accuracy", "colour_chance", "codec_psnr_db", "overlap_s",
+    "wall_s",
+)  # fmt: skip
+"""What of the demo's summary is printed at its end, in this order."""
+
+
+def say_prepared(report: PrepareReport, reporter: Reporter) -> None:
+    """What became of every sample."""
+    rows = [[status, reason, str(count)] for status, reason, count in report.rows()]
+    reporter.table(f"{report.total} samples", ["status", "reason", "samples"], rows)
+    if report.samples_now == 0:
+        reporter.outcome("  nothing to do: every shard was prepared before")
+    else:
+        reporter.say(f"  on {report.resources}")
+    if report.reused_now:
+        reporter.say(
+            f"  {report.reused_now} of {report.samples_now} samples kept what was made of them "
+            "before"
+        )
+    _say_failed_captions(report, reporter)
+
+
+def say_captioned(report: PrepareReport, reporter: Reporter) -> None:
+    """How many clips have a synthetic caption, and what still keeps others from one."""
+    kept, failed = report.counts.get("kept", 0), sum(report.captions_failed.values())
+    reporter.outcome(f"  {kept - failed} of {kept} clips have a synthetic caption")
+    if report.samples_now == 0:
+        reporter.outcome("  nothing to do: every caption was written before")
+    if report.unprepared_shards:
+        names = ", ".join(report.unprepared_shards[:5])
+        reporter.outcome(
+            f"  {len(report.unprepared_shards)} shards have no latents yet ({names}): prepare them "
+            "first"
+        )
+    _say_failed_captions(report, reporter)
+
+
+def _say_failed_captions(report: PrepareReport, reporter: Reporter) -> None:
+    if report.captions_failed:
+        total = sum(report.captions_failed.values())
+        codes = ", ".join(f"{code} {n}" for code, n in report.captions_failed.items())
+        reporter.outcome(
+            f"  {total} kept clips have no synthetic caption ({codes}); `flowreel prepare --only "
+            "captions` tries them again"
+        )
+
+
+def say_evaluation(figures: Mapping[str, float], reporter: Reporter) -> None:
+    """Held-out likelihoods of a model beside their baselines."""
+    mean, error = figures["held_out_nats_per_dim"], figures["held_out_stderr"]
+    rows = [
+        ["held out, true captions", f"{mean:.4f} ± {error:.4f}"],
+        ["held out, shuffled captions", f"{figures['shuffled_caption_nats_per_dim']:.4f}"],
+        ["best Gaussian per channel", f"{figures['gaussian_nats_per_dim']:.4f}"],
+        ["noise floor ½ + ln σ", f"{figures['noise_floor_nats_per_dim']:.4f}"],
+    ]
+    title = f"{figures['held_out_clips']:.0f} clips, {figures['noise_draws']:.0f} noise draws"
+    reporter.table(title, ["loss (½ ln 2π left out)", "nats/dim"], rows)
+    bits = figures["held_out_nll_bits_per_dim"]
+    reporter.outcome(f"nll {bits:.4f} bits/dim (held out, true captions, ½ ln 2π included)")
+
+
+def sampling_lines(video: GeneratedVideo) -> list[str]:
+    """What sampling took and how exact it is."""
+    lines = []
+    if (took := video.counters) is not None:
+        lines.append(
+            f"deep block  {took.iterations} iterations of {took.ms_per_iteration:.1f} ms, "
+            f"{took.evaluations_per_token:.1f} evaluations per token, {took.tokens_per_s:.0f} "
+            "tokens/s"
+        )
+        sweeps = " ".join(str(work.iterations) for work in took.shallow)
+        lines.append(f"shallow     {sweeps} sweeps, block by block")
+    if (proof := video.certificate) is not None:
+        lines.append(
+            f"certificate |r| at most {proof.max_abs:.2g}, p99.9 {proof.p999_abs:.2g}: the exact "
+            "sample of noise that far from the noise drawn"
+        )
+    return lines
+
+
+def say_summary(out: Path, page: Path, summary: Mapping[str, Any], reporter: Reporter) -> None:
+    """The demo's closing table, and where to look."""
+    rows = [[name, f"{summary[name]:.3f}"] for name in CLOSING_FIGURES]
+    reporter.table("what was measured", ["", ""], rows)
+    store = out / "train" / "mlflow.db"
+    for line in (
+        f"report         {page}",
+        f"contact sheet  {out / 'contact_sheet.png'}",
+        f"videos         {out}/*.mp4",
+        f"tracking       mlflow ui --backend-store-uri sqlite:///{store}",
+    ):
+        reporter.outcome(line)

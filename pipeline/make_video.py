@@ -25,9 +25,10 @@ from pipeline.video_likelihood import (
     score_video,
     write_per_token,
 )
+from serving.config import Limits
 from serving.messages import GeneratedVideo
 from serving.requests import CreateVideo, Generation, from_validation
-from serving.session import generate, load
+from serving.session import LoadedModel, generate, load
 
 
 class VideoFitError(FlowreelError, ValueError):
@@ -56,22 +57,14 @@ def sample_video(
     loaded = load(model, sampler=recipe.sampler)
     if out is None:
         out = Path("sample.mp4" if loaded.model.config.video else "sample.png")
-    try:
-        asked = CreateVideo(
-            prompt=prompt,
-            num_frames=num_frames or loaded.facts.num_frames,
-            guidance=guidance,
-            seed=seed,
-            schedule=schedule,  # type: ignore[arg-type]
-        )
-    except ValidationError as error:
-        raise from_validation(error) from error
-    request = Generation.admit(
-        asked,
-        loaded.facts,
+    request = request_for(
+        loaded,
         recipe.serve.limits,
-        request_id=secrets.token_hex(8),
+        prompt,
+        num_frames=num_frames,
         seed=seed,
+        guidance=guidance,
+        schedule=schedule,
         given_first_frame=image is not None,
     )
     as_png = out.suffix.lower() == ".png"
@@ -98,6 +91,42 @@ def sample_video(
     for line in describe_sampling(video):
         reporter.console.print(line)
     return video.frames
+
+
+def request_for(
+    loaded: LoadedModel,
+    limits: Limits,
+    prompt: str,
+    *,
+    num_frames: int | None,
+    seed: int,
+    guidance: float | None,
+    schedule: str,
+    given_first_frame: bool,
+) -> Generation:
+    """The request for one video made in this process, held against the service's own limits.
+
+    Raises:
+        InvalidRequest: a value is over a limit, or is not what the model can make.
+    """
+    try:
+        asked = CreateVideo(
+            prompt=prompt,
+            num_frames=loaded.facts.num_frames if num_frames is None else num_frames,
+            guidance=guidance,
+            seed=seed,
+            schedule=schedule,  # type: ignore[arg-type]
+        )
+    except ValidationError as error:
+        raise from_validation(error) from error
+    return Generation.admit(
+        asked,
+        loaded.facts,
+        limits,
+        request_id=secrets.token_hex(8),
+        seed=seed,
+        given_first_frame=given_first_frame,
+    )
 
 
 def describe_sampling(video: GeneratedVideo) -> list[str]:

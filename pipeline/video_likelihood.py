@@ -25,6 +25,7 @@ from flow.likelihood import (
     over_draws,
 )
 from flowreel.errors import FlowreelError
+from serving.session import LoadedModel, load, prompt_text
 
 PER_TOKEN_SUFFIXES = (".npz", ".png")
 PICTURES_PER_ROW = 7
@@ -103,7 +104,7 @@ def _said(value: Estimate, digits: int = 4) -> str:
 
 
 def score_video(
-    model_dir: Path,
+    model: LoadedModel | Path,
     frames: np.ndarray,
     prompt: str,
     *,
@@ -114,6 +115,7 @@ def score_video(
     """How likely a model finds a video given a prompt.
 
     Args:
+        model: a loaded model, or a model folder.
         frames: uint8 [T, H, W, 3] at the model's size and frame rate, T = 4k+1.
         draws: seeded draws of the σ-noise that the flow's latents carry (and of the codec's posterior, where the
             model was trained on samples of it).
@@ -121,13 +123,11 @@ def score_video(
     Warns:
         NoiseFloorWarning: the mean loss is clearly under ½ + ln σ.
     """
-    from serving.session import load, prompt_text
-
-    loaded = load(model_dir)
+    loaded = model if isinstance(model, LoadedModel) else load(model)
     assert loaded.codec is not None
     assert loaded.text_encoder is not None
     mean, logvar = loaded.codec.encode(torch.from_numpy(frames)[None])
-    text = loaded.text_encoder.encode([prompt_text(prompt, loaded)])
+    text = loaded.text_encoder.encode([prompt_text(prompt, loaded)]).to(mean.device)
     convention, config = loaded.codec.convention, loaded.model.config
 
     def clean(draw: int) -> Tensor:

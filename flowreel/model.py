@@ -26,6 +26,7 @@ from flow.likelihood import over_draws
 from flow.weights import VideoSpec
 from flowreel.errors import FlowreelError
 from flowreel.files import write_whole
+from media.errors import UnreadableImage
 from media.write import decode_image, encode_mp4, encode_png
 from pipeline.make_video import VideoFitError, fit_video, request_for
 from pipeline.recipes import Recipe, load_recipe
@@ -187,7 +188,7 @@ class Model:
             given_first_frame=image is not None,
         )
         if isinstance(image, str | Path):
-            image = decode_image(Path(image).read_bytes(), max_pixels=self._limits.image_pixels)
+            image = _picture(Path(image), self._limits.image_pixels)
         made = generate(
             self._loaded,
             request,
@@ -258,6 +259,16 @@ class Model:
         video = self.video
         size = f"{video.num_frames} frames of {video.width}x{video.height} at {video.fps:g} fps"
         return f"Model({str(self.folder)!r}, {size})"
+
+
+def _picture(path: Path, max_pixels: int) -> Frames:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(
+            f"{path} cannot be read ({error.strerror}); give a png, jpg or webp file"
+        ) from error
+    return decode_image(data, max_pixels=max_pixels)
 
 
 def _hand_over(frames: Frames, on_frames: Callable[[Frames], object] | None) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from tests.places import ROOT
 
 PACKAGES = (
-    "flowreel", "flow", "media", "data_prep", "training", "serving", "pipeline", "benchmarks", "tests", "docs"
+    "flowreel", "flow", "media", "data_prep", "training", "serving", "pipeline", "benchmarks",
+    "tests", "docs",
 )  # fmt: skip
 _CODE = re.compile(r"`([^`\n]+)`")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)

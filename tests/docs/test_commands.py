@@ -1,4 +1,4 @@
-"""The commands that the pages tell a reader to type are understood, with every option and setting."""
+"""The commands that the pages tell a reader to type are understood, every option and setting."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ __all__ = ["loaded", "model_dir", "picture"]  # fixtures of the service's tests
 
 PROMPT = "a red circle"
 HEAVY = {
-    "ray", "torch", "numpy", "pyarrow", "diffusers", "transformers", "mlflow", "pydantic", "rich", "typer"
+    "ray", "torch", "numpy", "pyarrow", "diffusers", "transformers", "mlflow", "pydantic", "rich",
+    "typer",
 }  # fmt: skip
 
 
@@ -243,6 +244,7 @@ def test_what_a_user_can_mend_has_one_root(
         "0 frames cannot be made": lambda: model.sample(PROMPT, num_frames=0),
         "Guidance 99 is out of range": lambda: model.sample(PROMPT, guidance=99),
         "schedule": lambda: model.sample(PROMPT, schedule="fast"),  # type: ignore[arg-type]
+        "gone.png cannot be read": lambda: model.sample(PROMPT, image=tmp_path / "gone.png"),
         "the codec takes 4k": lambda: model.log_prob(video.frames[:8], PROMPT),
         r"at most 9 frames of \[32, 32, 3\]": lambda: model.log_prob(large, PROMPT),
         "video": lambda: model.log_prob(tmp_path / "video.mp4", PROMPT),

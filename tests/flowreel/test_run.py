@@ -1,4 +1,4 @@
-"""Shards to a served video from Python alone, on a real Ray: what the commands do, without their printing."""
+"""Shards to a served video from Python alone, on a real Ray; silent unless asked to print."""
 
 from __future__ import annotations
 

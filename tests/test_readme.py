@@ -1,4 +1,4 @@
-"""What the README points at exists."""
+"""What the table of the model, in docs/model.md, points at exists."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from tests.places import ROOT
 
-README = (ROOT / "README.md").read_text()
-ROWS = re.findall(r"^\| [^|]+ \| `([^`]+\.py)` \| (.+) \|$", README, flags=re.MULTILINE)
+PAGE = (ROOT / "docs" / "model.md").read_text()
+ROWS = re.findall(r"^\| [^|]+ \| `([^`]+\.py)` \| (.+) \|$", PAGE, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize(("file", "tests"), ROWS)

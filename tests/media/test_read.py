@@ -290,3 +290,12 @@ def test_files_of_real_crawls_fail_with_a_reason(
 @needs_odd
 def test_h265_is_read(reader: VideoReader) -> None:
     assert reader.read(ODD / "h265.mp4").frames.shape == (10, 128, 128, 3)
+
+
+def test_a_relative_path_is_this_processs_whatever_folder_the_child_began_in(
+    reader: VideoReader, video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader.read(video)
+    (tmp_path / "a.mp4").write_bytes(video)
+    monkeypatch.chdir(tmp_path)
+    assert len(reader.read(Path("a.mp4")).frames) == 24

@@ -1,6 +1,6 @@
 """A trained model in this process: load it, sample a video, ask how likely a video is.
 
-Every call goes through the code of the commands `flowreel sample` and `flowreel score`
+Every call goes through the code of the commands `flowreel sample` and `flowreel likelihood`
 (`pipeline.make_video`, `pipeline.video_likelihood`), so that a seed gives the same video from
 Python, from the command line and from the service. Starts no cluster. Knows nothing of training,
 of Ray, or of HTTP.
@@ -27,15 +27,15 @@ from flow.weights import VideoSpec
 from flowreel.errors import FlowreelError
 from flowreel.files import write_whole
 from media.errors import UnreadableImage
+from media.frames import Frames
 from media.write import decode_image, encode_mp4, encode_png
-from pipeline.make_video import VideoFitError, fit_video, request_for
+from pipeline.make_video import request_for
 from pipeline.recipes import Recipe, load_recipe
-from pipeline.video_likelihood import score_video
+from pipeline.video_likelihood import VideoFitError, fit_video, measure_likelihood
 from serving.config import Schedule
-from serving.session import LoadedModel, generate
-from serving.session import load as load_session
-
-Frames = npt.NDArray[np.uint8]
+from serving.loading import LoadedModel
+from serving.loading import load as load_session
+from serving.session import generate
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -222,8 +222,10 @@ class Model:
         Warns:
             NoiseFloorWarning: the mean loss is clearly under ½ + ln σ.
         """
-        found = score_video(self._loaded, self._fitted(frames), prompt, draws=draws, seed=seed)
-        density = found.per_token
+        measured = measure_likelihood(
+            self._loaded, self._fitted(frames), prompt, draws=draws, seed=seed
+        )
+        density = measured.per_token
         whole = over_draws(density.log_prob("video")[:, 0])
         bits = over_draws(density.nll("video", "bits_per_dim")[:, 0])
         return LogProb(
@@ -231,10 +233,10 @@ class Model:
             stderr=float(whole.standard_error),
             bits_per_dim=float(bits.mean),
             bits_per_dim_stderr=float(bits.standard_error),
-            loss=float(found.loss().mean),
-            floor=found.floor,
+            loss=float(measured.loss().mean),
+            floor=measured.floor,
             dims=density.dims("video"),
-            draws=found.draws,
+            draws=measured.draws,
             frame_nats=density.log_prob("frame")[:, 0].mean(0).cpu().numpy(),
             token_nats=density.log_prob("token")[:, 0].mean(0).cpu().numpy(),
         )
@@ -299,7 +301,7 @@ def load(
         RecipeError: no such recipe, or a bad value in it.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
-    loaded = load_session(folder, device=device, dtype=_DTYPES[dtype], sampler=chosen.sampler)
+    loaded = load_session(folder, device=device, dtype=_DTYPES[dtype], sampling=chosen.sampler)
     return Model(loaded, Path(folder), chosen)
 
 

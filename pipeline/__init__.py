@@ -1,1 +1,22 @@
-"""The order of things: the command line, recipes, the stages, cluster submission and evaluation."""
+"""The order of things, from video shards to served video, and the command line that runs it.
+
+Read in this order:
+
+    stages.py             READ FIRST: the demo, then every stage that it calls
+    recipes.py            one YAML file that says everything about a run
+    cluster.py            a Ray of its own, or a cluster that a run is submitted to
+    demo_figures.py       what a model has learnt, in numbers
+    make_video.py         `flowreel sample`
+    video_likelihood.py   `flowreel likelihood`
+    run_service.py        `flowreel serve`
+    import_released.py    `flowreel import-weights`
+    dataset_page.py       `flowreel inspect`
+    doctor.py             `flowreel doctor`
+    settings.py           `flowreel settings` and docs/settings.md
+    schema_fields.py      what a schema says of its fields
+    client.py             a client of the service
+    report.py             the page that a demo leaves
+    tables.py             outcomes as a person reads them
+    console.py            words, progress and outcomes of a command
+    cli/                  the command line
+"""

@@ -45,8 +45,9 @@ def test_a_line_to_type_is_understood(words: list[str]) -> None:
         assert arguments[0] in targets
         for extra in arguments[1:]:
             name, _, value = extra.partition("=")
-            assert name == "ARGS"
-            understood([arguments[0], *shlex.split(value)])
+            assert name in ("ARGS", "GPU", "PYTHON")
+            if name == "ARGS":
+                understood([arguments[0], *shlex.split(value)])
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
     else:

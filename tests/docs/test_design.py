@@ -20,7 +20,7 @@ from flow.rope import BASE
 from flow.sample_spec import SampleSpec
 from flow.tensor_files import SHARD_BYTES
 from flowreel.values import flattened
-from serving.config import Limits, Resources, Sampler
+from serving.config import Limits, Resources, SamplingConfig
 from serving.requests import CreateVideo
 from tests.docs.code import rows, section
 from tests.places import ROOT
@@ -117,5 +117,5 @@ def test_the_released_sizes_are_the_presets(column: int, config: FlowConfig) -> 
 def test_what_is_said_of_serving_is_its_default() -> None:
     assert CreateVideo(prompt="a").schedule == "jacobi"
     assert SPEC.schedule == "sliding"
-    assert Sampler().denoiser == "learned"
+    assert SamplingConfig().denoiser == "learned"
     assert Limits().queue_size >= 1

@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,8 +134,8 @@ def test_a_sample_is_the_video_that_the_service_makes(
 ) -> None:
     request = Generation(request_id="a", prompt=PROMPT, num_frames=TRAINED_FRAMES, seed=7)
     # The recipe's own sampler, as the command line has it.
-    sampler = flowreel.load_recipe("tiny").sampler
-    expected = generate(LoadedModel(**{**vars(loaded), "sampler": sampler}), request)
+    sampling = flowreel.load_recipe("tiny").sampler
+    expected = generate(replace(loaded, sampling=sampling), request)
     np.testing.assert_array_equal(video.frames, expected.frames)
     assert video.fps == expected.fps
     assert video.counters == expected.counters
@@ -204,7 +205,7 @@ def test_log_prob_is_the_flows_own_on_the_noised_latents(
     assert loaded.text_encoder is not None
     mean, _ = loaded.codec.encode(torch.from_numpy(video.frames)[None])
     x = loaded.codec.convention.to_model(mean)
-    text = loaded.text_encoder.encode([prompt_text(PROMPT, loaded)])
+    text = loaded.text_encoder.encode([prompt_text(PROMPT, loaded, len(video.frames))])
     noised = [x + 0.3 * draw_noise(4, draw, x.shape[1:]) for draw in range(3)]
     with torch.no_grad():
         nats = [float(loaded.model.flow(each, text).log_prob()) for each in noised]

@@ -14,12 +14,12 @@ from data_prep.sources.moving_shapes import write_world
 
 SETTINGS = [
     "train.steps=2",
-    "train.checkpoint_every=2",
-    "train.batch_size=2",
-    "train.image_batch_size=2",
-    "train.strategy=single",
-    "train.workers=1",
-    "train.tracking=false",
+    "train.checkpoints.every_steps=2",
+    "train.batches.batch_size=2",
+    "train.batches.image_batch_size=2",
+    "train.workers.strategy=single",
+    "train.workers.count=1",
+    "train.tracking.enabled=false",
     "model.deep_width=64",
     "model.shallow_width=32",
     "model.layers_per_block=[1,1,1,2]",

@@ -62,7 +62,7 @@ def test_missing_paths_are_named(tmp_path: Path) -> None:
 def test_only_captions_needs_an_output_to_caption(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     line = refused("prepare", "--only", "captions", "--out", out)
-    assert "no latent dataset" in line
+    assert "no such folder" in line
     done = flowreel("prepare", "--only", "latents", "--out", out)
     assert done.returncode == 2
     assert "allowed: captions" in done.stderr

@@ -22,7 +22,9 @@ from pydantic import (
 
 from data_prep.config import PrepareConfig
 from data_prep.storage.store import open_folder
+from flow.aspects import SizeError
 from flow.codec import HUB_ID
+from flow.codec_factors import read_factors
 from flow.config import FlowConfig
 from flow.text import TextSpec
 from flow.weights import VideoSpec
@@ -125,6 +127,16 @@ class Recipe(BaseModel):
                 f"text makes {self.text.length}x{self.text.dim} tokens, model reads "
                 f"{self.model.text_len}x{self.model.text_dim}; make text.length = model.text_len and text.dim = model.text_dim"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _clips_fit_codec(self) -> Recipe:
+        # A codec from a hub is asked when the run is planned: recipes are read without a network.
+        if Path(self.codec_source).is_dir():
+            try:
+                self.prepare.bucket.check(read_factors(self.codec_source))
+            except SizeError as error:
+                raise ValueError(f"prepare.{error}") from error
         return self
 
     @property

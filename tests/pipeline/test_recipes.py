@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config import digest_of
+from flowreel.values import digest_of
 from pipeline.recipes import RecipeError, load_recipe, recipe_names, save_recipe
 
 

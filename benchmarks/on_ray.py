@@ -1,6 +1,8 @@
-"""One measured run of `prepare` on a Ray of its own; `benchmarks.prepare` starts it as a process and reads its last line.
+"""One measured run of `prepare` on a Ray of its own: a process that `benchmarks.prepare` starts.
 
-python -m benchmarks.on_ray CONFIG_JSON OUT CODEC CPUS SHARD...
+    python -m benchmarks.on_ray CONFIG_JSON OUT CODEC CPUS SHARD...
+
+Its last line of output is the figures. Knows nothing of what they are compared with.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from data_prep.on_ray import prepare
 
 
 def main(arguments: list[str]) -> None:
-    """Run it; the last line of output is JSON: the report, the time of every finished sample, the stages."""
+    """Prepare, and print as JSON the report, the stages and the time of every finished sample."""
     config_json, out, codec, cpus, *shards = arguments
     config = PrepareConfig.model_validate_json(config_json)
     ray.init(
@@ -36,10 +38,10 @@ def main(arguments: list[str]) -> None:
     )
     times: list[float] = []
 
-    def note(stage: str, done: int, _total: int | None) -> None:
-        if stage == "samples":
+    def note(unit: str, count: int, _total: int | None) -> None:
+        if unit == "samples":
             times.append(time.monotonic())
-            if done == 1:
+            if count == 1:
                 print("STARTED", flush=True)
 
     report = prepare(config, shards, Path(out), codec, progress=note)

@@ -1,15 +1,17 @@
-"""Whether the pipeline costs more than the work it does: `prepare` on Ray against bare loops over the same decode and encode calls.
+"""What the pipeline costs beside its work: `prepare` on Ray against bare loops of the same calls.
 
-    python -m benchmarks.prepare [--cpus N] [--bucket 17x192x320] [--clips 256] [--no-memory] [--out runs/benchmarks]
+    python -m benchmarks.prepare [--cpus N] [--bucket 17x192x320] [--clips 256] [--no-memory]
     python -m benchmarks.prepare --feeder [--device cuda] [--codec DIR]
 
-N simultaneous single-threaded loops decode and encode clips for a while; then the pipeline prepares the same clips; then the loops
-again. The ratio is the pipeline's clips per second over the mean of the loops' sums, in one run on one machine. Start-up (Ray, the
-imports of its workers, loading the codec) is not in it: the pipeline is timed from its first finished sample to its last. Then the
-same shards once and ten times over, for the peak of memory (sum of proportional set sizes over all processes of a run).
+N loops at once, a thread each, decode and encode clips for a while; then the pipeline prepares the
+same clips; then the loops run again. The ratio is the pipeline's clips per second over the mean of
+the loops' sums, in one run on one machine. Start-up (Ray, the imports of its workers, loading the
+codec) is not in it: the pipeline is timed from its first finished sample to its last. Then shards
+and ten times as many are prepared, for the peak of memory: the sum of proportional set sizes over
+all processes of a run.
 
-`--feeder` runs no Ray: threads decode ahead of one encoder, and it prints the share of the time that the encoder was busy.
-Knows the stages of `data_prep`; Ray runs in a process of its own (`benchmarks/on_ray.py`).
+`--feeder` (`benchmarks/feeder.py`) says how busy decoders keep one encoder, without Ray. Ray runs
+in a process of its own (`benchmarks/on_ray.py`); this file knows nothing of it.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.clips import UNIQUE_CLIPS, bucket_sizes, rows_of_shard, write_clips
+from benchmarks.feeder import BUSY_BAR, feeder
 from benchmarks.processes import OTHERS, Watch, cpu_seconds, machine_seconds
 from data_prep.config import BucketConfig, PrepareConfig
 from data_prep.latents.records import Bucket
@@ -35,69 +38,41 @@ from data_prep.latents.records import Bucket
 ROOT = Path(__file__).resolve().parents[1]
 TINY_CODEC = ROOT / "pipeline" / "assets" / "tiny_codec"
 BAR = 0.9
+"""The pipeline must reach this share of the loops' speed."""
 MEMORY_BAR = 1.1
+"""Ten times the shards may take this many times the memory."""
 QUIET = 0.1
-"""CPUs that other programs may take in any of the three parts; with more, the ratio says nothing."""
-UNIQUE_CLIPS = 16
-
-
-def write_clips(
-    out: Path, clips: int, per_shard: int, size: tuple[int, int], frames: int, fps: float
-) -> list[str]:
-    """Shards of H.264 moving shapes of that size at 24 fps; a few clips are rendered, the rest repeat them under their own keys."""
-    from data_prep.sources.moving_shapes import random_spec, render_clip
-    from data_prep.sources.samples import write_shard
-    from media.write import encode_mp4
-
-    length = int((frames + 3) / fps * 24) + 1
-    videos = [
-        encode_mp4(render_clip(random_spec(seed), length, 24.0, *size), 24.0)
-        for seed in range(min(UNIQUE_CLIPS, clips))
-    ]
-    paths = []
-    for shard, first in enumerate(range(0, clips, per_shard)):
-        path = out / f"{shard:05d}.tar"
-        write_shard(
-            path,
-            (
-                {"__key__": f"{n:07d}", "mp4": videos[n % len(videos)], "txt": "shapes"}
-                for n in range(first, min(first + per_shard, clips))
-            ),
-        )
-        paths.append(str(path))
-    return paths
+"""CPUs that other programs may take in any of the three parts; with more, the ratio is void."""
 
 
 def bare_loop(
     config: PrepareConfig, shards: list[str], codec: str, start: float, stop: float
 ) -> tuple[int, float, float]:
-    """What one thread decodes and encodes between two times of the monotonic clock: (clips, seconds, CPU seconds)."""
-    from data_prep.stages import DecodeStage, EncodeStage, read_rows
+    """What one thread decodes and encodes between two times of the monotonic clock.
 
-    rows = [row for shard in shards for row in _rows_of(shard, config, read_rows)]
-    decode, encode = DecodeStage(config), EncodeStage(config, codec, frozenset())
+    Returns clips, seconds and CPU seconds.
+    """
+    from data_prep.clips.decode import DecodeStage
+    from data_prep.latents.encode import EncodeStage
+
+    rows = [row for shard in shards for row in rows_of_shard(shard, config)]
+    decode = DecodeStage(config, bucket_sizes(config, codec))
+    encode = EncodeStage(config, codec, frozenset())
     encode.process(decode.process(rows[0]))
     time.sleep(max(0.0, start - time.monotonic()))
-    began, cpu_s, done = time.monotonic(), cpu_seconds(os.getpid()), 0
+    began_s, cpu_s, clips = time.monotonic(), cpu_seconds(os.getpid()), 0
     while time.monotonic() < stop:
-        encode.process(decode.process(rows[done % len(rows)]))
-        done += 1
-    figures = done, time.monotonic() - began, cpu_seconds(os.getpid()) - cpu_s
+        encode.process(decode.process(rows[clips % len(rows)]))
+        clips += 1
+    figures = clips, time.monotonic() - began_s, cpu_seconds(os.getpid()) - cpu_s
     decode.close()
     return figures
-
-
-def _rows_of(shard: str, config: PrepareConfig, read_rows: Any) -> list[dict[str, Any]]:
-    from data_prep.ledger.job import ShardJob
-
-    job = ShardJob(Path(shard).stem, shard, "", "", "")
-    return [row for row in read_rows(job, config, set()) if row["number"] >= 0]
 
 
 def bare_rate(
     config: PrepareConfig, shards: list[str], codec: str, cpus: int, seconds: float
 ) -> tuple[float, float]:
-    """Clips per second of `cpus` simultaneous loops, added up; and CPUs that other programs took meanwhile."""
+    """Clips per second of `cpus` loops at once, added up; and CPUs that other programs took."""
     start = time.monotonic() + 12.0 + cpus
     arguments = [config.model_dump_json(), codec, str(start), str(start + seconds), *shards]
     command = [sys.executable, "-m", "benchmarks.prepare", "--loop", *arguments]
@@ -182,52 +157,8 @@ def run_pipeline(
     return PipelineRun(json.loads(lines[-1]), watch.peak_bytes, watch.cpu_s())
 
 
-def feeder(
-    config: PrepareConfig, shards: list[str], codec: str, device: str, decoders: int, clips: int
-) -> dict[str, float]:
-    """Threads that decode ahead of one encoder; the share of the time in which the encoder was busy, after its first clip."""
-    import queue
-    from itertools import cycle, islice
-
-    import torch
-
-    from data_prep.stages import DecodeStage, EncodeStage, read_rows
-
-    rows = [row for shard in shards for row in _rows_of(shard, config, read_rows)]
-    todo = islice(cycle(rows), clips + 1)
-    lock, ready = threading.Lock(), queue.Queue(maxsize=2 * decoders)  # type: ignore[var-annotated]
-
-    def decode() -> None:
-        stage = DecodeStage(config)
-        while True:
-            with lock:
-                row = next(todo, None)
-            if row is None:
-                break
-            ready.put(stage.process(row))
-        stage.close()
-
-    threads = [threading.Thread(target=decode, daemon=True) for _ in range(decoders)]
-    encode = EncodeStage(config, codec, frozenset(), device)
-    for thread in threads:
-        thread.start()
-    encode.process(ready.get())
-    began, busy_s = time.monotonic(), 0.0
-    for _ in range(clips):
-        row = ready.get()
-        started = time.monotonic()
-        encode.process(row)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        busy_s += time.monotonic() - started
-    took_s = time.monotonic() - began
-    for thread in threads:
-        thread.join()
-    return {"busy_share": busy_s / took_s, "clips_per_s": clips / took_s, "decoders": decoders}
-
-
 def compare(options: argparse.Namespace, config: PrepareConfig, scratch: Path) -> dict[str, Any]:
-    """Loops, pipeline, loops; then the pipeline on one and on ten times the shards."""
+    """Loops, pipeline, loops; then the pipeline on some shards and on ten times as many."""
     source = options.source
     shards = options.shards or write_clips(
         scratch / "in",
@@ -294,7 +225,8 @@ def verdicts(result: dict[str, Any]) -> list[tuple[str, bool]]:
     ]
     if "memory_ratio" in result:
         few, many = result["shards"]
-        words = f"peak memory on {many} shards at most {MEMORY_BAR} of that on {few}: {result['memory_ratio']:.3f}"
+        words = f"peak memory on {many} shards at most {MEMORY_BAR} of that on {few}"
+        words += f": {result['memory_ratio']:.3f}"
         met.append((words, result["memory_ratio"] <= MEMORY_BAR))
     return met
 
@@ -302,30 +234,27 @@ def verdicts(result: dict[str, Any]) -> list[tuple[str, bool]]:
 def show(result: dict[str, Any]) -> None:
     """The tables."""
     before, after = result["bare_clips_per_s"]
-    print(
-        f"{result['machine']}; {result['source']} clips to {result['bucket']}, {result['clips']} of them"
-    )
+    clips = f"{result['clips']} clips of {result['source']} to {result['bucket']}"
+    print(f"{result['machine']}; {clips}")
     print(f"bare loops, added up    {before:8.2f} clips/s before, {after:.2f} after")
     print(
-        f"pipeline                {result['pipeline_clips_per_s']:8.2f} clips/s, {result['ratio']:.3f} of the loops; "
-        f"start-up of {result['startup_s']:.1f} s not counted"
+        f"pipeline                {result['pipeline_clips_per_s']:8.2f} clips/s, "
+        f"{result['ratio']:.3f} of the loops; start-up of {result['startup_s']:.1f} s not counted"
     )
-    print(
-        f"\n{'stage':10} workers  busy    s busy     clips      MB out   bottleneck: {result['bottleneck']}"
-    )
+    head = f"{'stage':10} workers  busy    s busy     clips      MB out"
+    print(f"\n{head}   bottleneck: {result['bottleneck']}")
     for stage in result["stages"]:
         print(
-            f"{stage['name']:10} {stage['workers']:7} {stage['utilisation']:5.0%} {stage['busy_s']:9.2f} "
-            f"{stage['rows']:9} {stage['bytes_out'] / 1e6:11.1f}"
+            f"{stage['name']:10} {stage['workers']:7} {stage['utilisation']:5.0%} "
+            f"{stage['busy_s']:9.2f} {stage['rows']:9} {stage['bytes_out'] / 1e6:11.1f}"
         )
     taken = ", ".join(f"{cpus:.2f}" for cpus in result["others_cpus"])
     print(
         f"\nratio per CPU that other programs left: {result['ratio_per_free_cpu']:.3f} "
         f"(before, in and after the pipeline they took {taken} of one)"
     )
-    print(
-        f"\nCPU seconds of the {result['working_s']:.1f} s after start-up (all {result['machine'].split(', ')[-1]})"
-    )
+    cpus_used = result["machine"].split(", ")[-1]
+    print(f"\nCPU seconds of the {result['working_s']:.1f} s after start-up (all {cpus_used})")
     for title, seconds in result["cpu_s"].items():
         print(f"  {title:16} {seconds:8.2f}  {seconds / result['working_s']:6.1%} of a CPU")
     for count, peak in zip(result.get("shards", ()), result.get("peak_bytes", ()), strict=True):
@@ -367,6 +296,26 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _show_feeder(options: argparse.Namespace, config: PrepareConfig, scratch: Path) -> int:
+    """Measure and print the feeder; 0 where its bar is met."""
+    shards = options.shards or write_clips(
+        scratch / "in",
+        UNIQUE_CLIPS,
+        UNIQUE_CLIPS,
+        options.source,
+        config.bucket.num_frames,
+        options.fps,
+    )
+    fed = feeder(
+        config, shards, str(options.codec), options.device, options.decoders, options.clips
+    )
+    print(
+        f"encoder on {options.device} busy {fed['busy_share']:.1%} of the time, "
+        f"{fed['clips_per_s']:.2f} clips/s, fed by {fed['decoders']} decoders"
+    )
+    return 0 if fed["busy_share"] >= BUSY_BAR else 1
+
+
 def main(arguments: list[str]) -> int:
     """Measure, print, write `prepare.json`; 0 where every bar is met."""
     if arguments[:1] == ["--loop"]:
@@ -386,22 +335,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="flowreel-benchmark-") as folder:
         scratch = Path(folder)
         if options.feeder:
-            shards = options.shards or write_clips(
-                scratch / "in",
-                UNIQUE_CLIPS,
-                UNIQUE_CLIPS,
-                options.source,
-                bucket.frames,
-                options.fps,
-            )
-            fed = feeder(
-                config, shards, str(options.codec), options.device, options.decoders, options.clips
-            )
-            print(
-                f"encoder on {options.device} busy {fed['busy_share']:.1%} of the time, {fed['clips_per_s']:.2f} clips/s, "
-                f"fed by {fed['decoders']} decoders"
-            )
-            return 0 if fed["busy_share"] >= 0.95 else 1
+            return _show_feeder(options, config, scratch)
         result = compare(options, config, scratch)
     show(result)
     options.out.mkdir(parents=True, exist_ok=True)

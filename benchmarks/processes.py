@@ -1,4 +1,7 @@
-"""What a process and all its children cost, seen from outside: CPU time by title, and memory. Linux only (/proc)."""
+"""What a process and all its children cost, seen from outside: CPU time by title, and memory.
+
+Reads /proc, so it runs on Linux only. Knows nothing of what the processes do.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ OTHERS = "(other programs)"
 
 
 class Watch:
-    """CPU time and memory of a process and all its children, seen from outside about once a second."""
+    """CPU time and memory of a process and all its children, looked at about once a second."""
 
     def __init__(self, pid: int, *, memory: bool) -> None:
         self.peak_bytes = 0
-        # Adding up a process's pages takes the kernel ten milliseconds: never beside what is timed.
+        # Adding up a process's pages takes the kernel ten milliseconds: not while time is measured.
         self._memory = memory
         self._pid = pid
         self._marks: list[dict[int, tuple[str, float]]] = []
@@ -38,6 +41,7 @@ class Watch:
         self._marks.append({**self._last, **_cpu(family(self._pid))})
 
     def stop(self) -> None:
+        """Look no longer."""
         self._stopped.set()
         self._thread.join()
 
@@ -61,14 +65,14 @@ def family(pid: int) -> list[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (fields := _stat(int(entry))):
             parents.setdefault(int(fields[1]), []).append(int(entry))
-    found = [pid]
-    for known in found:
-        found += parents.get(known, [])
-    return found
+    pids = [pid]
+    for parent in pids:
+        pids += parents.get(parent, [])
+    return pids
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat after the name, [] where the process is gone."""
+    """The fields of /proc/PID/stat after the name; none if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -76,17 +80,17 @@ def _stat(pid: int) -> list[str]:
 
 
 def _cpu(pids: list[int]) -> dict[int, tuple[str, float]]:
-    """(title, CPU seconds) of processes that are there."""
-    found = {}
+    """(title, CPU seconds) of the processes that are there."""
+    used = {}
     for pid in pids:
         fields = _stat(pid)
         if fields:
             seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
             title = _title(pid)
-            # A process that has just ended has times but no words left.
+            # A process that has just ended still has times, but no command line any more.
             if title:
-                found[pid] = (title, seconds)
-    return found
+                used[pid] = (title, seconds)
+    return used
 
 
 def machine_seconds() -> tuple[float, float]:
@@ -120,7 +124,7 @@ def _title(pid: int) -> str:
 
 
 def pss_bytes(pid: int) -> int:
-    """Proportional set size: shared pages are divided among those who share them."""
+    """Proportional set size: a shared page is divided among the processes that share it."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

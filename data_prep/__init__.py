@@ -1,1 +1,21 @@
-"""data_prep."""
+"""Video shards → latent shards: every sample leaves one status row, whatever is wrong with it.
+
+The story of one sample is `stages.py`; read it first. Then, at the top:
+
+    run.py        a run around its stages: what is left to do, what came of it
+    on_ray.py     the stages as operators of Ray Data: `prepare`
+    config.py     all settings, and the digests of what they decide
+    row.py        the row that passes from stage to stage
+    resources.py  how many workers of each stage a cluster holds
+    progress.py   what is called as work goes on
+    strict.py     the base of every settings class
+
+and six wings, in the order in which a sample passes them:
+
+    sources/      what comes in: shards and their samples
+    clips/        a sample becomes frames
+    captions/     who says what is seen
+    latents/      what comes out: records, the dataset that training reads, its index
+    ledger/       what is done: manifests, staged samples, commits, resuming
+    storage/      where files lie: a disk or an object store
+"""

@@ -1,46 +1,73 @@
 """Settings of data preparation, each with its unit. Knows nothing of how they are carried out.
 
-What decides a sample's fate goes into `PrepareConfig.latent_digest` and `caption_digest`; deadlines
-and concurrency are outside both, for they may change when, never what.
+What decides a sample's fate goes into `PrepareConfig.latent_digest` and `caption_digest`. Deadlines
+and concurrency are outside both, because they may change when a sample is done, never what becomes
+of it. What a clip's size must be, given the codec, is checked where the codec is known:
+`BucketConfig.check`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_prep.captions.config import CaptionConfig
+from data_prep.strict import Strict
+from flow.aspects import SizeError, ratio_of, size_of
+from flow.codec_factors import CodecFactors
+from flowreel.values import digest_of
 
 PREPARE_VERSION = 3
 """Raised when the code changes what a sample becomes."""
 
+MAX_SIDE = 4096
+"""Most rows or columns of a clip, in pixels."""
+MAX_RATIO = 8
+"""Most that a bucket may be longer in one direction than in the other."""
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+METADATA_FILTERS = ("matching_score_above", "desirable", "one_shot", "missing_metadata")
+"""The filters that judge metadata alone: `PrepareConfig.outcome_digest` leaves them out."""
+METADATA_REASONS = ("low_matching_score", "not_desirable", "several_shots", "missing_metadata")
+"""The reasons that those filters give: such a verdict is never taken over from an earlier run."""
 
 Pool = int | tuple[int, int] | None
-"""Actors of a stage: so many, between least and most, or as the preflight finds."""
+"""Actors of a stage: so many, between least and most, or as many as the preflight chooses."""
 
 
-class BucketConfig(_Strict):
+class BucketConfig(Strict):
     """Sizes and rate of the clips that are cut from the videos.
 
-    With `aspects` or `sizes` there are several buckets, and each video goes into the one whose aspect is
-    nearest to its own.
+    With `aspects` or `sizes` there are several buckets, and each video goes into the one whose
+    aspect is nearest to its own.
 
-    Example:
-        >>> [f"{h}x{w}" for h, w in BucketConfig(aspects=("1:1", "16:9")).all_sizes()]
-        ['64x64', '48x80']
+    >>> from flow.codec_factors import WAN_FACTORS
+    >>> bucket = BucketConfig(aspects=("1:1", "16:9"))
+    >>> bucket.all_sizes(WAN_FACTORS.space)
+    [(64, 64), (48, 80)]
+    >>> BucketConfig(num_frames=16).check(WAN_FACTORS)
+    Traceback (most recent call last):
+    ...
+    flow.aspects.SizeError: bucket.num_frames is 16; the codec takes 4k+1 frames: use 13 or 17
     """
 
-    num_frames: int = Field(default=17, ge=1, le=1025, description="Frames per clip; 4k+1.")
-    height: int = Field(default=64, ge=16, le=4096, description="Rows in pixels; a multiple of 16.")
+    num_frames: int = Field(
+        default=17,
+        ge=1,
+        le=1025,
+        description="Frames per clip: a multiple of the codec's factor in time, plus 1.",
+    )
+    height: int = Field(
+        default=64,
+        ge=1,
+        le=MAX_SIDE,
+        description="Rows in pixels; a multiple of the codec's factor in space.",
+    )
     width: int = Field(
-        default=64, ge=16, le=4096, description="Columns in pixels; a multiple of 16."
+        default=64,
+        ge=1,
+        le=MAX_SIDE,
+        description="Columns in pixels; a multiple of the codec's factor in space.",
     )
     fps: float = Field(
         default=8.0, gt=0, le=120, description="Frame rate of a clip, frames per second."
@@ -58,58 +85,63 @@ class BucketConfig(_Strict):
     )
 
     @model_validator(mode="after")
-    def _fits_the_codec(self) -> BucketConfig:
-        if (self.num_frames - 1) % 4:
-            near = (self.num_frames - 1) // 4 * 4 + 1
-            raise ValueError(
-                f"bucket.num_frames is {self.num_frames}; the codec takes 4k+1 frames: "
-                f"use {near} or {near + 4}"
-            )
-        named = [("height", self.height), ("width", self.width)]
-        for name, value in named + [("sizes", side) for size in self.sizes for side in size]:
-            if value % 16 or not 16 <= value <= 4096:
-                raise ValueError(
-                    f"bucket.{name} is {value} pixels; the codec needs a multiple of 16: "
-                    f"use {value // 16 * 16 or 16} or {value // 16 * 16 + 16}"
-                )
+    def _buckets_are_named_once(self) -> BucketConfig:
         if self.aspects and self.sizes:
             raise ValueError("bucket.aspects and bucket.sizes are both given; give one of them")
+        for side in (side for size in self.sizes for side in size):
+            if not 1 <= side <= MAX_SIDE:
+                raise ValueError(f"bucket.sizes is {side} pixels; allowed are 1 to {MAX_SIDE}")
         for aspect in self.aspects:
-            _ratio(aspect)
-        if len(set(self.all_sizes())) < len(self.aspects or self.sizes):
-            raise ValueError(
-                f"bucket.aspects {list(self.aspects)} and sizes {list(self.sizes)} give the same size "
-                f"twice: {self.all_sizes()}; leave one out, or enlarge height × width"
-            )
+            if not 1 / MAX_RATIO <= ratio_of(aspect) <= MAX_RATIO:
+                raise ValueError(
+                    f"aspect {aspect!r} is beyond {MAX_RATIO}:1; "
+                    f"use one between 1:{MAX_RATIO} and {MAX_RATIO}:1"
+                )
         return self
 
-    def all_sizes(self) -> list[tuple[int, int]]:
-        """(rows, columns) of every bucket, in pixels."""
+    def all_sizes(self, space: int) -> list[tuple[int, int]]:
+        """(rows, columns) in pixels of every bucket, in the order of the settings.
+
+        Args:
+            space: the codec's factor in space, to whose multiples the sides of aspects are rounded.
+        """
         if self.sizes:
             return list(self.sizes)
+        if not self.aspects:
+            return [(self.height, self.width)]
         area = self.height * self.width
-        return [_sized(_ratio(aspect), area) for aspect in self.aspects] or [
-            (self.height, self.width)
-        ]
+        return [size_of(ratio_of(aspect), area, space) for aspect in self.aspects]
+
+    def check(self, factors: CodecFactors) -> None:
+        """Hold frames and sizes against what a codec of these factors takes.
+
+        Raises:
+            SizeError: the codec does not take them; the message names the nearest that it takes.
+        """
+        if not factors.takes(self.num_frames):
+            below, above = factors.near_frames(self.num_frames)
+            raise SizeError(
+                f"bucket.num_frames is {self.num_frames}; the codec takes {factors.time}k+1 "
+                f"frames: use {below} or {above}"
+            )
+        sides = [("height", self.height), ("width", self.width)]
+        for name, side in sides + [("sizes", side) for size in self.sizes for side in size]:
+            if side % factors.space:
+                below = side // factors.space * factors.space
+                near = " or ".join(str(n) for n in (below, below + factors.space) if n)
+                raise SizeError(
+                    f"bucket.{name} is {side} pixels; the codec needs a multiple of "
+                    f"{factors.space}: use {near}"
+                )
+        sizes = self.all_sizes(factors.space)
+        if len(set(sizes)) < len(sizes):
+            raise SizeError(
+                f"bucket.aspects {list(self.aspects)} and sizes {list(self.sizes)} give the same "
+                f"size twice: {sizes}; leave one out, or enlarge height × width"
+            )
 
 
-def _ratio(aspect: str) -> float:
-    """Width over height of a text such as 16:9."""
-    width, colon, height = aspect.partition(":")
-    if not (colon and width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise ValueError(f"aspect {aspect!r} is not WIDTH:HEIGHT in whole numbers, such as 16:9")
-    if not 1 / 8 <= int(width) / int(height) <= 8:
-        raise ValueError(f"aspect {aspect!r} is beyond 8:1; use one between 1:8 and 8:1")
-    return int(width) / int(height)
-
-
-def _sized(ratio: float, area: int) -> tuple[int, int]:
-    """The multiples of 16 nearest to a rectangle of this ratio and area."""
-    height, width = (area / ratio) ** 0.5, (area * ratio) ** 0.5
-    return max(16, round(height / 16) * 16), max(16, round(width / 16) * 16)
-
-
-class FilterConfig(_Strict):
+class FilterConfig(Strict):
     """What is kept. A filter set to None or false is off."""
 
     matching_score_above: float | None = Field(
@@ -135,14 +167,15 @@ class FilterConfig(_Strict):
         default=0.5,
         gt=0,
         le=1,
-        description="With crop_bars: drop sources whose bars take more than this share of the area.",
+        description="With crop_bars: drop sources whose bars take more than this share of the "
+        "area.",
     )
     static_below: float | None = Field(
         default=None,
         gt=0,
         le=255,
-        description="Drop clips whose mean absolute change from frame to frame is below this many of "
-        "256 grey levels; 0.5 drops stills with compression noise.",
+        description="Drop clips whose mean absolute change from frame to frame is below this many "
+        "of 256 grey levels; 0.5 drops stills with compression noise.",
     )
     max_black_frames: float | None = Field(
         default=None,
@@ -158,7 +191,7 @@ class FilterConfig(_Strict):
     )
 
 
-class CapConfig(_Strict):
+class CapConfig(Strict):
     """Limits on one sample. Over one of them a sample gets a status, never a crash."""
 
     max_media_bytes: int = Field(
@@ -172,7 +205,7 @@ class CapConfig(_Strict):
     )
 
 
-class ConcurrencyConfig(_Strict):
+class ConcurrencyConfig(Strict):
     """How much runs at once; None lets the preflight choose from the cluster's CPUs."""
 
     shards_in_flight: int = Field(
@@ -181,8 +214,9 @@ class ConcurrencyConfig(_Strict):
     block_bytes: int = Field(
         default=16 * 2**20,
         ge=1,
-        description="What passes from stage to stage at once. A block costs some tens of milliseconds of scheduling; "
-        "what it holds is made again when a run is killed. 1 passes every sample by itself.",
+        description="Bytes that pass from stage to stage at once. A block costs some tens of "
+        "milliseconds of scheduling; what it holds is made again when a run is killed. 1 passes "
+        "every sample by itself.",
     )
     decoders: Pool = Field(default=None, description="Decoding actors: a number, or [least, most].")
     captioners: Pool = Field(
@@ -219,21 +253,23 @@ def bounds(pool: Pool) -> tuple[int, int] | None:
     return (pool, pool) if isinstance(pool, int) else pool
 
 
-class PrepareConfig(_Strict):
+class PrepareConfig(Strict):
     """One run of data preparation.
 
-    Example:
-        >>> PrepareConfig(bucket=BucketConfig(num_frames=17)).bucket.fps
-        8.0
+    >>> PrepareConfig(bucket=BucketConfig(num_frames=17)).bucket.fps
+    8.0
     """
 
     bucket: BucketConfig = Field(default_factory=BucketConfig, description="Size of the clips.")
-    seed: int = Field(default=0, ge=0, description="Seed of the window choice.")
+    seed: int = Field(
+        default=0, ge=0, description="Seed by which the windows of a video are chosen."
+    )
     windows_per_clip: int = Field(
         default=1,
         ge=1,
         le=64,
-        description="Most windows cut from one video, without overlap; short videos give fewer.",
+        description="Most windows (of bucket.num_frames frames) cut from one video, without "
+        "overlap; short videos give fewer.",
     )
     images: bool = Field(default=True, description="Take image–text samples as clips of one frame.")
     filters: FilterConfig = Field(default_factory=FilterConfig, description="What is kept.")
@@ -251,7 +287,8 @@ class PrepareConfig(_Strict):
         default=None,
         ge=0,
         le=14,
-        description="Mask clips whose perceptual hash is within so many of 256 bits of an earlier clip's; None masks nothing.",
+        description="Mask clips whose perceptual hash is within so many of 256 bits of an earlier "
+        "clip's; None masks nothing.",
     )
     caps: CapConfig = Field(default_factory=CapConfig, description="Limits on one sample.")
     deadline_s: float = Field(
@@ -279,13 +316,13 @@ class PrepareConfig(_Strict):
         return {"prepare_version": PREPARE_VERSION, **values}
 
     def latent_digest(self, codec: str) -> str:
-        """Digest of what decides latents: the settings above and the codec's digest."""
+        """Digest of what decides a sample's status and latents; `codec` is the codec's digest."""
         return digest_of({**self.latent_settings(), "codec": codec})
 
     def outcome_digest(self, codec: str) -> str:
-        """The same without what the metadata filters alone decide: given that a sample passes those."""
+        """Digest of what decides them, given that the sample passes the metadata filters."""
         values = self.latent_settings()
-        for name in ("matching_score_above", "desirable", "one_shot", "missing_metadata"):
+        for name in METADATA_FILTERS:
             del values["filters"][name]
         return digest_of({**values, "codec": codec})
 
@@ -296,14 +333,8 @@ class PrepareConfig(_Strict):
         return digest_of({**settings, **{name: getattr(self, name) for name in names}})
 
     def caption_digest(self) -> str:
-        """Digest of what decides the synthetic captions, given the clip (reads a model's folder)."""
+        """Digest of what decides the synthetic captions, given the clip; reads a model's folder."""
         settings = self.captioner.settings()
         if settings:
             settings["seed"] = self.seed
         return digest_of({"captioner": self.captioner.backend, "caption_version": 1, **settings})
-
-
-def digest_of(values: dict[str, Any]) -> str:
-    """The first 16 hex digits of the SHA-256 of values as canonical JSON."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

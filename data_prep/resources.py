@@ -1,9 +1,10 @@
-"""How many actors of each stage, and what share of a CPU each: decided before the run.
+"""How many actors each stage has, and what share of a CPU each takes: decided before the run.
 
 A pure policy of numbers, tested without a cluster. Ray Data fuses a reading task into an actor of
 equal resources; the shares of reading and decoding differ, so every stage stays its own operator.
+Knows nothing of Ray.
 
-    ResourceError(ValueError)    the cluster cannot hold one actor of every stage
+    ResourceError(FlowreelError, ValueError)   the cluster cannot hold one actor of every stage
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from data_prep.config import ConcurrencyConfig, bounds
 from flowreel.errors import FlowreelError
 
 _MIN_CPUS = 0.5
-# Shares of a small machine, by where the time goes; they add up to 0.9.
 _SMALL = {
     "read": 0.15, "decode": 0.25, "filter": 0.03, "caption": 0.12, "encode": 0.32, "sink": 0.03
 }  # fmt: skip
+"""Shares of a small machine, by where the time goes; they add up to 0.9."""
 
 
 class ResourceError(FlowreelError, ValueError):
@@ -28,11 +29,11 @@ class StageResources(NamedTuple):
     """Workers of one stage, and CPUs and GPUs of each."""
 
     workers: int
-    """At the start, and always."""
+    """How many there are at the start, and at least."""
     cpus: float
     gpus: float = 0.0
     most: int = 0
-    """To which the pool may grow where CPUs are free; 0: it does not grow."""
+    """How many there may be where CPUs are free; 0: the pool does not grow."""
 
 
 def plan_resources(
@@ -40,10 +41,14 @@ def plan_resources(
 ) -> dict[str, StageResources]:
     """Workers and shares of the six stages that fit `cpus` and `gpus` together.
 
-    Up to four CPUs every stage has one worker (unless asked) and a fixed share of the machine, which
-    the most workers asked for divide among them: all of them fit at once. Above that decoders and
-    encoders get whole CPUs and their pools grow and shrink with the work; what they begin with fits
-    beside everything else, so no stage ever waits for another's CPUs.
+    Up to four CPUs, every stage has one worker (unless more are asked for) and a fixed share of the
+    machine, which its workers divide among them: all of them fit at once. Above that, decoders and
+    encoders get whole CPUs, and their pools grow and shrink with the work. What the pools begin
+    with fits beside everything else, so no stage ever waits for another's CPUs.
+
+    >>> plan = plan_resources(2, 0, ConcurrencyConfig())
+    >>> plan["decode"]
+    StageResources(workers=1, cpus=0.5, gpus=0.0, most=0)
 
     Raises:
         ResourceError: less than half a CPU is free, or what was asked for does not fit.
@@ -65,7 +70,8 @@ def plan_resources(
 def _small(cpus: float, wanted: ConcurrencyConfig) -> dict[str, StageResources]:
     """Shares of a machine of up to four CPUs."""
     shards = wanted.shards_in_flight
-    # An encoder for every core: encoding is the bulk, and what else runs takes its turn by time-sharing.
+    # One encoder for every core: encoding is the bulk of the work, and the other stages run in
+    # between, as the system divides its time.
     encoders = 1 if wanted.encoder_gpus else max(1, int(cpus))
     pools = {
         "read": (shards, shards),
@@ -120,6 +126,23 @@ def _around(workers: int) -> tuple[int, int]:
 def _pool(workers: tuple[int, int], cpus: float) -> StageResources:
     least, most = workers
     return StageResources(least, cpus, most=most if most > least else 0)
+
+
+def asked_for(
+    wanted: ConcurrencyConfig, *, vllm_gpus: int | None, encodes: bool
+) -> ConcurrencyConfig:
+    """What is asked of the cluster, given the captioner and whether anything is encoded.
+
+    Args:
+        wanted: the settings.
+        vllm_gpus: GPUs of one vLLM engine; None where another captioner writes.
+        encodes: whether a shard needs latents.
+    """
+    if vllm_gpus is not None:
+        wanted = wanted.model_copy(update={"captioner_gpus": float(vllm_gpus)})
+    if not encodes:
+        wanted = wanted.model_copy(update={"encoders": 1, "encoder_gpus": 0.0})
+    return wanted
 
 
 def describe(plan: dict[str, StageResources], cpus: float) -> str:

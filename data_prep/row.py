@@ -1,9 +1,9 @@
 """The row that passes through the stages: one per sample, which may hold several windows.
 
-`status` is empty while a sample goes on. A video cut into one window has its payload in the row's own
-columns. One cut into several is a carrier: `windows` holds a whole row for each, packed, so that a
-sample is never spread over blocks, and `split_windows` and `join_windows` go there and back. A stage
-sees single windows only. Knows nothing of Ray.
+`status` is empty while a sample goes on. A video cut into one window of frames has its payload in
+the row's own columns. A video cut into several has a carrier row: its column `windows` holds a
+whole row for each, packed, so that a sample is never spread over blocks. `split_windows` and
+`join_windows` go there and back. A stage sees single windows only. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from media.frames import Frames
+
 Row = dict[str, Any]
+"""A row of ROW_SCHEMA, by the names of its columns."""
 
 ROW_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.string()),
-        pa.field("number", pa.int32()),  # −1 in the closing row of a shard
+        pa.field("number", pa.int32()),  # place in the shard; −1 in the shard's closing row
         pa.field("key", pa.string()),
-        pa.field("window", pa.int32()),
+        pa.field("window", pa.int32()),  # number of the window among those cut from the video
         pa.field("status", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
@@ -37,7 +40,7 @@ ROW_SCHEMA = pa.schema(
         pa.field("caption_error", pa.string()),
         pa.field("source_digest", pa.string()),  # of the sample as it was read
         pa.field("frames_digest", pa.string()),  # of what the latents and the caption are made of
-        pa.field("reused", pa.bool_()),  # latents or verdict stood already
+        pa.field("reused", pa.bool_()),  # latents or verdict are those of an earlier run
         pa.field("frames", pa.large_binary()),
         pa.field("frames_shape", pa.list_(pa.int32())),
         pa.field("pts_s", pa.list_(pa.float64())),
@@ -54,14 +57,28 @@ ROW_SCHEMA = pa.schema(
     ]
 )
 PAYLOAD = ("media", "frames", "mean", "logvar")
-"""Columns that hold bytes by the megabyte; buffers of any kind in a row."""
+"""Columns that hold bytes by the megabyte; in a row they may be buffers of any kind."""
 _LARGE = (*PAYLOAD, "windows")
+
+
+def is_closing(row: Row) -> bool:
+    """Whether a row ends its shard, rather than being a sample of it."""
+    return bool(row["number"] < 0)
+
+
+def wants_caption(row: Row) -> bool:
+    """Whether a row is an undecided sample without a synthetic caption."""
+    return not row["status"] and not is_closing(row) and row["synthetic"] is None
 
 
 def decided(row: Row, status: str, reason: str, detail: str) -> Row:
     """The row at its end: `kept`, `dropped` or `failed`; only the first keeps its payload.
 
     A kept row without a detail takes its note for one.
+
+    >>> row = decided({"note": "", "media": b"..."}, "failed", "empty_video", "it has 0 bytes")
+    >>> row["status"], row["reason"], row["media"]
+    ('failed', 'empty_video', None)
     """
     if status == "kept":
         return {
@@ -70,14 +87,14 @@ def decided(row: Row, status: str, reason: str, detail: str) -> Row:
             "reason": reason,
             "detail": detail or row.get("note") or "",
         }
-    # Addresses differ between runs; status files must not.
+    # Addresses differ between runs, and status files must not.
     steady = re.sub(r" ?\b0x[0-9a-f]+", "", detail)[:300]
     row = {**row, "status": status, "reason": reason, "detail": steady}
     return {**row, **dict.fromkeys(_LARGE)}
 
 
 def split_windows(row: Row) -> list[Row]:
-    """One row per window; the row itself where it is no carrier."""
+    """One row per window of a carrier; any other row by itself."""
     if not row.get("windows"):
         return [row]
     parts: list[Row] = []
@@ -88,10 +105,17 @@ def split_windows(row: Row) -> list[Row]:
 
 
 def join_windows(parts: Sequence[Row]) -> Row:
-    """The row of a sample from those of its windows.
+    """The row of a sample from the rows of its windows.
 
-    It goes on while one of them does. It is kept where one is, its detail then says which windows are
-    not; where none is, the first one's end is the sample's.
+    The sample goes on while one window does. It is kept where one window is; its detail then says
+    which windows are not. Where none is kept, the end of the first window is the sample's.
+
+    >>> empty = dict.fromkeys(ROW_SCHEMA.names)
+    >>> first = {**empty, "window": 0, "status": "", "note": ""}
+    >>> second = {**empty, "window": 1, "status": "dropped", "reason": "black_frames"}
+    >>> row = join_windows([first, second])
+    >>> row["status"], row["detail"], len(split_windows(row))
+    ('', 'windows: not 1 black_frames', 2)
     """
     if len(parts) == 1:
         return parts[0]
@@ -99,9 +123,10 @@ def join_windows(parts: Sequence[Row]) -> Row:
     statuses = [part["status"] for part in parts]
     if "" in statuses or "kept" in statuses:
         ends = [f"{p['window']} {p['reason']}" for p in parts if p["status"] not in ("", "kept")]
-        said = [f"windows: not {', '.join(ends)}"] if ends else []
-        detail = "; ".join([*said, *([first["note"]] if first["note"] else [])])
-        first |= {"status": "" if "" in statuses else "kept", "reason": "", "detail": detail}
+        details = [f"windows: not {', '.join(ends)}"] if ends else []
+        details += [first["note"]] if first["note"] else []
+        status = "" if "" in statuses else "kept"
+        first |= {"status": status, "reason": "", "detail": "; ".join(details)}
         first["windows"] = [_packed(part) for part in parts]
     return first
 
@@ -109,10 +134,29 @@ def join_windows(parts: Sequence[Row]) -> Row:
 def _packed(row: Row) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, ROW_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist([row], schema=ROW_SCHEMA))
+        writer.write_table(table_of([row]))
     return bytes(sink.getvalue())
 
 
-def frames_of(row: Row) -> np.ndarray:
-    """The uint8 frames [T, H, W, 3] of a row."""
+def frames_of(row: Row) -> Frames:
+    """The uint8 frames [T, H, W, 3] of a row.
+
+    >>> frames_of({"frames": bytes(2 * 4 * 4 * 3), "frames_shape": [2, 4, 4, 3]}).shape
+    (2, 4, 4, 3)
+    """
     return np.frombuffer(row["frames"], dtype=np.uint8).reshape(row["frames_shape"])
+
+
+def table_of(rows: Sequence[Row]) -> pa.Table:
+    """Rows as a table of ROW_SCHEMA."""
+    return pa.Table.from_pylist(list(rows), schema=ROW_SCHEMA)
+
+
+def rows_of(table: pa.Table) -> list[Row]:
+    """The rows of a table; frames and moments are views of the table's own memory, not copies."""
+    views = [name for name in PAYLOAD if name != "media"]
+    rows: list[Row] = table.drop_columns(views).to_pylist()
+    for name in views:
+        for row, value in zip(rows, table[name], strict=True):
+            row[name] = memoryview(value.as_buffer()) if value.is_valid else None
+    return rows

@@ -23,7 +23,8 @@ from pydantic import (
 
 from data_prep.config import PrepareConfig
 from data_prep.storage.store import open_folder
-from flow.codec_factors import HUB_ID
+from flow.aspects import SizeError
+from flow.codec_factors import HUB_ID, read_factors
 from flow.config import FlowConfig
 from flow.text_spec import TextSpec
 from flowreel.errors import FlowreelError
@@ -137,6 +138,16 @@ class Recipe(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _clips_fit_codec(self) -> Recipe:
+        # A codec from a hub is asked when the run is planned: recipes are read without a network.
+        if Path(self.codec_source).is_dir():
+            try:
+                self.prepare.bucket.check(read_factors(self.codec_source))
+            except SizeError as error:
+                raise ValueError(f"prepare.{error}") from error
+        return self
+
     @property
     def stated_video(self) -> StatedVideo:
         """What `prepare.bucket` states of the videos; what nobody gave is the dataset's to decide.
@@ -151,7 +162,7 @@ class Recipe(BaseModel):
         if several:
             stated.pop("height", None)
             stated.pop("width", None)
-            stated["sizes"] = tuple(bucket.all_sizes())
+            stated["sizes"] = tuple(bucket.all_sizes(read_factors(self.codec_source).space))
         return StatedVideo(**stated)
 
     @property

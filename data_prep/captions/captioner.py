@@ -1,14 +1,9 @@
 """What a captioner is: clips in, one caption or one named failure a clip out.
 
-    measured   data_prep.captions.measured   colours, shapes, motion read from the pixels
-    vlm        data_prep.captions.vlm        a transformers model with a chat template
-    http       data_prep.captions.http       an OpenAI-compatible chat endpoint
-    vllm       data_prep.on_ray             the model of `vlm` on vLLM, through ray.data.llm
-
 A clip is shown as a few of its frames, as images, so that no model needs a video processor. Knows
-nothing of Ray or files.
+nothing of Ray or of the back ends.
 
-    CaptionError(ValueError)
+    CaptionError(FlowreelError, ValueError)
     └── CaptionerUnavailable   no caption can be had: the run stops and can be resumed
 """
 
@@ -17,19 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
+from PIL import Image
 
+from data_prep.captions.config import CaptionConfig
 from flowreel.errors import FlowreelError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from data_prep.captions.config import CaptionConfig
-
-Frames = npt.NDArray[np.uint8]
+from media.frames import Frames
 
 MAX_CAPTION_CHARS = 4000
 MAX_ERROR_CHARS = 300
@@ -52,13 +41,13 @@ class Written(NamedTuple):
 
     @classmethod
     def failed(cls, code: str, detail: str) -> Written:
-        """No caption, with the reason; addresses are cut out, for they differ between runs."""
+        """No caption, with the reason; addresses are cut out, because they differ between runs."""
         steady = re.sub(r" ?\b0x[0-9a-f]+", "", " ".join(detail.split()))
         return cls("", f"{code}: {steady}"[:MAX_ERROR_CHARS])
 
     @classmethod
     def of(cls, text: str) -> Written:
-        """A model's words as a caption: one line, without control characters, not endless.
+        """A model's words as a caption: one line of bounded length, without control characters.
 
         >>> Written.of(" A car\\n on a road. ").text
         'A car on a road.'
@@ -76,6 +65,7 @@ class Captioner(Protocol):
     """Writes the synthetic captions of clips."""
 
     name: str
+    """By which the captions are signed."""
 
     def caption_all(self, clips: Sequence[Frames]) -> list[Written]:
         """One result for each clip of uint8 frames [T, H, W, 3], in order.
@@ -88,12 +78,16 @@ class Captioner(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what the captioner holds."""
+        """Let go of what the captioner holds, such as connections."""
         ...
 
 
 def captioner_name(config: CaptionConfig) -> str:
-    """How captions are signed: the back end, and its model without the path to it."""
+    """How captions are signed: the back end, and its model without the path to it.
+
+    >>> captioner_name(CaptionConfig(backend="vlm", model="owner/model"))
+    'vlm:owner/model'
+    """
     if not config.model:
         return config.backend
     folder = Path(config.model)
@@ -101,7 +95,7 @@ def captioner_name(config: CaptionConfig) -> str:
 
 
 def shown_frames(num_frames: int, count: int) -> list[int]:
-    """Indices of the frames that stand for a clip: evenly spaced, first and last among them.
+    """Indices of the frames that stand for a clip, evenly spaced, first and last among them.
 
     >>> shown_frames(17, 4), shown_frames(1, 4), shown_frames(9, 1)
     ([0, 5, 11, 16], [0], [4])
@@ -113,10 +107,8 @@ def shown_frames(num_frames: int, count: int) -> list[int]:
     return [round(i * (num_frames - 1) / (count - 1)) for i in range(count)]
 
 
-def shown_images(frames: Frames, count: int) -> list[Image]:
+def shown_images(frames: Frames, count: int) -> list[Image.Image]:
     """The frames that stand for a clip, as RGB pictures."""
-    from PIL import Image
-
     return [Image.fromarray(frames[i]) for i in shown_frames(len(frames), count)]
 
 

@@ -1,4 +1,8 @@
-"""Which back end a recipe's captioner is. Back ends are imported as they are asked for: two of them are heavy."""
+"""The back end of a recipe's captioner.
+
+A back end is imported when it is asked for, because two of them are heavy. Knows nothing of how
+captions are written.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,17 @@ from data_prep.captions.config import CaptionConfig
 
 
 def build_captioner(config: CaptionConfig, device: str = "cpu", *, seed: int = 0) -> Captioner:
-    """The captioner of a recipe; `vllm` is not built here, it is a stage of Ray Data's own.
+    """The captioner of a recipe.
+
+    `vllm` is not built here: it is a stage of Ray Data's own (`data_prep.captions.on_ray`).
+
+    >>> build_captioner(CaptionConfig(backend="measured")).name
+    'measured'
 
     Args:
         config: the settings.
         device: torch device of a `vlm`.
-        seed: the run's seed, sent to an endpoint.
+        seed: the run's seed, which is sent to an endpoint.
 
     Raises:
         CaptionerUnavailable: the model cannot be loaded, or the key is not there.

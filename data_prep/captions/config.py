@@ -1,4 +1,7 @@
-"""Settings of the captioner, and what of them decides a caption. Knows nothing of how captions are written."""
+"""Settings of the captioner, and what of them decides a caption.
+
+Knows nothing of how captions are written.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from data_prep.strict import Strict
 
 
 def _is_plain_url(url: str) -> bool:
@@ -20,14 +25,21 @@ def _is_plain_url(url: str) -> bool:
         return False
 
 
-class CaptionConfig(BaseModel):
+class CaptionConfig(Strict):
     """Who writes the synthetic captions, and how. A plain name is a back end with its defaults.
 
-    What decides the words is in `caption_digest`; where an endpoint is, how often it is asked and
-    how long it may take are not: they may change between runs of one output.
+    What decides the words is in `PrepareConfig.caption_digest`. Where an endpoint is, how often it
+    is asked and how long it may take are not: they may change between runs of one output.
+
+    >>> CaptionConfig().settings()
+    {}
+    >>> config = CaptionConfig(backend="http", model="m", endpoint="http://host:8000/v1", frames=2)
+    >>> sorted(config.settings())
+    ['frames', 'image_prompt', 'max_tokens', 'model', 'prompt', 'revision']
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    # A value may hold a secret, such as a key in an endpoint's URL.
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     backend: Literal["measured", "vlm", "vllm", "http"] = Field(
         default="measured",
@@ -123,8 +135,7 @@ class CaptionConfig(BaseModel):
             raise ValueError(
                 "captioner.backend 'http' needs captioner.endpoint, such as http://host:8000/v1"
             )
-        # What follows may hold a secret, so it is not repeated: these are rules of the whole
-        # section, and its values stay out of error messages.
+        # These messages do not repeat the value, which may hold a secret.
         if self.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
             raise ValueError(
                 "captioner.api_key_env is no name of an environment variable; put the key into one "
@@ -139,13 +150,13 @@ class CaptionConfig(BaseModel):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What decides a caption, given the clip; of a model folder, its content."""
+        """What decides a caption, given the clip; a model's folder counts by its content."""
         if self.backend == "measured":
             return {}
         names = ["model", "revision", "prompt", "image_prompt", "frames", "max_tokens"]
         if self.backend in ("vlm", "vllm"):
             names += ["dtype"]
-        # The shape of a call decides which kernels run, hence the last bits.
+        # The shape of a call decides which kernels run, and so the last bits.
         names += {"vlm": ["batch_size", "threads"], "vllm": ["batch_invariant", "engine"]}.get(
             self.backend, []
         )

@@ -1,9 +1,9 @@
-"""Captions by any OpenAI-compatible chat endpoint: frames go as JPEG data-URLs, one request a clip.
+"""Captions by any OpenAI-compatible chat endpoint: one request a clip, frames as JPEG data-URLs.
 
-What may pass (no connection, a time-out, 408, 409, 425, 429, 5xx, an answer that is no JSON) is tried
-again with growing pauses, or after the endpoint's own Retry-After, until the caption's deadline.
-What is this clip's own fault is its recorded failure; a refused key or an unknown model stops the
-run. The key is read from the environment and never written anywhere. Knows nothing of Ray.
+A failure that may pass (no connection, a time-out, status 408, 409, 425, 429 or 5xx, an answer that
+is no JSON) is tried again until the caption's deadline, after growing pauses or the endpoint's own
+Retry-After. A failure that is the clip's own fault is recorded for it. A refused key or an unknown
+model stops the run. The key is read from the environment and written nowhere. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -17,25 +17,33 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
+from PIL import Image
 
 from data_prep.captions.captioner import (
     CaptionerUnavailable,
-    Frames,
     Written,
     captioner_name,
     question,
     shown_images,
 )
 from data_prep.captions.config import CaptionConfig
+from media.frames import Frames
 
 _MAX_PAUSE_S = 60.0
 _JPEG_QUALITY = 92
-_PASSING = frozenset((408, 409, 425, 429))
-_UNUSABLE = frozenset((401, 403, 404, 405))
+_PASSING_STATUSES = frozenset((408, 409, 425, 429))
+_UNUSABLE_STATUSES = frozenset((401, 403, 404, 405))
 
 
-class _Failed(Exception):
-    """This request brought no caption. `again`: another may; `pause_s`: the endpoint's wish."""
+class _RequestError(Exception):
+    """A request that brought no caption.
+
+    Args:
+        code: short name of the failure.
+        detail: what happened.
+        again: whether another request may bring one.
+        pause_s: the pause before it that the endpoint asks for, in seconds.
+    """
 
     def __init__(self, code: str, detail: str, *, again: bool, pause_s: float | None = None):
         super().__init__(detail)
@@ -66,13 +74,13 @@ class HttpCaptioner:
                     "where the captioning actors run; set it before Ray starts"
                 )
         self._loop = asyncio.Runner()
-        # Nothing packed, so that a small answer cannot unfold into a large one.
+        # No compression, so that a small answer cannot unfold into a large one.
         headers = {"accept-encoding": "identity"}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
         self._client = httpx.AsyncClient(
             headers=headers,
-            timeout=None,  # deadlines are ours: they hold for the whole exchange
+            timeout=None,  # our own deadlines hold for the whole exchange, not for each read
             limits=httpx.Limits(max_connections=config.requests_in_flight),
         )
 
@@ -81,6 +89,7 @@ class HttpCaptioner:
         return self._loop.run(self._caption_all(clips))
 
     def close(self) -> None:
+        """Close the connections."""
         self._loop.run(self._client.aclose())
         self._loop.close()
 
@@ -101,13 +110,13 @@ class HttpCaptioner:
     async def _caption(self, frames: Frames) -> Written:
         """One clip, with its retries, inside its deadline."""
         body = json.dumps(self._body(frames)).encode()
-        last = _Failed("timeout", f"no answer in {self.config.deadline_s:g} s", again=True)
+        last = _RequestError("timeout", f"no answer in {self.config.deadline_s:g} s", again=True)
         try:
             async with asyncio.timeout(self.config.deadline_s):
                 for attempt in range(self.config.retries + 1):
                     try:
                         return await self._ask(body)
-                    except _Failed as failure:
+                    except _RequestError as failure:
                         last = failure
                         if not failure.again:
                             break
@@ -119,7 +128,7 @@ class HttpCaptioner:
         return Written.failed(last.code, str(last))
 
     async def _ask(self, body: bytes) -> Written:
-        """One request. Raises _Failed, or CaptionerUnavailable where no request can succeed."""
+        """One request. Raises _RequestError, or CaptionerUnavailable if none can succeed."""
         url = f"{(self.config.endpoint or '').rstrip('/')}/chat/completions"
         try:
             async with (
@@ -131,9 +140,9 @@ class HttpCaptioner:
                 data = await self._read(response)
         except TimeoutError as error:
             detail = f"no answer in {self.config.request_timeout_s:g} s"
-            raise _Failed("timeout", detail, again=True) from error
+            raise _RequestError("timeout", detail, again=True) from error
         except httpx.HTTPError as error:
-            raise _Failed("no_connection", type(error).__name__, again=True) from error
+            raise _RequestError("no_connection", type(error).__name__, again=True) from error
         if response.status_code != 200:
             self._refused(response, data)
         return _caption_in(data)
@@ -144,25 +153,25 @@ class HttpCaptioner:
             data += chunk
             if len(data) > self.config.max_response_bytes:
                 detail = f"over {self.config.max_response_bytes} bytes"
-                raise _Failed("response_too_large", detail, again=False)
+                raise _RequestError("response_too_large", detail, again=False)
         return data
 
     def _refused(self, response: httpx.Response, data: bytes) -> None:
         status = response.status_code
-        said = " ".join(data[:200].decode("utf-8", "replace").split())
+        answer = " ".join(data[:200].decode("utf-8", "replace").split())
         if self._key:
-            # An endpoint may repeat what it was sent.
-            said = said.replace(self._key, "***")
-        if status in _UNUSABLE:
+            # An endpoint may repeat what it was sent, and the answer goes into messages and files.
+            answer = answer.replace(self._key, "***")
+        if status in _UNUSABLE_STATUSES:
             raise CaptionerUnavailable(
-                f"{self.config.endpoint} answered {status} ({said}); check captioner.endpoint, "
+                f"{self.config.endpoint} answered {status} ({answer}); check captioner.endpoint, "
                 "captioner.model and the key named by captioner.api_key_env, then run again"
             )
-        if status in _PASSING or status >= 500:
-            raise _Failed(
+        if status in _PASSING_STATUSES or status >= 500:
+            raise _RequestError(
                 "endpoint_error", f"status {status}", again=True, pause_s=_retry_after_s(response)
             )
-        raise _Failed("endpoint_refused", f"status {status}: {said}", again=False)
+        raise _RequestError("endpoint_refused", f"status {status}: {answer}", again=False)
 
     def _body(self, frames: Frames) -> dict[str, Any]:
         images = [
@@ -179,26 +188,30 @@ class HttpCaptioner:
         }
 
 
-def data_url(image: Any) -> str:
-    """A picture as a JPEG data-URL."""
+def data_url(image: Image.Image) -> str:
+    """A picture as a JPEG data-URL.
+
+    >>> data_url(Image.new("RGB", (8, 8)))[:23]
+    'data:image/jpeg;base64,'
+    """
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _caption_in(data: bytes) -> Written:
-    """The caption of a chat completion. Raises _Failed where it is none."""
+    """The caption of a chat completion. Raises _RequestError where there is none."""
     try:
         content = json.loads(data)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         detail = "the answer is no chat completion"
-        raise _Failed("bad_response", detail, again=True) from error
+        raise _RequestError("bad_response", detail, again=True) from error
     if content is not None and not isinstance(content, str):
-        raise _Failed("bad_response", "the answer's content is no text", again=True)
+        raise _RequestError("bad_response", "the answer's content is no text", again=True)
     return Written.of(content or "")
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
-    """The endpoint's wish in seconds; dates and nonsense are passed over."""
+    """The pause that the endpoint asks for, in seconds; dates and nonsense are passed over."""
     text = response.headers.get("retry-after", "")
     return float(text) if text.isdigit() and len(text) < 7 else None

@@ -1,7 +1,8 @@
 """Captions from pixels, without weights: colour, shape and motion of the one coloured thing.
 
-Made for the synthetic world and for what a model trained on it generates (soft, a little noisy); of
-real footage it says what little it can see. Needs numpy and Pillow only. Knows nothing of Ray or files.
+Made for the synthetic world, and for what a model that was trained on it generates, which is soft
+and a little noisy. Of real footage it says what little it can see. Needs numpy and Pillow only.
+Knows nothing of Ray or files.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_prep.captions.captioner import Frames, Written
+from data_prep.captions.captioner import Written
 from data_prep.sources.moving_shapes import COLOURS, TONES
+from media.frames import Frames
 
 MEASURED_SIDE = 64
 """Frames are measured at this many pixels of the smaller side, up to twice as many."""
@@ -56,28 +58,28 @@ class MeasuredCaptioner:
 
     def caption(self, frames: Frames) -> str:
         """One sentence about uint8 frames [T, H, W, 3]; the same frames give the same one."""
-        found = measure(frames)
-        if found.colour and found.shape:
-            thing = f"{found.colour} {found.shape}"
-            place = f"over a {found.tone} background"
+        scene = measure(frames)
+        if scene.colour and scene.shape:
+            thing = f"{scene.colour} {scene.shape}"
+            place = f"over a {scene.tone} background"
             if len(frames) == 1:
                 return f"A {thing} {place}."
-            if found.motion == "still":
+            if scene.motion == "still":
                 return f"A {thing} stays still {place}."
-            return f"A {thing} moves {found.motion} {place}."
-        look = found.colour if found.colour and found.area > 0.25 else found.tone
+            return f"A {thing} moves {scene.motion} {place}."
+        look = scene.colour if scene.colour and scene.area > 0.25 else scene.tone
         if len(frames) == 1:
             return f"A mostly {look} picture."
-        if found.activity < 0.5:
+        if scene.activity < 0.5:
             return f"A mostly {look} scene without motion."
-        return f"A mostly {look} scene with {'slow' if found.activity < 8 else 'fast'} motion."
+        return f"A mostly {look} scene with {'slow' if scene.activity < 8 else 'fast'} motion."
 
     def caption_all(self, clips: Sequence[Frames]) -> list[Written]:
         """A sentence for every clip."""
         return [Written(self.caption(frames)) for frames in clips]
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Do nothing: it holds nothing."""
 
 
 def measure(frames: Frames) -> Measurement:
@@ -87,7 +89,7 @@ def measure(frames: Frames) -> Measurement:
     centroids, shape the rotational moments of their common outline.
     """
     frames = _reduced(frames)
-    # A plane each: numpy reduces an axis of three many times more slowly.
+    # A plane for each colour: numpy reduces an axis of three many times more slowly.
     planes = [np.ascontiguousarray(frames[..., channel]) for channel in range(3)]
     brightest, darkest = np.maximum.reduce(planes), np.minimum.reduce(planes)
     chroma_THW = brightest - darkest
@@ -124,7 +126,10 @@ def _without_specks(mask_THW: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def _reduced(frames: Frames) -> Frames:
-    """Large frames shrunk by a whole factor to 64 pixels and more: what is measured is coarser than that."""
+    """Large frames shrunk by a whole factor, since what is measured is coarser than their pixels.
+
+    The smaller side keeps MEASURED_SIDE pixels at least.
+    """
     factor = min(frames.shape[1:3]) // MEASURED_SIDE
     if factor < 2:
         return frames

@@ -1,8 +1,9 @@
-"""Captions by vLLM as a stage of Ray Data's own (`ray.data.llm`): its settings, and rows in and out.
+"""Captions by vLLM as a stage of Ray Data's own (`ray.data.llm`): settings, rows in and out.
 
-The chat template is rendered here and the frames go as images, as in `caption_vlm`, so of Ray's
-stages only the engine's is used. Rows that were decided before are marked as failed for the engine,
-which Ray hands through untouched. Knows neither Ray nor vLLM: `data_prep.on_ray` wires them.
+The chat template is rendered before the engine and the frames go as images, as in
+`data_prep.captions.vlm`; so of Ray's stages only the engine's is used. Rows that want no caption
+are marked as failed for the engine, and Ray hands those through untouched. Knows nothing of Ray or
+vLLM: `data_prep.captions.on_ray` wires them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.captions.captioner import (
-    Frames,
-    Written,
-    shown_images,
-)
+from data_prep.captions.captioner import Written, shown_images
 from data_prep.captions.config import CaptionConfig
+from data_prep.row import Row, frames_of, wants_caption
 
 ERROR = "__inference_error__"
 """Ray's column: rows where it is not empty pass every stage untouched."""
@@ -25,7 +23,12 @@ PASSED = "decided before captioning"
 
 
 def vllm_gpus(config: CaptionConfig) -> int:
-    """GPUs of one engine."""
+    """GPUs of one engine.
+
+    >>> engine = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    >>> vllm_gpus(CaptionConfig(backend="vllm", model="owner/model", engine=engine))
+    4
+    """
     sizes = (config.engine.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
     return int(np.prod([int(size) for size in sizes]))
 
@@ -45,7 +48,7 @@ def vllm_settings(config: CaptionConfig, *, engines: int, seed: int) -> dict[str
         **({"revision": config.revision} if config.revision else {}),
         **config.engine,
     }
-    # Without it a caption's last bits, and so its words, depend on what else is in the batch.
+    # Without this a caption's last bits, and so its words, depend on the rest of the batch.
     invariant = {"VLLM_BATCH_INVARIANT": "1"} if config.batch_invariant else {}
     stages = ("chat_template", "tokenize", "detokenize", "prepare_multimodal")
     return {
@@ -61,22 +64,21 @@ def vllm_settings(config: CaptionConfig, *, engines: int, seed: int) -> dict[str
 
 
 def engine_row(
-    row: Mapping[str, Any], config: CaptionConfig, prompts: Mapping[int, str], seed: int
+    row: Row, config: CaptionConfig, prompts: Mapping[int, str], seed: int
 ) -> dict[str, Any]:
     """What the engine reads of a row: prompt, images, greedy sampling.
 
     Args:
-        row: a row of `stages.ROW_SCHEMA`.
+        row: a row of ROW_SCHEMA.
         config: the settings.
         prompts: the rendered chat by number of images.
         seed: the run's seed.
     """
-    if row["status"] or row["number"] < 0 or row["synthetic"] is not None:
-        # An image all the same: Arrow could hold the row without, and blocks must be of one kind.
+    if not wants_caption(row):
+        # An image all the same: blocks with images and blocks without would be of different kinds.
         blank = shown_images(np.zeros((1, 1, 1, 3), dtype=np.uint8), 1)
         return {"prompt": "", "multimodal_data": {"image": blank}, ERROR: PASSED}
-    frames: Frames = np.frombuffer(row["frames"], dtype=np.uint8).reshape(row["frames_shape"])
-    images = shown_images(frames, config.frames)
+    images = shown_images(frames_of(row), config.frames)
     return {
         "prompt": prompts[len(images)],
         "multimodal_data": {"image": images},
@@ -86,7 +88,7 @@ def engine_row(
 
 
 def engine_result(row: Mapping[str, Any]) -> tuple[bool, Written]:
-    """(whether the row was captioned, what the engine made of it)."""
+    """Whether a row went through the engine, and what the engine made of it."""
     error = row.get(ERROR) or ""
     if error == PASSED:
         return False, Written("")

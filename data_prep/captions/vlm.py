@@ -1,10 +1,9 @@
 """Captions by a vision-language model: any `AutoModelForImageTextToText` with a chat template.
 
-Decoding is greedy, and every call has one shape: clips of one size, as many as `batch_size`, a short
-call filled up with its own clips. So the same kernels run whatever arrived together, and a clip's
-caption does not depend on its neighbours (models that route tokens among experts excepted: give
-those `batch_size: 1`). Knows transformers and torch; nothing of Ray, endpoints or files other than
-the model's.
+Decoding is greedy, and every call has one shape: `batch_size` clips of one size, where a short call
+is filled up with its own clips. So the same kernels run whatever arrived together, and a clip's
+caption does not depend on its neighbours. (Models that route tokens among experts are an exception:
+give those `batch_size: 1`.) Knows nothing of Ray or endpoints, and reads no files but the model's.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ import torch
 
 from data_prep.captions.captioner import (
     CaptionerUnavailable,
-    Frames,
     Written,
     captioner_name,
     chat_messages,
     shown_images,
 )
 from data_prep.captions.config import CaptionConfig
+from media.frames import Frames
 
 
 class VlmCaptioner:
@@ -79,7 +78,7 @@ class VlmCaptioner:
         return [written[place] for place in range(len(clips))]
 
     def close(self) -> None:
-        """Holds nothing but memory."""
+        """Do nothing: it holds nothing but memory."""
 
     def inputs(self, clips: Sequence[Frames]) -> Any:
         """What the model reads of clips of one shape: token ids [B, L], pixels, and so on."""
@@ -106,7 +105,7 @@ def render_prompt(processor: Any, config: CaptionConfig, num_frames: int) -> str
     text: str = processor.apply_chat_template(
         chat_messages(config, num_frames), tokenize=False, add_generation_prompt=True
     )
-    # Templates write the first token themselves, and so does the tokenizer.
+    # Templates write the first token themselves, and so does the tokenizer: it would come twice.
     first = getattr(processor.tokenizer, "bos_token", None)
     return text.removeprefix(first) if first and _adds_first(processor.tokenizer) else text
 
@@ -117,9 +116,10 @@ def _adds_first(tokenizer: Any) -> bool:
 
 
 def load_processor(config: CaptionConfig) -> Any:
-    """The model's processor for text and images; a video processor it may have is left out.
+    """The model's processor for text and images.
 
-    Video processors need torchvision; sampled frames are images.
+    A video processor that the model may have is left out: it needs torchvision, and frames are
+    shown as images.
 
     Raises:
         CaptionerUnavailable: there is none to load, or it has no chat template.
@@ -152,7 +152,7 @@ def load_processor(config: CaptionConfig) -> Any:
 
 
 def _where(config: CaptionConfig) -> dict[str, Any]:
-    """Which files of the model's are read; never code of its own."""
+    """Which files of the model are read; code that comes with it never runs."""
     revision = {"revision": config.revision} if config.revision else {}
     return {**revision, "trust_remote_code": False}
 

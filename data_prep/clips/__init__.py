@@ -1,1 +1,9 @@
-"""data_prep/clips."""
+"""A sample becomes frames: decoded, judged, and cut to a bucket.
+
+Read in this order:
+
+    decode.py         the decoding stage: the order in which the others are used
+    cut.py            which frames, which bucket, black bars, crop and resize
+    filters.py        which samples are kept, and why not
+    machine_lock.py   shared and exclusive turns of a machine's decoders
+"""

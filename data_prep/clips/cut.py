@@ -1,9 +1,9 @@
 """From a video to a clip: which frames, and how each is cut to the bucket.
 
-Windows in time, buckets by aspect, black bars measured and cut. Pure functions of timestamps, pixels,
-seed and key; knows nothing of decoders, Ray or files.
+Windows of frames, buckets by aspect, black bars measured and cut. Pure functions of timestamps,
+pixels, seed and key. Knows nothing of decoders, Ray or files.
 
-    ClipTooShort(ValueError)   too_short: the source ends before the window does
+    ClipTooShort(FlowreelError, ValueError)   too_short: the source ends before the window does
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from flowreel.errors import FlowreelError
-
-Frames = npt.NDArray[np.uint8]
+from media.frames import Frames
 
 
 class ClipTooShort(FlowreelError, ValueError):
-    """The source is shorter than the window."""
+    """The source is shorter than the window of frames."""
 
     reason = "too_short"
 
@@ -43,8 +42,12 @@ def choose_window(
 ) -> list[int]:
     """Indices of the frames of one window: `num_frames` of them at `fps`, by real timestamps.
 
-    The window starts at a frame chosen by hash(seed, key); each target time takes the source frame
-    nearest to it, so that a source of a lower rate repeats frames and one of a higher rate skips.
+    The window starts at a frame chosen by hash(seed, key). Each target time takes the source frame
+    nearest to it, so that a source of a lower rate repeats frames and one of a higher rate skips
+    some.
+
+    >>> choose_window(np.arange(20) / 16, 5, 8.0, seed=0, key="a")
+    [4, 6, 8, 10, 12]
 
     Args:
         pts_s: [N] presentation times, seconds, not falling.
@@ -56,13 +59,13 @@ def choose_window(
     Raises:
         ClipTooShort: the last target time lies more than half a target step past the last frame.
     """
-    span_s = (num_frames - 1) / fps
-    room_s = float(pts_s[-1]) - span_s if len(pts_s) else -span_s
+    window_s = (num_frames - 1) / fps
+    room_s = float(pts_s[-1]) - window_s if len(pts_s) else -window_s
     if not len(pts_s) or room_s < -0.5 / fps:
         have_s = float(pts_s[-1]) if len(pts_s) else 0.0
         raise ClipTooShort(
             f"the video's last frame is at {have_s:.3f} s; {num_frames} frames at {fps:g} fps "
-            f"need one at {span_s:.3f} s"
+            f"need one at {window_s:.3f} s"
         )
     return _window_from(pts_s, unit_hash(seed, key) * max(0.0, room_s), num_frames, fps)
 
@@ -78,8 +81,12 @@ def choose_windows(
 ) -> list[list[int]]:
     """Frame indices of up to `at_most` windows that do not overlap, in order of time.
 
-    As many as fit, each `num_frames` at `fps` as in `choose_window`; the time left over is shared out
-    between them by hash(seed, key, number). One window is exactly `choose_window`'s.
+    There are as many as fit, each of `num_frames` at `fps` as in `choose_window`. The time left
+    over is shared out between them by hash(seed, key, number). A single window is exactly that of
+    `choose_window`.
+
+    >>> choose_windows(np.arange(40) / 16, 5, 8.0, seed=0, key="a", at_most=2)
+    [[5, 7, 9, 11, 13], [25, 27, 29, 31, 33]]
 
     Raises:
         ClipTooShort: not even one fits.
@@ -94,7 +101,7 @@ def choose_windows(
     windows: list[list[int]] = []
     for number, place in enumerate(places):
         wanted_s = place * slack_s + number * whole_s
-        # In a source of few frames the last of a window may be the first of the next.
+        # In a source of few frames the last frame of a window may be the first of the next.
         earliest_s = float(pts_s[windows[-1][-1]]) if windows else 0.0
         windows.append(_window_from(pts_s, max(wanted_s, earliest_s), num_frames, fps))
     return windows
@@ -106,7 +113,7 @@ def _window_from(
     """The window from the last frame at or before `wanted_s`."""
     if len(pts_s) == 1:
         return [0] * num_frames
-    # Starting on a source frame keeps an even step wherever the rates divide.
+    # A start on a source frame keeps the steps even wherever one rate divides the other.
     start_s = float(pts_s[np.searchsorted(pts_s, wanted_s, side="right") - 1])
     targets_s = start_s + np.arange(num_frames) / fps
     after = np.clip(np.searchsorted(pts_s, targets_s, side="left"), 1, max(1, len(pts_s) - 1))
@@ -115,7 +122,7 @@ def _window_from(
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (rows, columns) whose aspect is nearest in ratio; the first of equals.
+    """The (rows, columns) whose aspect is nearest to that of a source; the first of equals.
 
     >>> nearest_size(360, 640, [(64, 64), (48, 80), (80, 48)])
     (48, 80)
@@ -125,7 +132,11 @@ def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> t
 
 
 class Bars(NamedTuple):
-    """Rows and columns, in source pixels, that black bars take at each side."""
+    """Rows and columns, in source pixels, that black bars take at each side.
+
+    >>> Bars(top=12, bottom=12).size_inside(72, 128)
+    (48, 128)
+    """
 
     top: int = 0
     bottom: int = 0
@@ -145,9 +156,14 @@ class Bars(NamedTuple):
 class BarMeter:
     """Measures the black bars that all frames of a video share, frame by frame.
 
-    A row or column belongs to a bar where nearly all of it is dark in every frame, from the edge on.
-    Only bars of about the same width at opposite sides count (a night sky is none), and only those
-    that take at least a fiftieth of the side. A video that is dark throughout has no bars.
+    A row or column belongs to a bar if nearly all of it is dark in every frame, from the edge on.
+    Bars count only where they have about the same width at opposite sides (a night sky is none) and
+    take at least a fiftieth of the side. A video that is dark throughout has no bars.
+
+    >>> meter = BarMeter()
+    >>> meter.add(np.pad(np.full((8, 16, 3), 200, np.uint8), ((4, 4), (0, 0), (0, 0))))
+    >>> meter.bars()
+    Bars(top=4, bottom=4, left=0, right=0)
     """
 
     DARK = 24
@@ -162,7 +178,7 @@ class BarMeter:
         self._mixed = False
 
     def add(self, frame_HW3: Frames) -> None:
-        """Take one frame. Where a stream changes its size on the way, there are no bars."""
+        """Take one frame; a stream that changes its size on the way has no bars."""
         grey_HW = np.maximum(np.maximum(frame_HW3[..., 0], frame_HW3[..., 1]), frame_HW3[..., 2])
         bright_HW = grey_HW > self.DARK
         height, width = bright_HW.shape
@@ -215,7 +231,7 @@ def fit_frame(frame_HW3: Frames, to_height: int, to_width: int) -> Frames:
     if (height, width) == (to_height, to_width):
         return frame_HW3
     box = crop_box(height, width, to_height, to_width)
-    # Pillow widens the bilinear filter when it shrinks, which is the antialiasing.
+    # Pillow widens the bilinear filter when it shrinks a picture: that is the antialiasing.
     picture = Image.fromarray(frame_HW3).resize(
         (to_width, to_height), Image.Resampling.BILINEAR, box=box
     )

@@ -1,39 +1,31 @@
 """The decoding stage: media bytes → frames of one window or several, in the nearest bucket's size.
 
-Holds the order of things (judge the metadata, choose windows, measure bars, cut, time-outs again and
-alone); how each is done is in `data_prep.clips.cut`, `data_prep.clips.filters` and `media`. Knows nothing of Ray.
+Holds the order of things: judge the metadata, choose windows of frames, measure bars, cut, and try
+a time-out again alone. How each is done is in `data_prep.clips.cut`, `data_prep.clips.filters` and
+`media`. Knows nothing of Ray.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from data_prep.clips.cut import (
-    BarMeter,
-    Bars,
-    choose_windows,
-    fit_frame,
-    nearest_size,
-)
+from data_prep.clips.cut import BarMeter, Bars, choose_windows, fit_frame, nearest_size
 from data_prep.clips.filters import judge_bars, judge_metadata
-from data_prep.clips.machine_lock import Alone
+from data_prep.clips.machine_lock import MachineLock
 from data_prep.config import PrepareConfig
 from data_prep.ledger.reuse import Reuse
-from data_prep.row import (
-    Row,
-    decided,
-    join_windows,
-)
+from data_prep.row import Row, decided, join_windows
 from data_prep.sources.samples import IMAGE_SUFFIXES
 from media.errors import DecodeTimeout
+from media.frames import Frames
 from media.read import Clip, VideoInfo, VideoReader
 from media.write import decode_image
 
-_RETRY_DEADLINE = 3.0
+_RETRY_FACTOR = 3.0
+"""A clip that ran out of time is tried again with so many times its deadline."""
 
 
 @dataclass
@@ -42,45 +34,67 @@ class _Cut:
 
     info: VideoInfo
     windows: list[list[int]]
+    """Frame indices of every window."""
     size: tuple[int, int]
+    """Rows and columns of the bucket."""
     meter: BarMeter
 
 
 class DecodeStage:
-    """Media bytes → uint8 frames [T, H, W, 3] of one window or several, in the nearest bucket's size.
+    """Media bytes → uint8 frames [T, H, W, 3] of one window or several, in the nearest size.
 
     Videos are decoded by `media.read` in a child process, decord first. A sample that its metadata
-    drops is not decoded. A time-out is tried again with three times the deadline, while nothing else
-    is decoded on this machine: a busy machine must not decide what a sample becomes. Nor is one whose outcome stands.
+    drops is not decoded, and neither is one whose outcome an earlier run has left. A time-out is
+    tried again with three times the deadline, while nothing else is decoded on this machine: how
+    busy a machine is must not decide what a sample becomes.
+
+    Args:
+        config: the settings.
+        sizes: (rows, columns) of the buckets, in pixels.
+        lock: shared by all decoders of the machine.
+        reuse: what earlier runs left of the samples.
     """
 
     def __init__(
-        self, config: PrepareConfig, alone: Alone | None = None, reuse: Reuse | None = None
+        self,
+        config: PrepareConfig,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        lock: MachineLock | None = None,
+        reuse: Reuse | None = None,
     ) -> None:
         self.config = config
+        self.sizes = sizes
         self.reuse = reuse or Reuse()
         self.reader = VideoReader(memory_bytes=config.caps.decoder_memory_bytes)
-        self.alone = alone or Alone()
+        self.lock = lock or MachineLock()
 
     def process(self, row: Row) -> Row:
-        """Fills frames, their times and the source's size; raises MediaError or ClipTooShort."""
+        """Fill in frames, their times and the source's size.
+
+        Raises:
+            MediaError: the media cannot be decoded.
+            ClipTooShort: no window of frames fits into it.
+        """
         drop = judge_metadata(json.loads(row["metadata"]), self.config.filters)
         if drop is not None:
             return decided(row, "dropped", drop.reason, drop.detail)
-        if (standing := self.reuse.outcome(row)) is not None:
-            return standing
+        if (outcome := self.reuse.outcome(row)) is not None:
+            return outcome
         if row["suffix"] in IMAGE_SUFFIXES:
             return self._image(row)
         deadline_s = self.config.deadline_s
-        patience_s = 4 * _RETRY_DEADLINE * deadline_s
+        # Others may try again too; whoever waits longer than that waits for a stopped process.
+        patience_s = 4 * _RETRY_FACTOR * deadline_s
         try:
-            with self.alone.beside_others(patience_s):
+            with self.lock.shared(patience_s):
                 return self._video(row, deadline_s)
         except DecodeTimeout:
-            with self.alone.by_itself(patience_s):
-                return self._video(row, deadline_s * _RETRY_DEADLINE)
+            with self.lock.exclusive(patience_s):
+                return self._video(row, deadline_s * _RETRY_FACTOR)
 
     def close(self) -> None:
+        """End the decoding child."""
         self.reader.close()
 
     def _video(self, row: Row, deadline_s: float) -> Row:
@@ -91,7 +105,8 @@ class DecodeStage:
         if any(bars):
             if drop := judge_bars(bars, height, width, self.config.filters):
                 return decided(row, "dropped", drop.reason, drop.detail)
-            # Bars are known once all frames are seen; holding those whole could fill the memory.
+            # Bars are known only after the last frame, and the whole frames could fill the memory:
+            # so the video is decoded a second time.
             clip, cut = self._read(row, bars, deadline_s)
         num_frames = self.config.bucket.num_frames
         parts = []
@@ -115,11 +130,11 @@ class DecodeStage:
                 key=row["key"],
                 at_most=config.windows_per_clip,
             )
-            size = nearest_size(*bars.size_inside(info.height, info.width), bucket.all_sizes())
+            size = nearest_size(*bars.size_inside(info.height, info.width), self.sizes)
             cuts.append(_Cut(info, windows, size, BarMeter()))
             return [index for window in windows for index in window]
 
-        def transform(frame_HW3: np.ndarray) -> np.ndarray:
+        def transform(frame_HW3: Frames) -> Frames:
             if config.filters.crop_bars:
                 cuts[-1].meter.add(frame_HW3)
             return fit_frame(bars.cut(frame_HW3), *cuts[-1].size)
@@ -149,11 +164,11 @@ class DecodeStage:
         if drop := judge_bars(bars, height, width, filters):
             return decided(row, "dropped", drop.reason, drop.detail)
         picture_HW3 = bars.cut(frame_HW3)
-        size = nearest_size(*bars.size_inside(height, width), self.config.bucket.all_sizes())
+        size = nearest_size(*bars.size_inside(height, width), self.sizes)
         return _with_frames(row, fit_frame(picture_HW3, *size)[None], [0.0], bars)
 
 
-def _with_frames(row: Row, frames_THW3: np.ndarray, pts_s: list[float], bars: Bars) -> Row:
+def _with_frames(row: Row, frames_THW3: Frames, pts_s: list[float], bars: Bars) -> Row:
     """The row with the frames of one window in the place of its media."""
     frames = frames_THW3.tobytes()
     digest = hashlib.sha256(str(frames_THW3.shape).encode())

@@ -1,11 +1,11 @@
-"""What is kept and why not: decisions on metadata and on what the decoder found.
+"""Which samples are kept and why not: decisions on metadata and on what the decoder found.
 
 Pure policies that return a `Drop` or None; the reasons are those of status rows. Knows nothing of
 Ray or files.
 
     low_matching_score, not_desirable, several_shots     from the json that Panda-70M writes
-    missing_metadata                                     where the run's policy is `drop`
-    small_area, short_duration                           from the json where it has them, and the decoder
+    missing_metadata                                     only if the run's policy is `drop`
+    small_area, short_duration                           from the json, and from the decoder
     static_clip, black_frames, white_frames, letterbox   from the pixels
 """
 
@@ -17,19 +17,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from data_prep.clips.cut import Bars
 from data_prep.config import FilterConfig
+from media.frames import Frames
 
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 _BLACK, _WHITE = 20, 235
 """Grey levels up to and from which a pixel is black and white."""
 _NEARLY_ALL = 0.99
-
-
-METADATA_REASONS = ("low_matching_score", "not_desirable", "several_shots", "missing_metadata")
-"""Reasons that depend on the metadata filters alone, whose settings `PrepareConfig.outcome_digest` leaves out."""
 
 
 class Drop(NamedTuple):
@@ -43,6 +39,11 @@ def judge_metadata(metadata: dict[str, Any], config: FilterConfig) -> Drop | Non
     """The first metadata filter that a sample fails. Costs nothing, so it comes before decoding.
 
     Fields may hold one value or a list for the clip's parts: every part must pass.
+
+    >>> judge_metadata({"matching_score": [0.5, 0.4]}, FilterConfig())
+    Drop(reason='low_matching_score', detail='matching score 0.4, not above 0.43')
+    >>> judge_metadata({"matching_score": 0.5}, FilterConfig()) is None
+    True
     """
     missing = []
     if config.matching_score_above is not None:
@@ -61,7 +62,7 @@ def judge_metadata(metadata: dict[str, Any], config: FilterConfig) -> Drop | Non
         elif any(mark != "desirable" for mark in marks):
             return Drop("not_desirable", f"marked {', '.join(marks)[:200]}")
     if config.one_shot:
-        shots = count_spans(metadata.get("shot_boundary_detection"))
+        shots = count_shots(metadata.get("shot_boundary_detection"))
         if not shots:
             missing.append("shot_boundary_detection")
         elif shots > 1:
@@ -72,7 +73,7 @@ def judge_metadata(metadata: dict[str, Any], config: FilterConfig) -> Drop | Non
 
 
 def _judge_claims(metadata: dict[str, Any], config: FilterConfig) -> Drop | None:
-    """Size and length as the json claims them; where it does not, the decoder will tell."""
+    """Size and length as the json claims them; where it claims none, the decoder will tell."""
     sides = [_numbers(metadata.get(name)) for name in ("height", "width")]
     if all(len(side) == 1 and side[0] > 0 for side in sides):
         drop = judge_source(int(sides[0][0]), int(sides[1][0]), None, config)
@@ -85,7 +86,7 @@ def _judge_claims(metadata: dict[str, Any], config: FilterConfig) -> Drop | None
 
 
 def claimed_duration_s(metadata: dict[str, Any]) -> float | None:
-    """Length of the clip by its json: `duration`, or the one span of `clips` or `timestamp`.
+    """Length of the clip by its json: `duration`, or the one shot in `clips` or `timestamp`.
 
     >>> claimed_duration_s({"clips": [["0:00:13.847", "0:00:24.858"]]})
     11.011
@@ -94,9 +95,9 @@ def claimed_duration_s(metadata: dict[str, Any]) -> float | None:
     if len(plain) == 1 and plain[0] > 0:
         return plain[0]
     for name in ("clips", "timestamp"):
-        spans = list(_spans(metadata.get(name)))
-        if len(spans) == 1 and len(spans[0]) == 2:
-            begin_s, end_s = (_seconds(part) for part in spans[0])
+        shots = list(_shots(metadata.get(name)))
+        if len(shots) == 1 and len(shots[0]) == 2:
+            begin_s, end_s = (_seconds(part) for part in shots[0])
             if begin_s is not None and end_s is not None and end_s > begin_s:
                 return round(end_s - begin_s, 6)
     return None
@@ -136,11 +137,15 @@ def judge_bars(bars: Bars, height: int, width: int, config: FilterConfig) -> Dro
     return None
 
 
-def judge_pixels(frames_THW3: npt.NDArray[np.uint8], config: FilterConfig) -> Drop | None:
-    """The first pixel filter that the frames of a window fail, by their mean of the three colours.
+def judge_pixels(frames_THW3: Frames, config: FilterConfig) -> Drop | None:
+    """The first pixel filter that a window of frames fails, by the mean of their three colours.
 
-    A frame is black (white) where 99% of its pixels are at most 20 (at least 235) of 255. A single
-    frame, an image, is never static.
+    A frame is black if 99% of its pixels are at most 20 of 255, and white if they are at least 235.
+    A single frame, an image, is never static.
+
+    >>> still = np.full((5, 8, 8, 3), 100, np.uint8)
+    >>> judge_pixels(still, FilterConfig(static_below=0.5)).reason
+    'static_clip'
     """
     shares = ((config.max_black_frames, "black"), (config.max_white_frames, "white"))
     if config.static_below is None and all(most is None for most, _ in shares):
@@ -163,16 +168,16 @@ def judge_pixels(frames_THW3: npt.NDArray[np.uint8], config: FilterConfig) -> Dr
     return None
 
 
-def count_spans(value: Any) -> int:
-    """How many (start, end) spans a shot list holds, however it is nested; 0 where it is none.
+def count_shots(value: Any) -> int:
+    """How many shots (start, end) a list of them holds, however it is nested; 0 if it is none.
 
-    >>> count_spans([["0:00:00.000", "0:00:11.178"]]), count_spans("nonsense")
+    >>> count_shots([["0:00:00.000", "0:00:11.178"]]), count_shots("nonsense")
     (1, 0)
     """
-    return sum(1 for _ in _spans(value))
+    return sum(1 for _ in _shots(value))
 
 
-def _spans(value: Any) -> Iterator[Any]:
+def _shots(value: Any) -> Iterator[Any]:
     """The innermost lists of plain values, in no order."""
     stack, visited = [value], 0
     while stack and visited < 100_000:

@@ -1,1 +1,12 @@
-"""data_prep/latents."""
+"""What comes out: latents and captions on disk, and everything that reads them.
+
+Read in this order:
+
+    records.py     what is stored: schemas, the record, `dataset.json`; writing and reading rows
+    index.py       where the record of a key lies, found without a search
+    dataset.py     random access to records and batches: what training reads
+    duplicates.py  near-duplicates: hashes of looks, and the mask of all but the first
+    encode.py      the encoding stage: frames → moments
+    export.py      a dataset as WebDataset tars, for other trainers
+    inspection.py  figures and pictures of a dataset
+"""

@@ -1,4 +1,7 @@
-"""Random access to the records of a prepared dataset. Torch is imported only when tensors are asked for."""
+"""Random access to the records of a prepared dataset: what training reads.
+
+Knows nothing of Ray, decoding or the flow. Torch is imported only when tensors are asked for.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.storage.location import Location
-from data_prep.storage.store import open_folder
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from data_prep.latents.index import Place
+from data_prep.latents.duplicates import masked_ids
+from data_prep.latents.index import LatentIndex, Place
 from data_prep.latents.records import (
     Bucket,
     DatasetInfo,
@@ -27,9 +25,14 @@ from data_prep.latents.records import (
     is_held_out,
     read_record,
 )
+from data_prep.storage.location import Location
+from data_prep.storage.store import open_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OPEN_FILES = 16
-
+_NO_NOISE_LOGVAR = -30.0
 
 Split = Literal["train", "held_out", "all"]
 
@@ -51,12 +54,44 @@ class LatentBatch:
 class LatentDataset:
     """Random access to the records of a prepared dataset.
 
-    Ids are held in memory; where a record lies is looked up in the mapped index (`data_prep.latents.index`), moments and captions
-    are read by row group, and the last few groups are kept. An id is `SHARD/KEY/WINDOW`. Shards without a manifest are not seen.
+    Ids (`SHARD/KEY/WINDOW`) are held in memory, and where a record lies is looked up in the mapped
+    index (`data_prep.latents.index`). Moments and captions are read by row group, and the last few
+    groups are kept. A shard without a manifest is not there.
+
+    >>> import json, tempfile
+    >>> from pathlib import Path
+    >>> from data_prep.latents.records import CAPTION_SCHEMA, LATENT_SCHEMA, write_rows
+    >>> from data_prep.ledger.manifest import FileEntry, Manifest, write_manifest
+    >>> from flow.latent_convention import LatentConvention
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for kind in ("latents", "captions"):
+    ...     (root / kind).mkdir()
+    >>> bucket = Bucket(5, 32, 32)
+    >>> info = DatasetInfo("3f0c", LatentConvention((0.0,), (1.0,)), 8.0, (bucket,), 1, "aa")
+    >>> _ = (root / "dataset.json").write_text(json.dumps(info.to_dict()))
+    >>> mean = np.ones((2, 1, 2, 2), dtype=np.float16)
+    >>> record = LatentRecord("a", 0, 0, bucket, 8.0, [0.0] * 5, mean, None, codec="3f0c")
+    >>> _ = write_rows(root / "latents/0.5x32x32.parquet", [record.row()], LATENT_SCHEMA)
+    >>> caption = {"key": "a", "window": 0, "caption": "A car.", "synthetic": "", "captioner": "m"}
+    >>> _ = write_rows(root / "captions/0.parquet", [caption], CAPTION_SCHEMA)
+    >>> files = (
+    ...     FileEntry("status", "status/0.parquet", 1, ""),
+    ...     FileEntry("latents", "latents/0.5x32x32.parquet", 1, "", bucket="5x32x32"),
+    ...     FileEntry("captions", "captions/0.parquet", 1, ""),
+    ... )
+    >>> manifest = Manifest("0", "0.tar", "", "", "aa", "", 1, False, 0, "", "", {}, {}, files)
+    >>> write_manifest(open_folder(root), manifest)
+    >>> dataset = LatentDataset(root, split="all")
+    >>> dataset.buckets
+    {Bucket(frames=5, height=32, width=32): ['0/a/0']}
+    >>> batch = dataset.load(["0/a/0"])
+    >>> tuple(batch.mean_BTCHW.shape), batch.captions
+    ((1, 2, 1, 2, 2), ['A car.'])
 
     Args:
         root: the folder that `prepare` wrote, a path or a URI such as s3://bucket/latents.
-        split: "train", "held_out" (keys whose hash is 0 mod 16) or "all".
+        split: "train", "held_out" (one key in sixteen, by its hash) or "all".
+        cached_groups: how many row groups are kept.
         duplicates: "skip" leaves out what `duplicates.parquet` masks, "keep" does not.
 
     Raises:
@@ -72,9 +107,6 @@ class LatentDataset:
     buckets: dict[Bucket, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        from data_prep.latents.duplicates import masked_ids
-        from data_prep.latents.index import LatentIndex
-
         if self.split not in ("train", "held_out", "all"):
             raise LatentDatasetError(f"split is {self.split!r}; use train, held_out or all")
         self.folder = open_folder(self.root)
@@ -85,8 +117,8 @@ class LatentDataset:
         self._masked = masked_ids(self.folder) if self.duplicates == "skip" else frozenset()
         self.buckets = {}
         for name, ids in self.index.ids(self.split).items():
-            if seen := [i for i in ids if i not in self._masked]:
-                self.buckets[Bucket.parse(name)] = seen
+            if unmasked := [i for i in ids if i not in self._masked]:
+                self.buckets[Bucket.parse(name)] = unmasked
         self.buckets = dict(sorted(self.buckets.items()))
 
     def __len__(self) -> int:
@@ -140,7 +172,8 @@ class LatentDataset:
             place = self.index.find(key, int(window), shard)
         if place is None:
             raise LatentDatasetError(
-                f"no record {name!r} in the {self.split} split of {self.folder.where()}; ids are in .buckets"
+                f"no record {name!r} in the {self.split} split of {self.folder.where()}; "
+                "ids are in .buckets"
             )
         return place
 
@@ -159,13 +192,13 @@ class LatentDataset:
         return dict(group.slice(place.row, 1).to_pylist()[0])
 
     def _group(self, path: str, group: int, columns: Sequence[str]) -> pa.Table:
-        """Some columns of a row group, from the cache where it is there."""
+        """Some columns of a row group, from the cache if they are there."""
         key = (path, group)
         if key not in self._groups:
             if path not in self._files:
                 while len(self._files) >= _OPEN_FILES:
                     self._files.pop(next(iter(self._files))).close(force=True)
-                # Of a store's file the footer comes now, and of its row groups each when it is wanted.
+                # Of a store's file only the footer comes now; a row group comes when it is wanted.
                 self._files[path] = pq.ParquetFile(self.folder.open(path))
             with self.folder.failing("read", path):
                 table = self._files[path].read_row_group(group, columns=list(columns))
@@ -181,5 +214,5 @@ class LatentDataset:
 
 def _moments(row: dict[str, Any], name: str) -> npt.NDArray[np.float32]:
     if row[name] is None:
-        return np.full(row["shape"], -30.0, dtype=np.float32)
+        return np.full(row["shape"], _NO_NOISE_LOGVAR, dtype=np.float32)
     return np.frombuffer(row[name], dtype="<f2").reshape(row["shape"]).astype(np.float32)

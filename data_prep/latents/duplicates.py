@@ -1,10 +1,12 @@
-"""Near-duplicates: a perceptual hash of every clip, and a second, ordered pass that masks all but the first of those alike.
+"""Near-duplicates: a perceptual hash of every clip, and a mask of all but the first of those alike.
 
     ROOT/duplicates.parquet    one row per masked record, and the earlier record that it is near to
 
-The hash is 256 signs of random projections of what a clip looks like from afar: its mean frame, 8×8 in brightness and 4×4 in colour
-(Charikar, "Similarity estimation techniques from rounding algorithms", 2002): the share of differing bits is the angle between two
-such looks over π. The pass compares in key order, whatever order the clips were made in. Knows nothing of Ray, latents or codecs.
+The hash is 256 signs of random projections of what a clip looks like from afar: its mean frame, 8×8
+in brightness and 4×4 in colour. The share of differing bits is the angle between two such looks
+over π (Charikar, "Similarity estimation techniques from rounding algorithms", 2002). The mask is
+made in a second pass, in the order of keys, whatever order the clips were made in. Knows nothing of
+Ray, moments or codecs.
 """
 
 from __future__ import annotations
@@ -21,16 +23,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.latents.index import manifests, manifests_digest
+from data_prep.latents.index import current_manifests, manifests_digest
+from data_prep.latents.records import Bucket, stored_rows
 from data_prep.storage.folder import Folder
+from media.frames import Frames
 
 MASK_NAME = "duplicates.parquet"
 HASH_BITS = 256
 MAX_BITS = 14
-"""Up to so many differing bits every pair is found: 16 bands of 16 bits leave two without a difference."""
+"""Up to so many differing bits every pair is found: they leave two of 16 bands alike."""
 _BANDS = 16
 _NEIGHBOURS = 64
+"""With so many earlier rows of the same bands a row is compared."""
 _BRIGHT, _COLOUR = 8, 4
+"""Pixels of a side of the small pictures of brightness and of each colour."""
 
 _MASK_SCHEMA = pa.schema(
     [
@@ -65,10 +71,10 @@ def _projections() -> npt.NDArray[np.float64]:
     return np.random.default_rng(2002).standard_normal((HASH_BITS, size))
 
 
-def perceptual_hash(frames: npt.NDArray[np.uint8]) -> bytes:
+def perceptual_hash(frames: Frames) -> bytes:
     """32 bytes for uint8 frames [T, H, W, 3]; clips that look alike differ in few of the 256 bits.
 
-    Brightness is taken without its mean, so that how dark a clip is does not make it like all dark clips.
+    Brightness is taken without its mean, or else every dark clip would look like every other.
 
     >>> len(perceptual_hash(np.zeros((5, 32, 32, 3), dtype=np.uint8)))
     32
@@ -80,7 +86,7 @@ def perceptual_hash(frames: npt.NDArray[np.uint8]) -> bytes:
     parts = [(small - small.mean()).ravel()]
     for colour in colours:
         part = colour.resize((_COLOUR, _COLOUR), Image.Resampling.BOX)
-        # Four times the pixels each, and colour is what compression changes least.
+        # Each pixel covers four times the area, and compression changes colour least.
         parts.append(2 * (np.asarray(part, dtype=np.float64).ravel() - 128))
     return np.packbits(_projections() @ np.concatenate(parts) > 0).tobytes()
 
@@ -88,10 +94,17 @@ def perceptual_hash(frames: npt.NDArray[np.uint8]) -> bytes:
 def near_earlier(
     hashes: npt.NDArray[np.uint8], owners: npt.NDArray[np.int64], max_bits: int
 ) -> dict[int, tuple[int, int]]:
-    """Row → (the first row before it within `max_bits`, and by how many bits), for rows that have one.
+    """For every row near to an earlier one: the first such row, and the bits that differ.
 
-    Compares only rows that agree in two of sixteen bands, found by sorting: n log n, not n². Where more than 64 rows agree in the
-    same two bands, a row is held against the 64 before it and the first.
+    Only rows that agree in two of sixteen bands are compared. Sorting finds them: n log n, not n².
+    If more than 64 rows agree in the same two bands, a row is compared with the first of them and
+    the 64 before it.
+
+    >>> hashes = np.zeros((3, 32), dtype=np.uint8)
+    >>> hashes[1] = 255
+    >>> hashes[2, 0] = 1
+    >>> near_earlier(hashes, np.arange(3), max_bits=10)
+    {2: (0, 1)}
 
     Args:
         hashes: uint8 [N, 32], in the order that decides who is first.
@@ -100,20 +113,20 @@ def near_earlier(
     """
     assert 0 <= max_bits <= MAX_BITS
     bands = np.ascontiguousarray(hashes).view(np.uint16).reshape(len(hashes), _BANDS)
-    found: dict[int, tuple[int, int]] = {}
+    nearest: dict[int, tuple[int, int]] = {}
     for first, second in combinations(range(_BANDS), 2):
         values = np.bitwise_or(
             bands[:, first].astype(np.uint32) << np.uint32(16), bands[:, second], dtype=np.uint32
         )
         for earlier, later in _candidates(values):
-            keep = owners[earlier] != owners[later]
-            earlier, later = earlier[keep], later[keep]
+            of_two_clips = owners[earlier] != owners[later]
+            earlier, later = earlier[of_two_clips], later[of_two_clips]
             differing = np.bitwise_count(hashes[earlier] ^ hashes[later]).sum(axis=1)
             for i in np.flatnonzero(differing <= max_bits):
                 row, other = int(later[i]), int(earlier[i])
-                if row not in found or other < found[row][0]:
-                    found[row] = other, int(differing[i])
-    return found
+                if row not in nearest or other < nearest[row][0]:
+                    nearest[row] = other, int(differing[i])
+    return nearest
 
 
 def _candidates(
@@ -136,10 +149,11 @@ def _candidates(
 
 
 def write_mask(folder: Folder, max_bits: int) -> int:
-    """Mask every record that has an earlier one (by key, window, shard) within `max_bits`; returns how many.
+    """Mask every record that is within `max_bits` of an earlier one; returns how many.
 
-    A function of the manifests and `max_bits` alone; does nothing where the mask that stands was made from the same. Images are
-    compared with images, clips with clips.
+    Earlier is by key, window and shard. Images are compared with images and clips with clips. The
+    mask is a function of the manifests and `max_bits` alone: nothing is done if the one that stands
+    was made from the same.
     """
     made_from = hashlib.sha256(f"{manifests_digest(folder)} {max_bits}".encode()).hexdigest()
     if folder.exists(MASK_NAME):
@@ -174,24 +188,17 @@ def _near(records: list[Hashed], max_bits: int) -> list[tuple[int, tuple[int, in
 
 def _hashed(folder: Folder) -> Iterator[Hashed]:
     """Every record that has a hash."""
-    for manifest in manifests(folder):
-        for entry in manifest["files"]:
-            if entry["kind"] != "latents":
-                continue
-            is_image = entry["bucket"].startswith("1x")
-            with folder.open(entry["path"]) as source:
-                table = pq.read_table(source, columns=["key", "window", "look"])
-            for row in table.to_pylist():
+    for manifest in current_manifests(folder):
+        for entry in manifest.latents:
+            is_image = Bucket.parse(entry.bucket).is_image
+            for row in stored_rows(folder, entry.path, ["key", "window", "look"]):
                 if row["look"]:
-                    yield Hashed(
-                        row["key"], row["window"], manifest["shard"], is_image, row["look"]
-                    )
+                    yield Hashed(row["key"], row["window"], manifest.shard, is_image, row["look"])
 
 
 def masked_ids(folder: Folder) -> frozenset[str]:
-    """Ids (`SHARD/KEY/WINDOW`) that the mask names; none where there is no mask."""
+    """Ids (`SHARD/KEY/WINDOW`) that the mask names; none if there is no mask."""
     if not folder.exists(MASK_NAME):
         return frozenset()
-    with folder.open(MASK_NAME) as source:
-        rows = pq.read_table(source, columns=["shard", "key", "window"]).to_pylist()
+    rows = stored_rows(folder, MASK_NAME, ["shard", "key", "window"])
     return frozenset(f"{row['shard']}/{row['key']}/{row['window']}" for row in rows)

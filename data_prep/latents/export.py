@@ -1,36 +1,42 @@
-"""A latent dataset as WebDataset tars, for trainers that are not this one.
+"""A latent dataset as WebDataset tars, for other trainers.
 
     OUT/export.json                 what was exported; another dataset is refused there
     OUT/17x64x64-00000.tar          clips of one bucket, in the order of their ids
 
     ID.mean.npy, ID.logvar.npy      fp16 [t, C, h, w], codec units
     ID.txt                          the original caption
-    ID.json                         id, key, window, shard, synthetic caption, bucket, fps, pts, codec, latent convention
+    ID.json                         id, key, window, shard, synthetic caption, bucket, fps, pts,
+                                    codec, latent convention
 
-ID is `SHARD/KEY/WINDOW` with dots and slashes percent-encoded, since WebDataset splits names at them. The same dataset gives the
-same bytes; tars are replaced whole and those that stand are not written again: a killed export is resumed by running it again.
+ID is `SHARD/KEY/WINDOW` with dots and slashes percent-encoded, because WebDataset splits names at
+them. The same dataset gives the same bytes. Tars that stand are not written again: a killed export
+goes on when it is run again. Knows nothing of Ray or torch.
 
-    ExportError(ValueError)    the folder holds another export
+    ExportError(FlowreelError, ValueError)   the folder holds another export
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
-from data_prep.config import digest_of
 from data_prep.latents.dataset import LatentDataset, Split
 from data_prep.latents.index import manifests_digest
+from data_prep.progress import Progress
 from data_prep.sources.samples import write_shard
-from data_prep.storage.folder import write_atomically
-from data_prep.storage.location import Location
+from data_prep.storage.location import Location, failing
 from flowreel.errors import FlowreelError
+from flowreel.files import write_whole
+from flowreel.values import digest_of
+
+_HEADERS_BYTES = 8 * 1024
+"""What the members of a record take in a tar beside their moments, about."""
 
 
 class ExportError(FlowreelError, ValueError):
@@ -43,33 +49,39 @@ def export_webdataset(
     *,
     shard_bytes: int = 2**30,
     split: Split = "all",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write the tars and return their paths; what `duplicates.parquet` masks is left out.
 
     Args:
         root: the folder that `prepare` wrote, a path or a URI.
         out: local folder of the tars.
-        shard_bytes: size of a tar; one record at least.
+        shard_bytes: bytes of a tar, about; it holds one record at least.
         split: "train", "held_out" or "all".
-        progress: called with (records done, records in all).
+        progress: called as records are written.
 
     Raises:
         LatentDatasetError: no dataset there.
         ExportError: `out` holds the tars of another dataset, split or size.
+        StorageError: the disk or store fails.
     """
     dataset = LatentDataset(root, split)
     ids = [name for names in dataset.buckets.values() for name in names]
     made_from = {
-        "manifests": manifests_digest(dataset.folder), "ids": digest_of({"ids": ids}), "shard_bytes": shard_bytes, "split": split
-    }  # fmt: skip
+        "manifests": manifests_digest(dataset.folder),
+        "ids": digest_of({"ids": ids}),
+        "shard_bytes": shard_bytes,
+        "split": split,
+    }
     note = out / "export.json"
     if note.is_file() and json.loads(note.read_text()) != made_from:
         raise ExportError(
-            f"{out} holds the export of another dataset, split or tar size; choose another folder or delete it"
+            f"{out} holds the export of another dataset, split or tar size; "
+            "choose another folder or delete it"
         )
-    write_atomically(note, json.dumps(made_from, indent=1).encode())
-    paths, done = [], 0
+    with failing("write", note):
+        write_whole(note, json.dumps(made_from, indent=1))
+    paths, exported = [], 0
     for bucket, names in dataset.buckets.items():
         per_tar = max(1, shard_bytes // _record_bytes(dataset, names[0]))
         for number, first in enumerate(range(0, len(names), per_tar)):
@@ -77,17 +89,17 @@ def export_webdataset(
             if not path.is_file():
                 write_shard(path, _samples(dataset, part))
             paths.append(path)
-            done += len(part)
+            exported += len(part)
             if progress is not None:
-                progress(done, len(ids))
+                progress(exported, len(ids))
     return paths
 
 
 def _record_bytes(dataset: LatentDataset, name: str) -> int:
-    """Bytes of a record in a tar, headers and padding included; all records of a bucket have the same, captions aside."""
+    """Bytes of a record in a tar, headers and padding included, about the same in a bucket."""
     record = dataset.get(name)
     arrays = record.mean.nbytes * (1 if record.logvar is None else 2)
-    return arrays + 8 * 1024
+    return arrays + _HEADERS_BYTES
 
 
 def _samples(dataset: LatentDataset, names: list[str]) -> Iterator[dict[str, Any]]:

@@ -1,37 +1,40 @@
-"""What a latent dataset holds: counts, sizes, lengths, latent statistics, and pictures of what was kept and what was not.
+"""What a latent dataset holds: figures, and pictures of what was kept and what was not.
 
-Reads manifests, the index and a bounded number of records; nothing is written. Knows nothing of tables or pages.
+Reads manifests, the index and a bounded number of records; nothing is written. Knows nothing of
+tables or pages.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from itertools import islice, zip_longest
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from data_prep.latents.dataset import LatentDataset
 from data_prep.latents.duplicates import MASK_NAME, masked_ids
-from data_prep.latents.index import INDEX_NAME, manifests
+from data_prep.latents.index import INDEX_NAME, current_manifests
 from data_prep.latents.records import (
     Bucket,
     DatasetInfo,
+    LatentDatasetError,
     LatentRecord,
+    stored_rows,
 )
-from data_prep.sources.samples import (
-    IMAGE_SUFFIXES,
-    ShardError,
-    read_shard,
-)
+from data_prep.ledger.manifest import MANIFESTS
+from data_prep.ledger.staging import STAGING
+from data_prep.row import Row
+from data_prep.sources.listing import ShardError
+from data_prep.sources.samples import IMAGE_SUFFIXES, read_shard
 from data_prep.storage.location import Location
 from data_prep.storage.store import open_folder
 from media.errors import MediaError
+from media.frames import Frames
 from media.read import VideoReader
 from media.write import decode_image
 
@@ -40,12 +43,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flowreel.prepare")
 
-Frames = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
-KINDS = ("latents", "captions", "status", "manifests", "staging", INDEX_NAME, MASK_NAME)
+KINDS = ("latents", "captions", "status", MANIFESTS, STAGING, INDEX_NAME, MASK_NAME)
 _DECODED_PIXELS = 17 * 256 * 256
+"""Clips of up to so many pixels are decoded whole."""
 _SHARDS_OPENED = 8
+"""So many source shards are opened for pictures."""
 _STATUS_FILES = 64
+"""So many status files are read for pictures."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Channels:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_dataset` found."""
+    """The figures of a dataset (`inspect_dataset`)."""
 
     root: str
     """Where it lies, for people."""
@@ -97,13 +102,13 @@ class Inspection:
     """Shards that end too early."""
     buckets: list[BucketFigures]
     caption_words: dict[str, list[int]]
-    """Words of the original and of the synthetic captions, a number a caption (of a sample of the clips)."""
+    """Words of each original and of each synthetic caption, of some of the clips."""
     channels: Channels | None
-    """None where nothing was kept."""
+    """None if nothing was kept."""
     duplicates: int
     """Kept records that the mask of near-duplicates hides from training."""
     size_bytes: dict[str, int]
-    """By kind of file."""
+    """Bytes by kind of file."""
 
     @property
     def total(self) -> int:
@@ -111,7 +116,11 @@ class Inspection:
 
 
 def inspect_dataset(root: Location, *, records: int = 256) -> Inspection:
-    """Figures of the dataset in `root`; `records` bounds how many latents and captions are read.
+    """Figures of the dataset in `root`.
+
+    Args:
+        root: the folder that `prepare` wrote, a path or URI.
+        records: of how many records, at most, latents and captions are read.
 
     Raises:
         LatentDatasetError: no dataset there, or a damaged one.
@@ -123,25 +132,23 @@ def inspect_dataset(root: Location, *, records: int = 256) -> Inspection:
     sizes: Counter[Bucket] = Counter()
     shards, truncated = 0, 0
     folder = dataset.folder
-    for manifest in manifests(folder):
-        shards, truncated = shards + 1, truncated + bool(manifest.get("truncated"))
-        counts.update(manifest["counts"])
-        for entry in manifest["files"]:
-            if entry["kind"] == "latents":
-                bucket = Bucket.parse(entry["bucket"])
-                rows[bucket] += entry["rows"]
-                sizes[bucket] += folder.size(entry["path"])
-            elif entry["kind"] == "status" and set(manifest["counts"]) - {"kept"}:
-                with folder.open(entry["path"]) as source:
-                    table = pq.read_table(source, columns=["status", "reason"])
-                pairs = zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True)
-                reasons.update(pair for pair in pairs if pair[0] != "kept")
+    for manifest in current_manifests(folder):
+        shards, truncated = shards + 1, truncated + manifest.truncated
+        counts.update(manifest.counts)
+        for entry in manifest.latents:
+            bucket = Bucket.parse(entry.bucket)
+            rows[bucket] += entry.rows
+            sizes[bucket] += folder.size(entry.path)
+        if not manifest.keeps_all:
+            for row in stored_rows(folder, manifest.status.path, ["status", "reason"]):
+                if row["status"] != "kept":
+                    reasons[row["status"], row["reason"]] += 1
     ids = sampled_ids(dataset, records)
     buckets = [
         BucketFigures(
             bucket,
             rows[bucket],
-            rows[bucket] * bucket.frames / dataset.info.fps if bucket.frames > 1 else 0.0,
+            0.0 if bucket.is_image else rows[bucket] * bucket.frames / dataset.info.fps,
             sizes[bucket],
         )
         for bucket in sorted(rows)
@@ -196,7 +203,7 @@ class Picture:
     key: str
     shard: str
     frames: Frames | None
-    """uint8 [T, H, W, 3]; None where nothing can be shown."""
+    """uint8 [T, H, W, 3]; None if nothing can be shown."""
     captions: tuple[str, str] = ("", "")
     """Original and synthetic; kept clips only."""
     status: str = "kept"
@@ -207,18 +214,17 @@ class Picture:
 def kept_pictures(root: Location, codec: VideoCodec, count: int) -> list[Picture]:
     """Clips decoded back from their latents: what training will see.
 
-    Small ones whole; of larger ones the first frame, since a large codec takes minutes a clip without a GPU.
+    Small clips are decoded whole. Of larger ones the first frame is shown, because a large codec
+    takes minutes a clip without a GPU.
 
     Raises:
         LatentDatasetError: the latents are of another codec.
     """
-    from data_prep.latents.records import LatentDatasetError
-
     dataset = LatentDataset(root, "all")
     if codec.digest != dataset.info.codec_digest:
         raise LatentDatasetError(
-            f"the latents in {root} were made by codec {dataset.info.codec_digest}, this one is {codec.digest}; "
-            "give the codec that made them (--codec)"
+            f"the latents in {root} were made by codec {dataset.info.codec_digest}, this one is "
+            f"{codec.digest}; give the codec that made them (--codec)"
         )
     pictures = []
     for name in sampled_ids(dataset, count)[:count]:
@@ -242,32 +248,22 @@ def _decoded(record: LatentRecord, codec: VideoCodec) -> Frames:
 
 
 def dropped_pictures(root: Location, count: int) -> list[Picture]:
-    """Samples that were not kept, every reason in turn, with a frame of their source where it can still be read.
+    """Samples that were not kept, every reason in turn, with a frame of their source if possible.
 
-    They have no latents, so their shards are opened again: at most eight of them, and only as far as needed. What cannot be shown
-    (a shard that is gone, a video that nobody can decode) has a reason all the same.
+    They have no latents, so their shards are opened again: at most eight of them, and only as far
+    as needed. A sample that cannot be shown, because its shard is gone or because nobody can decode
+    it, has its reason all the same.
     """
     folder = open_folder(root)
-    by_reason: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {}
-    for manifest in islice((m for m in manifests(folder) if _lost(m)), _STATUS_FILES):
-        for entry in manifest["files"]:
-            if entry["kind"] == "status":
-                with folder.open(entry["path"]) as source:
-                    table = pq.read_table(source)
-                for row in table.to_pylist():
-                    if row["status"] != "kept":
-                        rows = by_reason.setdefault((row["status"], row["reason"]), [])
-                        rows.append((row, manifest["source"]))
-    chosen: list[tuple[dict[str, Any], str]] = []
-    queues = [iter(rows) for _, rows in sorted(by_reason.items())]
-    while queues and len(chosen) < count:
-        for queue in list(queues):
-            row = next(queue, None)
-            if row is None:
-                queues.remove(queue)
-            elif len(chosen) < count:
-                chosen.append(row)
-    frames = _source_frames(chosen)
+    by_reason: dict[tuple[str, str], list[_LostSample]] = {}
+    incomplete = (m for m in current_manifests(folder) if not m.keeps_all)
+    for manifest in islice(incomplete, _STATUS_FILES):
+        for row in stored_rows(folder, manifest.status.path):
+            if row["status"] != "kept":
+                samples = by_reason.setdefault((row["status"], row["reason"]), [])
+                samples.append(_LostSample(manifest.source, row))
+    samples = list(islice(_in_turn([by_reason[reason] for reason in sorted(by_reason)]), count))
+    frames = _source_frames(samples)
     return [
         Picture(
             row["key"],
@@ -277,37 +273,46 @@ def dropped_pictures(root: Location, count: int) -> list[Picture]:
             reason=row["reason"],
             detail=row["detail"],
         )
-        for row, source in sorted(chosen, key=lambda c: (c[0]["status"], c[0]["reason"]))
+        for source, row in sorted(samples, key=lambda s: (s.row["status"], s.row["reason"]))
     ]
 
 
-def _lost(manifest: dict[str, Any]) -> bool:
-    return bool(set(manifest["counts"]) - {"kept"})
+class _LostSample(NamedTuple):
+    """A sample that was not kept: its shard, and its status row."""
+
+    source: str
+    row: Row
 
 
-def _source_frames(rows: list[tuple[dict[str, Any], str]]) -> dict[tuple[str, int], Frames]:
-    """(source, number) → the first frame [1, H, W, 3] of those samples that can be read."""
-    wanted: dict[str, set[int]] = {}
-    for row, source in rows:
-        wanted.setdefault(source, set()).add(row["number"])
-    found: dict[tuple[str, int], Frames] = {}
+def _in_turn(queues: Sequence[Sequence[_LostSample]]) -> Iterator[_LostSample]:
+    """The first of every queue, then the second of every queue, and so on."""
+    for round_of_all in zip_longest(*queues):
+        yield from (sample for sample in round_of_all if sample is not None)
+
+
+def _source_frames(samples: Iterable[_LostSample]) -> dict[tuple[str, int], Frames]:
+    """The first frame [1, H, W, 3], by source and number, of the samples that can be read."""
+    numbers_by_source: dict[str, set[int]] = {}
+    for source, row in samples:
+        numbers_by_source.setdefault(source, set()).add(row["number"])
+    frames: dict[tuple[str, int], Frames] = {}
     with VideoReader() as reader:
-        for source, numbers in islice(wanted.items(), _SHARDS_OPENED):
+        for source, numbers in islice(numbers_by_source.items(), _SHARDS_OPENED):
             try:
                 for sample in read_shard(source):
                     if sample.number in numbers and sample.media:
                         frame = _first_frame(sample.media, sample.suffix, reader)
                         if frame is not None:
-                            found[source, sample.number] = frame
+                            frames[source, sample.number] = frame
                     if sample.number >= max(numbers):
                         break
             except ShardError as error:
                 log.warning("no pictures of %s: %s", source, error)
-    return found
+    return frames
 
 
 def _first_frame(media: bytes, suffix: str, reader: VideoReader) -> Frames | None:
-    """The first frame, or None where that is why the sample was not kept."""
+    """The first frame; None if it cannot be decoded, which is why the sample was not kept."""
     try:
         if suffix in IMAGE_SUFFIXES:
             return decode_image(media)[None]

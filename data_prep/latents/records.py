@@ -1,17 +1,17 @@
-"""Latent shards on disk: record schema, writer, and the dataset that training reads.
+"""Latent shards on disk: what is stored, and how rows are written and read.
 
     ROOT/dataset.json                  DatasetInfo: codec digest, latent convention, fps, buckets
-    ROOT/manifests/SHARD.json          the files of a finished input shard (data_prep.ledger.ledger)
+    ROOT/manifests/SHARD.json          the files of a finished shard (`data_prep.ledger.manifest`)
     ROOT/latents/SHARD.TxHxW.parquet   one row per (key, window): moments of the codec's posterior
     ROOT/captions/SHARD.parquet        one row per (key, window): original and synthetic caption
     ROOT/status/SHARD.parquet          one row per sample that went in, kept or not
 
-A shard counts only once its manifest stands. Captions and latents are separate files, so that
-new captions never need new latents. ROOT is a local folder or one in an object store
-(`data_prep.storage.folder`), of which a reader takes the row groups that it needs. Knows nothing of Ray, of
-decoding, or of the flow; torch is imported only when tensors are asked for.
+A shard counts only once its manifest stands. Captions and latents are separate files, so that new
+captions never need new latents. ROOT is a local folder or one in an object store
+(`data_prep.storage.folder`), of which a reader takes the row groups that it needs. Knows nothing of
+Ray or of decoding.
 
-    LatentDatasetError(ValueError)   no dataset here, another version, an unknown id
+    LatentDatasetError(FlowreelError, ValueError)   no dataset here, another version, an unknown id
 """
 
 from __future__ import annotations
@@ -28,23 +28,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.storage.folder import Folder
 from data_prep.storage.location import Location
 from data_prep.storage.store import open_folder
 from flowreel.errors import FlowreelError
 
 if TYPE_CHECKING:
-    from flow.codec import LatentConvention
-
+    from flow.latent_convention import LatentConvention
 
 FORMAT_VERSION = 1
-
-
+INFO_NAME = "dataset.json"
 GROUP_BYTES = 1 << 20
-
-
+"""About how many bytes of moments a row group holds."""
 HELD_OUT_SHARE = 16
 """One key in so many is held out."""
-
 
 LATENT_SCHEMA = pa.schema(
     [
@@ -64,8 +61,6 @@ LATENT_SCHEMA = pa.schema(
         pa.field("frames_digest", pa.string()),  # SHA-256 of what was encoded
     ]
 )
-
-
 CAPTION_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -77,8 +72,6 @@ CAPTION_SCHEMA = pa.schema(
         pa.field("caption_error", pa.string()),
     ]
 )
-
-
 STATUS_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -97,7 +90,7 @@ class LatentDatasetError(FlowreelError, ValueError):
 
 
 class Bucket(NamedTuple):
-    """Size of a clip in pixels: `frames` (4k+1; 1 for images), `height`, `width`.
+    """Size of a clip: `frames` (1 for images), and `height` and `width` in pixels.
 
     >>> str(Bucket(17, 64, 64)), Bucket.parse("17x64x64") == Bucket(17, 64, 64)
     ('17x64x64', True)
@@ -106,6 +99,10 @@ class Bucket(NamedTuple):
     frames: int
     height: int
     width: int
+
+    @property
+    def is_image(self) -> bool:
+        return self.frames == 1
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
@@ -120,22 +117,36 @@ class Bucket(NamedTuple):
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a sample's key belongs to the held-out split: a stable hash, 1 in 16."""
+    """Whether a sample's key belongs to the held-out split: a stable hash, one in HELD_OUT_SHARE.
+
+    >>> sum(is_held_out(f"clip{n}") for n in range(1600))
+    101
+    """
     return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """Moments of one window of one clip, as they are stored."""
+    """Moments of one window of one clip, as they are stored.
+
+    >>> mean = np.zeros((2, 24, 2, 2), dtype=np.float16)
+    >>> record = LatentRecord(
+    ...     key="a", window=0, number=0, bucket=Bucket(5, 32, 32), fps=8.0,
+    ...     pts_s=[0.0, 0.125, 0.25, 0.375, 0.5], mean=mean, logvar=None, codec="3f0c",
+    ... )
+    >>> record.row()["shape"], record.row()["bucket"]
+    ([2, 24, 2, 2], '5x32x32')
+    """
 
     key: str
     window: int
+    """Number of the window of frames among those cut from the clip."""
     number: int
     """Place of the sample in its input shard."""
     bucket: Bucket
     fps: float
     pts_s: Sequence[float]
-    """[frames] source time of each frame, seconds."""
+    """[frames] time of each frame in the source, in seconds."""
     mean: npt.NDArray[np.float16]
     """[t, C, h, w] posterior mean, codec units."""
     logvar: npt.NDArray[np.float16] | None
@@ -145,7 +156,7 @@ class LatentRecord:
     look: bytes | None = None
     """Perceptual hash of the frames (`data_prep.latents.duplicates`)."""
     bars: tuple[int, ...] = (0, 0, 0, 0)
-    """Black rows and columns cut off the source before the resize: top, bottom, left, right, pixels."""
+    """Pixels of black bars cut off the source before the resize: top, bottom, left, right."""
     frames_digest: str | None = None
     """SHA-256 of the frames that were encoded; None in older datasets."""
 
@@ -182,7 +193,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) ->
 
     Only one row group is held in memory.
     """
-    written = 0
+    count = 0
     group: list[dict[str, Any]] = []
     with pq.ParquetWriter(
         path, schema, compression="zstd", use_dictionary=False, write_statistics=False
@@ -191,15 +202,30 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) ->
             group.append(row)
             if len(group) >= rows_per_group(row):
                 writer.write_table(pa.Table.from_pylist(group, schema=schema))
-                written, group = written + len(group), []
+                count, group = count + len(group), []
         if group:
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
-    return written + len(group)
+    return count + len(group)
+
+
+def stored_rows(
+    folder: Folder, path: str, columns: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of an output file, or some columns of them. Raises FileNotFoundError, StorageError.
+
+    Args:
+        folder: the dataset's folder.
+        path: of the file, relative to it, as a manifest names it.
+        columns: all of them by default.
+    """
+    with folder.failing("read", path), folder.open(path) as file:
+        chosen = None if columns is None else list(columns)
+        return list(pq.read_table(file, columns=chosen).to_pylist())
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is common to all records of a dataset; `dataset.json`."""
+    """What is common to all records of a dataset: `dataset.json`."""
 
     codec_digest: str
     convention: LatentConvention
@@ -212,6 +238,7 @@ class DatasetInfo:
     version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain values, for `dataset.json`."""
         return {
             "version": self.version,
             "codec_digest": self.codec_digest,
@@ -225,7 +252,8 @@ class DatasetInfo:
     @classmethod
     def read(cls, root: Location) -> DatasetInfo:
         """From `root/dataset.json`. Raises LatentDatasetError where there is none to read."""
-        from flow.codec import LatentConvention
+        # Imported here, because it brings torch, without which everything else here works.
+        from flow.latent_convention import LatentConvention
 
         values = read_info_values(root)
         return cls(
@@ -240,17 +268,21 @@ class DatasetInfo:
 
 
 def read_info_values(root: Location) -> dict[str, Any]:
-    """`root/dataset.json` as plain values, its version checked; without torch."""
+    """`root/dataset.json` as plain values, its version checked; without torch.
+
+    Raises:
+        LatentDatasetError: there is none, or it is of another version.
+    """
     folder = open_folder(root)
     try:
-        values = json.loads(folder.read("dataset.json"))
+        values = json.loads(folder.read(INFO_NAME))
     except FileNotFoundError as error:
         raise LatentDatasetError(
-            f"no latent dataset in {folder.where()}: dataset.json is missing; prepare one"
+            f"no latent dataset in {folder.where()}: {INFO_NAME} is missing; prepare one"
         ) from error
     if values.get("version") != FORMAT_VERSION:
         raise LatentDatasetError(
-            f"{folder.where('dataset.json')} has format version {values.get('version')!r}; "
+            f"{folder.where(INFO_NAME)} has format version {values.get('version')!r}; "
             f"this code reads {FORMAT_VERSION}. Prepare the shards again"
         )
     return dict(values)

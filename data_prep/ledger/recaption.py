@@ -1,32 +1,30 @@
 """Captions of shards whose latents stand: which samples want one, and the commit that gives it.
 
 The clips are decoded again from their source shards, the same windows by the same settings; latent
-and status files are not touched. A shard's caption file is replaced and its manifest rewritten last,
-so that a kill leaves the old captions or the new ones. Captions that stand from the same captioner
-are not written again: only missing ones are. Knows nothing of Ray or of captioners.
+and status files are not touched. A shard's file of captions is replaced and its manifest rewritten
+last, so that a kill leaves the old captions or the new ones. Captions of the same captioner are not
+written again: only missing ones are. Knows nothing of Ray or of captioners.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from data_prep.config import PrepareConfig
-from data_prep.latents.records import read_info_values
-from data_prep.ledger.job import ShardJob, caption_job
-from data_prep.ledger.ledger import Ledger, LedgerError
-from data_prep.sources.find import (
-    content_sha256,
-    fingerprint,
-    name_shards,
-)
-from data_prep.sources.samples import ShardError
+from data_prep.latents.records import read_info_values, stored_rows
+from data_prep.ledger.commit import Committer
+from data_prep.ledger.errors import LedgerError, SourceGone
+from data_prep.ledger.job import ShardJob
+from data_prep.ledger.manifest import Manifest, read_manifest, read_manifests
+from data_prep.ledger.settings import check_settings
+from data_prep.ledger.staging import Staging
+from data_prep.row import Row
+from data_prep.sources.find import content_sha256, fingerprint, name_shards
+from data_prep.sources.listing import ShardError
+from data_prep.storage.folder import Folder
 from data_prep.storage.location import Location
-
-
-class SourceGone(LedgerError):
-    """The source shards that the captions need are not there, or not as they were."""
+from data_prep.storage.store import open_folder
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class CaptionPlan:
     names: tuple[str, ...]
     """Prepared shards that were asked for."""
     jobs: tuple[ShardJob, ...]
-    """Those with captions to write."""
+    """The shards among them with captions to write."""
     unprepared: tuple[str, ...]
     """Shards asked for that have no latents yet."""
 
@@ -56,136 +54,145 @@ def plan_captions(
         SettingsChanged: other settings than the captioner's differ.
         SourceGone: a shard is missing or changed; nothing has been written then.
     """
-    ledger = Ledger(out)
+    folder = open_folder(out)
     info = read_info_values(out)
     settings = info.get("settings", {})
-    # The codec is not used, so it need not be at hand.
-    ledger.check_settings({**config.latent_settings(), "codec": settings.get("codec")})
+    # The codec is not used, so it need not be at hand: its identity is taken as it stands.
+    check_settings(folder, {**config.latent_settings(), "codec": settings.get("codec")})
+    latent_digest = info["prepare_digest"]
     if shards is None:
-        standing = (m for m in ledger.manifests() if m["latent_digest"] == info["prepare_digest"])
-        named = {m["shard"]: str(m["source"]) for m in standing}
+        named = {
+            m.shard: m.source for m in read_manifests(folder) if m.latent_digest == latent_digest
+        }
     else:
         named = name_shards(shards)
-    digest = config.caption_digest()
-    jobs, prepared, unprepared, gone = [], [], [], []
+    caption_digest = config.caption_digest()
+    staging = Staging(folder)
+    jobs, prepared, unprepared, problems = [], [], [], []
     for name, source in sorted(named.items()):
-        done = ledger.manifest(name)
-        if done is None or done["latent_digest"] != info["prepare_digest"]:
+        manifest = read_manifest(folder, name)
+        if manifest is None or manifest.latent_digest != latent_digest:
             unprepared.append(name)
             continue
         prepared.append(name)
-        if done["caption_digest"] == digest and not failed_captions(done):
-            ledger.sweep(name)
+        if manifest.caption_digest == caption_digest and not manifest.captions.failures:
+            staging.sweep(name)
             continue
-        problem, seen = _source_problem(done, source, verify=config.verify)
+        problem, now = _source_problem(manifest, source, verify=config.verify)
         if problem:
-            gone.append(f"{name}: {problem}")
-        jobs.append(caption_job(ShardJob(name, source, seen, done["latent_digest"], digest), done))
-    if gone:
-        more = f"; and {len(gone) - 5} more" if len(gone) > 5 else ""
-        raise SourceGone(
-            "captions are made from the clips' frames, and not all source shards are as they were "
-            f"prepared ({'; '.join(gone[:5])}{more}). Put them back; or give where they are now as "
-            "--shards (with --set prepare.verify=true where only their times differ); where a "
-            "shard was meant to change, run prepare without --only"
+            problems.append(f"{name}: {problem}")
+        job = ShardJob(
+            name=name,
+            source=source,
+            fingerprint=now,
+            latent_digest=manifest.latent_digest,
+            caption_digest=caption_digest,
         )
+        jobs.append(job.captions_only(manifest))
+    if problems:
+        _refuse(problems)
     return CaptionPlan(tuple(prepared), tuple(jobs), tuple(unprepared))
 
 
-def _source_problem(done: dict[str, Any], source: str, *, verify: bool) -> tuple[str, str]:
-    """(what is wrong with a source shard or "", its fingerprint)."""
+def _source_problem(manifest: Manifest, source: str, *, verify: bool) -> tuple[str, str]:
+    """What is wrong with a source shard, or "", and its fingerprint now."""
     try:
-        seen = fingerprint(source)
-        if verify and content_sha256(source) != done["sha256"]:
-            return f"{source} holds other bytes than were prepared", seen
+        now = fingerprint(source)
+        if verify and content_sha256(source) != manifest.sha256:
+            return f"{source} holds other bytes than were prepared", now
     except ShardError as error:
         return str(error), ""
-    if not verify and seen != done["fingerprint"]:
-        return f"{source} has another size or time than was prepared", seen
-    return "", seen
+    if not verify and now != manifest.fingerprint:
+        return f"{source} has another size or time than was prepared", now
+    return "", now
 
 
-def failed_captions(manifest: dict[str, Any]) -> dict[str, int]:
-    """Clips of a finished shard without a synthetic caption, by code."""
-    return dict(_caption_entry(manifest).get("failed", {}))
+def _refuse(problems: Sequence[str]) -> None:
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    raise SourceGone(
+        "captions are made from the clips' frames, and not all source shards are as they were "
+        f"prepared ({'; '.join(problems[:5])}{more}). Put them back; or give where they are now as "
+        "--shards (with --set prepare.verify=true where only their times differ); where a "
+        "shard was meant to change, run prepare without --only"
+    )
 
 
-def numbers_to_skip(ledger: Ledger, job: ShardJob) -> set[int]:
-    """Numbers of the samples that need not be read: staged, or no business of the job's."""
-    staged = ledger.staged_numbers(job)
-    done = None if job.encode else ledger.manifest(job.name)
-    if done is None:
+def numbers_to_skip(staging: Staging, job: ShardJob) -> set[int]:
+    """Numbers of the samples that need not be read: staged, or without a caption to write."""
+    staged = staging.numbers(job)
+    manifest = None if job.encode else read_manifest(staging.folder, job.name)
+    if manifest is None:
         return staged
-    return staged | (set(range(done["num_samples"])) - _wanted(ledger, job, done))
+    return staged | (set(range(manifest.num_samples)) - _to_caption(staging.folder, job, manifest))
 
 
-def commit_captions_if_complete(ledger: Ledger, job: ShardJob) -> bool:
-    """Write the shard's captions and manifest once every caption that it wants is staged."""
-    summary = ledger.summary(job)
+def commit_captions_if_complete(committer: Committer, job: ShardJob) -> bool:
+    """Write the shard's captions and manifest if every caption that it wants is staged."""
+    folder, staging = committer.folder, committer.staging
+    summary = staging.summary(job)
     if summary is None:
         return False
-    done = _manifest(ledger, job)
-    wanted = _wanted(ledger, job, done)
-    there = summary["num_samples"]
-    if any(number < there for number in wanted - ledger.staged_numbers(job)):
+    manifest = read_manifest(folder, job.name)
+    if manifest is None:
+        raise LedgerError(
+            f"the manifest of shard {job.name} went away while it was captioned; run again"
+        )
+    wanted = _to_caption(folder, job, manifest)
+    staged = staging.numbers(job)
+    if any(number < summary.num_samples for number in wanted - staged):
         return False
-    keys = {row["key"]: row["number"] for row in _kept(ledger, done)}
-    staged = ledger.staged_numbers(job)
+    numbers = _kept_numbers(folder, manifest)
     rows = []
-    for row in _captions(ledger, done):
-        number = keys[row["key"]]
+    for row in _caption_rows(folder, manifest):
+        number = numbers[row["key"]]
         if number in wanted:
-            row = _replaced(row, ledger.staged_rows(job, number) if number in staged else [])
+            row = _recaptioned(row, staging.rows(job, number) if number in staged else [])
         rows.append(row)
-    entry = ledger.write_captions(job.name, rows)
-    files = [e for e in done["files"] if e["kind"] != "captions"]
-    done |= {"caption_digest": job.caption_digest, "job": job.digest, "files": [*files, entry]}
-    ledger.write_manifest(job.name, done)
-    ledger.forget(job)
+    entry = committer.write_captions(job.name, rows)
+    others = [entry for entry in manifest.files if entry.kind != "captions"]
+    committer.write_manifest(
+        replace(
+            manifest,
+            caption_digest=job.caption_digest,
+            job=job.digest,
+            files=(*others, entry),
+        )
+    )
+    staging.forget(job)
     return True
 
 
-def _replaced(row: dict[str, Any], fresh: list[dict[str, Any]]) -> dict[str, Any]:
-    """A caption row with what this run made of the sample's windows; none: it was not in the shard."""
-    for new in fresh:
+def _recaptioned(row: Row, staged: list[Row]) -> Row:
+    """A caption row with what this run made of the sample's windows.
+
+    Nothing is staged of a sample that is not in the source shard any more.
+    """
+    for new in staged:
         if new["status"] == "kept" and new["window"] == row["window"]:
             texts = {name: new[name] for name in ("synthetic", "captioner", "caption_error")}
             return {**row, **texts}
     code, detail = "not_in_shard", "the source shard holds fewer samples than were prepared"
-    if fresh:
-        code, detail = fresh[0]["reason"] or "no_window", fresh[0]["detail"]
+    if staged:
+        code, detail = staged[0]["reason"] or "no_window", staged[0]["detail"]
     return {**row, "synthetic": "", "captioner": "", "caption_error": f"{code}: {detail}"}
 
 
-def _wanted(ledger: Ledger, job: ShardJob, done: dict[str, Any]) -> set[int]:
+def _to_caption(folder: Folder, job: ShardJob, manifest: Manifest) -> set[int]:
     """Numbers of kept samples without a caption of this job's captioner."""
-    numbers = {row["key"]: row["number"] for row in _kept(ledger, done)}
-    if done["caption_digest"] == job.caption_digest:
-        missing = {row["key"] for row in _captions(ledger, done) if row["caption_error"]}
-        return {numbers[key] for key in missing}
-    return set(numbers.values())
+    numbers = _kept_numbers(folder, manifest)
+    if manifest.caption_digest != job.caption_digest:
+        return set(numbers.values())
+    rows = _caption_rows(folder, manifest)
+    return {numbers[row["key"]] for row in rows if row["caption_error"]}
 
 
-def _manifest(ledger: Ledger, job: ShardJob) -> dict[str, Any]:
-    done = ledger.manifest(job.name)
-    if done is None:
-        raise LedgerError(
-            f"the manifest of shard {job.name} went away while it was captioned; run again"
-        )
-    return done
+def _kept_numbers(folder: Folder, manifest: Manifest) -> dict[str, int]:
+    """The number of each sample that is kept, by its key."""
+    rows = stored_rows(folder, manifest.status.path, ["key", "number", "status"])
+    return {row["key"]: row["number"] for row in rows if row["status"] == "kept"}
 
 
-def _kept(ledger: Ledger, done: dict[str, Any]) -> list[dict[str, Any]]:
-    path = next(e["path"] for e in done["files"] if e["kind"] == "status")
-    rows = ledger.read_rows(path, ["key", "number", "status"])
-    return [row for row in rows if row["status"] == "kept"]
-
-
-def _captions(ledger: Ledger, done: dict[str, Any]) -> list[dict[str, Any]]:
-    """The caption rows that stand; files of before there were errors have none."""
-    rows = ledger.read_rows(_caption_entry(done)["path"])
+def _caption_rows(folder: Folder, manifest: Manifest) -> list[Row]:
+    """The caption rows that stand; old files have no column of errors."""
+    rows = stored_rows(folder, manifest.captions.path)
     return [{"caption_error": None, **row} for row in rows]
-
-
-def _caption_entry(done: dict[str, Any]) -> dict[str, Any]:
-    return dict(next(e for e in done["files"] if e["kind"] == "captions"))

@@ -1,1 +1,13 @@
-"""data_prep/sources."""
+"""What comes in: shards of samples, as a user names them and in whatever state they are.
+
+A shard is a tar or a folder of loose files. Read in this order:
+
+    find.py           which shards a user's words name, their names, fingerprints of change
+    listing.py        what lies in a shard, member by member; ShardError
+    tar_archive.py    a tar, plain or gzip, cut or damaged or hostile
+    loose_files.py    a folder of loose files
+    archive.py        either of the two, by its path
+    samples.py        members become samples; Panda-70M's oddities; tars are written
+    moving_shapes.py  the synthetic world that the demo and the tests prepare
+    on_ray.py         the shards as a data source of Ray Data
+"""

@@ -1,4 +1,4 @@
-"""Which input shard is which: what a user's words name, names that tell shards apart, fingerprints of change.
+"""Which input shards a user's words name, what each is called, and whether it has changed.
 
 Looks at paths, sizes, times and bytes; knows nothing of what is in a sample.
 """
@@ -12,17 +12,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.sources.archive import (
-    Folder,
-    ShardError,
-    open_members,
-)
+from data_prep.sources.archive import open_archive
+from data_prep.sources.listing import ShardError
+from data_prep.sources.loose_files import LooseFiles
 from data_prep.sources.samples import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from data_prep.storage.location import (
-    file_version,
-    is_uri,
-    shown,
-)
+from data_prep.storage.location import file_version, is_uri, shown
 from data_prep.storage.store import open_folder
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -39,8 +33,8 @@ def find_shards(source: str) -> list[str]:
     (as video2dataset's `files` output has them), and each subfolder that holds samples is a shard.
 
     Args:
-        source: a folder, a tar or URI, a range such as `s3://b/{00000..00099}.tar`, or a `.txt` file
-            with one of these per line; its relative paths begin at its own folder.
+        source: a folder, a tar or URI, a range such as `s3://b/{00000..00099}.tar`, or a `.txt`
+            file with one of these per line, whose relative paths begin at its own folder.
 
     Raises:
         ShardError: nothing is there, it is not clear which, or a range is empty or huge.
@@ -60,13 +54,14 @@ def find_shards(source: str) -> list[str]:
         return _in_list(path)
     if not path.is_file():
         raise ShardError(
-            f"no shards at {source!r}: give a folder, a .tar, a {{00000..00099}}.tar range or a .txt list"
+            f"no shards at {source!r}: give a folder, a .tar, a {{00000..00099}}.tar range "
+            "or a .txt list"
         )
     return [source]
 
 
 def _in_store(source: str) -> list[str]:
-    """A file of a store, or the `*.tar` right below a prefix of it."""
+    """A file of a store, or the tars right below a prefix of it."""
     place, mark, query = source.partition("?")
     if place.endswith((".tar", ".tar.gz", ".tgz")):
         return [source]
@@ -77,7 +72,7 @@ def _in_store(source: str) -> list[str]:
 
 
 def _one_or_more(source: str) -> list[str]:
-    """What one place of a range names: often a file that is not looked for before it is opened."""
+    """What one name of a range stands for; a file is not looked for before it is opened."""
     return find_shards(source) if _RANGE.search(source) or Path(source).is_dir() else [source]
 
 
@@ -90,7 +85,8 @@ def _in_folder(path: Path) -> list[str]:
     mixed = loose or any(_holds(p, _MEDIA_SUFFIXES, deep=True) for p in subfolders if tars)
     if tars and mixed:
         raise ShardError(
-            f"{path} holds both tars and loose media; name those that you mean in a .txt list, one per line"
+            f"{path} holds both tars and loose media; "
+            "name those that you mean in a .txt list, one per line"
         )
     if tars:
         return tars
@@ -142,7 +138,7 @@ def _expand(source: str, match: re.Match[str]) -> list[str]:
 
 
 def name_shards(sources: Sequence[str]) -> dict[str, str]:
-    """Name of each shard → its source; the shortest path endings that tell them apart.
+    """The source of each shard by its name: the shortest path ending that tells it from others.
 
     >>> name_shards(["a/0.tar", "b/0.tar", "b/1.tar"])
     {'a__0': 'a/0.tar', 'b__0': 'b/0.tar', '1': 'b/1.tar'}
@@ -180,15 +176,17 @@ def _stem(source: str) -> str:
 
 def content_sha256(source: str) -> str:
     """Hex SHA-256 of a shard's content. Raises ShardError where it is not there."""
-    shard = open_members(source)
+    archive = open_archive(source)
     try:
-        return shard.content_sha256()
+        return archive.content_sha256()
     finally:
-        shard.close()
+        archive.close()
 
 
 def fingerprint(source: str) -> str:
-    """Size and modification time of a shard, or its etag; of all files of a folder.
+    """What changes when a shard does: size and modification time, or a store's etag.
+
+    Of a folder it is a digest of the names, sizes and times of all files in it.
 
     Raises:
         ShardError: it is not there.
@@ -196,7 +194,7 @@ def fingerprint(source: str) -> str:
     """
     try:
         if not is_uri(source) and stat.S_ISDIR(os.stat(source).st_mode):
-            return Folder(source).fingerprint()
+            return LooseFiles(source).fingerprint()
         return file_version(source)
     except FileNotFoundError as error:
         raise ShardError(f"cannot open shard {shown(source)}: no such file") from error

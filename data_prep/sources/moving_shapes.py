@@ -1,17 +1,23 @@
-"""The synthetic world: coloured shapes moving over textured backgrounds, written as Panda-70M writes clips.
+"""The synthetic world: coloured shapes that move over textured backgrounds, as Panda-70M's clips.
 
-Knows nothing of codecs, latents or Ray. Every picture is a pure function of a `ShapeSpec`, and every spec of a
-seed, so that the demo, the codec's training and the tests all see the same world without downloading anything.
+Every picture is a pure function of a `ShapeSpec`, and every spec of a seed, so that the demo, the
+codec's training and the tests see the same world and download nothing. Knows nothing of codecs,
+latents or Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from data_prep.progress import Progress
+from data_prep.sources.samples import write_shard
+from media.frames import Frames
+from media.write import encode_mp4, encode_png
 
 # Six saturated colours, far apart in hue, so that a colour can be read back from blurred pixels.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -46,7 +52,11 @@ _IMAGE_CAPTIONS = (
 
 @dataclass(frozen=True)
 class ShapeSpec:
-    """One scene. Lengths are fractions of the picture's smaller side, speed is in those per second."""
+    """One scene. Lengths are fractions of the picture's smaller side.
+
+    >>> random_spec(3, colour="red", shape="circle", motion="left").caption()
+    'A red circle moves left over a grey shaded background.'
+    """
 
     colour: str
     shape: str
@@ -54,16 +64,18 @@ class ShapeSpec:
     tone: str
     texture: str
     radius: float
-    centre: tuple[float, float]  # (row, column) halfway through the clip
+    centre: tuple[float, float]
+    """(row, column) of the shape's middle, halfway through the clip."""
     speed: float
+    """Lengths per second."""
     seed: int
 
     def caption(self) -> str:
-        """The caption a person would write, one of a few wordings chosen by the scene's seed."""
+        """The caption that a person would write, in one of a few wordings."""
         return _CAPTIONS[self.seed % len(_CAPTIONS)].format(**asdict(self))
 
     def image_caption(self) -> str:
-        """The same for a still picture: no motion in it."""
+        """The caption of a still picture: it tells of no motion."""
         return _IMAGE_CAPTIONS[self.seed % len(_IMAGE_CAPTIONS)].format(**asdict(self))
 
 
@@ -114,7 +126,7 @@ def _background(spec: ShapeSpec, height: int, width: int) -> np.ndarray:
 
 
 def _coverage(spec: ShapeSpec, centre: np.ndarray, height: int, width: int) -> np.ndarray:
-    """How much of each pixel the shape covers, in 0..1, edges one pixel soft. [H, W]"""
+    """How much of each pixel the shape covers, 0..1 in [H, W]; edges are one pixel soft."""
     side = min(height, width)
     rows, columns = np.mgrid[0:height, 0:width] + 0.5
     y, x = rows - centre[0] * side, columns - centre[1] * side
@@ -135,7 +147,7 @@ def _coverage(spec: ShapeSpec, centre: np.ndarray, height: int, width: int) -> n
 
 def render_clip(
     spec: ShapeSpec, num_frames: int, fps: float, height: int = 64, width: int = 64
-) -> np.ndarray:
+) -> Frames:
     """Frames of a scene as uint8 [T, H, W, 3].
 
     >>> render_clip(random_spec(0), 5, 8.0).shape
@@ -153,14 +165,13 @@ def render_clip(
     return frames
 
 
-def render_image(spec: ShapeSpec, height: int = 64, width: int = 64) -> np.ndarray:
+def render_image(spec: ShapeSpec, height: int = 64, width: int = 64) -> Frames:
     """The scene halfway through its clip, uint8 [H, W, 3]."""
     return render_clip(spec, 1, 1.0, height, width)[0]
 
 
 def _samples(first: int, count: int, *, images: bool, seed: int) -> Iterator[dict[str, Any]]:
-    from media.write import encode_mp4, encode_png
-
+    """Samples number `first` and on, as `write_shard` takes them."""
     for index in range(first, first + count):
         scene_seed = seed * 1_000_003 + index + (500_000 if images else 0)
         spec = random_spec(scene_seed)
@@ -191,19 +202,17 @@ def write_world(
     *,
     clips_per_shard: int = 64,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
-    """Write shards of the world to `out`: `NNNNN.tar` of clips (36 frames, 64x64, 16 fps, H.264 mp4 +
-    txt + json as Panda-70M's downloader lays them out), then `images-NNNNN.tar` of png + txt + json.
+    """Write shards of the world to `out` and return their paths.
 
-    A shard that stands is left alone: its content is a function of its name and the arguments. `progress` is called with
-    (samples written, samples in all).
+    `NNNNN.tar` holds clips (36 frames of 64×64 at 16 fps, H.264) as mp4, txt and json, laid out as
+    Panda-70M's downloader does; `images-NNNNN.tar` holds images as png, txt and json. A shard that
+    stands is left alone: its content is a function of its name and the arguments.
     """
-    from data_prep.sources.samples import write_shard
-
     out.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
-    done = 0
+    written = 0
     for images, total in ((False, num_clips), (True, num_images)):
         for shard, first in enumerate(range(0, total, clips_per_shard)):
             path = out / f"{'images-' if images else ''}{shard:05d}.tar"
@@ -211,7 +220,7 @@ def write_world(
             if not path.exists():
                 write_shard(path, _samples(first, count, images=images, seed=seed))
             paths.append(path)
-            done += count
+            written += count
             if progress is not None:
-                progress(done, num_clips + num_images)
+                progress(written, num_clips + num_images)
     return paths

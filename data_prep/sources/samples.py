@@ -1,49 +1,30 @@
-"""Shards in, samples out: members grouped by key, whatever state the shard is in; and tars written.
+"""Shards in, samples out: members grouped by key, whatever state the shard is in; tars written.
 
-A shard is a tar or a folder of loose files (`data_prep.sources.archive`). Knows where Panda-70M hides things
-(a failed download is a json without an mp4; scores are strings holding Python literals) but not what
-is made of a sample. Knows nothing of Ray.
+A shard is a tar or a folder of loose files (`data_prep.sources.archive`). Panda-70M's oddities are
+met here: a failed download is a json without an mp4, and scores are strings that hold Python
+literals. Knows nothing of what is made of a sample, and nothing of Ray.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.archive import (
-    Folder,
-    Listing,
-    Member,
-    ShardError,
-    Tar,
-    is_harmless,
-    open_members,
-    open_shard,
-)
-
-__all__ = [
-    "Sample",
-    "ShardError",
-    "ShardSummary",
-    "open_shard",
-    "parse_metadata",
-    "plain_caption",
-    "read_literal",
-    "read_shard",
-    "write_shard",
-]
+from data_prep.sources.archive import Archive, open_archive
+from data_prep.sources.listing import Listing, Member, ShardError, is_harmless
+from data_prep.storage.location import failing
+from flowreel.files import replacing
 
 VIDEO_SUFFIXES = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "flv", "wmv")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
 TEXT_BYTES = 1 << 20
-"""Most bytes of a caption or of a json."""
+"""Most bytes that are read of a caption or of a json."""
 _MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 _LITERAL_CHARS = 100_000
 _WORD = re.compile(r"[a-z0-9_-]{1,40}")
@@ -54,13 +35,14 @@ _LITERAL_KEYS = (
 
 @dataclass
 class Sample:
-    """One sample of a shard. `problem` is a reason code when it cannot go on, else empty."""
+    """One sample of a shard. `problem` is a reason code if it cannot go on, else empty."""
 
     key: str
     number: int
+    """Its place in the shard, from 0."""
     media: bytes = b""
     suffix: str = ""
-    """Of the media, lower case, without the dot; empty where there is none."""
+    """Suffix of the media, lower case, without the dot; empty where there is none."""
     caption: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
@@ -84,7 +66,7 @@ class ShardSummary:
     error: str = ""
     """Why nothing, or nothing more, could be read, where that is so."""
     sha256: str = ""
-    """Of the shard's whole content."""
+    """Hex SHA-256 of the shard's whole content."""
 
 
 @dataclass
@@ -113,31 +95,31 @@ def read_shard(
         ShardError: the shard cannot be opened.
     """
     summary = summary if summary is not None else ShardSummary()
-    shard = open_members(source)
+    archive = open_archive(source)
     try:
-        listing = shard.list()
+        listing = archive.listing()
         summary.truncated, summary.error = listing.truncated, listing.error
         summary.ignored_members = listing.ignored
-        seen: set[str] = set()
+        earlier_keys: set[str] = set()
         for group in group_members(listing.members):
-            sample = _read_sample(shard, group, summary.num_samples, max_media_bytes)
+            sample = _read_sample(archive, group, summary.num_samples, max_media_bytes)
             summary.num_samples += 1
-            _find_problem(sample, group, listing, seen)
-            seen.add(group.key)
+            _find_problem(sample, group, listing, earlier_keys)
+            earlier_keys.add(group.key)
             yield sample
             summary.truncated = summary.truncated or sample.problem == "truncated_shard"
-        summary.sha256 = shard.content_sha256()
+        summary.sha256 = archive.content_sha256()
     finally:
-        shard.close()
+        archive.close()
 
 
 def group_members(members: Sequence[Member]) -> list[Group]:
     """Members by sample, in the order of each sample's first member.
 
-    A key is a member's path without its last suffix, so that keys may hold dots. What is no media
-    goes to the sample with media whose key it begins with (`a.mp4`: `a.txt`, `a.frames.npy`), the
-    longest such; without media, captions and metadata make a sample by themselves. A second member
-    of the same name begins a second sample of that key.
+    A key is a member's path without its last suffix, so that keys may hold dots. A member that is
+    no media goes to the sample with media whose key its name begins with, the longest such key
+    (`a.txt` and `a.frames.npy` go to `a.mp4`). Captions and metadata without media make a sample by
+    themselves. A second member of the same name begins a second sample of that key.
 
     >>> [(g.key, sorted(g.members)) for g in group_members([
     ...     Member("a.b.mp4", 1, 0), Member("c.txt", 1, 0), Member("a.b.txt", 1, 0)])]
@@ -170,26 +152,26 @@ def _split_name(name: str, media: set[str], texts: set[str]) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     parts = base.split(".")
     stems = [folder + slash + ".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
-    found = next((s for s in stems if s in media), None)
-    found = found or next((s for s in reversed(stems) if s in texts), None)
-    key = found or folder + slash + parts[0]
+    owner = next((s for s in stems if s in media), None)
+    owner = owner or next((s for s in reversed(stems) if s in texts), None)
+    key = owner or folder + slash + parts[0]
     return key, name[len(key) + 1 :].lower()
 
 
-def _read_sample(shard: Tar | Folder, group: Group, number: int, max_media_bytes: int) -> Sample:
+def _read_sample(archive: Archive, group: Group, number: int, max_media_bytes: int) -> Sample:
     """The sample of a group, in the order in which its members lie."""
     sample = Sample(_clean(group.key), number)
     sample.suffix = next((s for s in _MEDIA_SUFFIXES if s in group.members), "")
     texts: dict[str, bytes] = {}
     for suffix, member in sorted(group.members.items(), key=lambda item: item[1].offset):
         if suffix == sample.suffix:
-            data = shard.read(member, max_media_bytes)
+            data = archive.read(member, max_media_bytes)
             if data is None:
                 sample.problem = "video_too_large"
                 sample.detail = f"{member.size_bytes} bytes, over the cap of {max_media_bytes}"
             sample.media = data or b""
         elif suffix in TEXT_SUFFIXES:
-            data = shard.read(member, TEXT_BYTES)
+            data = archive.read(member, TEXT_BYTES)
             if data is None:
                 sample.note = f"{suffix}: {member.size_bytes} bytes not read, over {TEXT_BYTES}"
             texts[suffix] = data or b""
@@ -203,7 +185,7 @@ def _read_sample(shard: Tar | Folder, group: Group, number: int, max_media_bytes
     return sample
 
 
-def _find_problem(sample: Sample, group: Group, listing: Listing, seen: set[str]) -> None:
+def _find_problem(sample: Sample, group: Group, listing: Listing, earlier_keys: set[str]) -> None:
     """Set the first problem that stands in the sample's way."""
     if listing.truncated and listing.members[-1] in group.members.values():
         sample.problem = "truncated_shard"
@@ -211,14 +193,14 @@ def _find_problem(sample: Sample, group: Group, listing: Listing, seen: set[str]
         sample.detail = "the shard ends before this sample does"
     elif sample.problem:
         pass
-    elif group.key in seen:
+    elif group.key in earlier_keys:
         sample.problem = "duplicate_key"
         sample.detail = "an earlier sample of this shard has the same key"
     elif not sample.suffix:
         status = str(sample.metadata.get("status", ""))
-        # Whatever a json says must not become a reason: only what looks like a downloader's word.
-        failed = status != "success" and _WORD.fullmatch(status) is not None
-        sample.problem = status if failed else "no_media"
+        # A json may say anything: only what looks like a downloader's word becomes a reason.
+        is_a_word = status != "success" and _WORD.fullmatch(status) is not None
+        sample.problem = status if is_a_word else "no_media"
         message = str(sample.metadata.get("error_message") or "no video or image member")
         sample.detail = message[:300]
     if sample.problem:
@@ -240,14 +222,20 @@ def decode_text(data: bytes) -> str:
 
 
 def _clean(text: str) -> str:
-    """Names that are not UTF-8 arrive with lone surrogates, which no file format here can hold."""
+    """Text without lone surrogates, as which bytes of names that are not UTF-8 arrive.
+
+    No file format here can hold them.
+    """
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def parse_metadata(data: bytes) -> dict[str, Any]:
     """A sample's json; scores that Panda-70M writes as Python literals become values.
 
-    Anything unreadable is left out, so that the missing-metadata policy decides.
+    What cannot be read is left out, so that the policy for missing metadata decides.
+
+    >>> parse_metadata(b'{"matching_score": "[0.44]"}')
+    {'matching_score': [0.44]}
     """
     try:
         values = json.loads(decode_text(data)) if data else {}
@@ -262,7 +250,7 @@ def parse_metadata(data: bytes) -> dict[str, Any]:
 
 
 def read_literal(text: str) -> Any:
-    """The value of a Python literal, or the text itself where it is none (never evaluated).
+    """The value of a Python literal, or the text itself where it is none; no code is run.
 
     >>> read_literal("[0.44, 0.5]"), read_literal("desirable")
     ([0.44, 0.5], 'desirable')
@@ -276,7 +264,7 @@ def read_literal(text: str) -> Any:
 
 
 def plain_caption(text: str) -> str:
-    """A caption, or the first of a stringified list of captions.
+    """A caption, or the first one of a list of captions that was written as a string.
 
     >>> plain_caption("['A car.', 'A road.']")
     'A car.'
@@ -290,34 +278,30 @@ def plain_caption(text: str) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
-    """Write samples with the webdataset library; same samples, same bytes. Replaces atomically.
+    """Write samples as a tar, whole or not at all; the same samples give the same bytes.
 
     Args:
-        path: the tar to write.
-        samples: dicts of `__key__` and members by suffix; `txt` a str, `json` any JSON value,
-            media bytes.
+        path: the tar to write; one that stands is replaced.
+        samples: dicts of `__key__` and members by suffix: `txt` is a str, `json` any JSON value,
+            media are bytes.
 
     Raises:
-        ShardError: a key with a dot or slash at fault, or a member that cannot be encoded.
+        ShardError: a key that would not come back as it is.
+        StorageError: the disk fails.
     """
     import webdataset
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            with webdataset.TarWriter(file, mtime=0.0, compress=False) as writer:
-                for sample in samples:
-                    key = sample.get("__key__", "")
-                    if not key or "." in key.rpartition("/")[2] or not is_harmless(key):
-                        raise ShardError(
-                            f"sample key {key!r}: a key has a base name without dots, no '..' "
-                            "and no leading '/'"
-                        )
-                    writer.write(sample)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        failing("write", path),
+        replacing(Path(path)) as partial,
+        partial.open("wb") as file,
+        webdataset.TarWriter(file, mtime=0.0, compress=False) as writer,
+    ):
+        for sample in samples:
+            key = sample.get("__key__", "")
+            if not key or "." in key.rpartition("/")[2] or not is_harmless(key):
+                raise ShardError(
+                    f"sample key {key!r}: a key has a base name without dots, no '..' "
+                    "and no leading '/'"
+                )
+            writer.write(sample)

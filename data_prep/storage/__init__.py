@@ -1,1 +1,9 @@
-"""data_prep/storage."""
+"""Where files lie, on a disk or in an object store, by the same few calls.
+
+Read in this order:
+
+    location.py   paths and URIs; one file opened for reading; StorageError
+    folder.py     a folder by relative names: read, write whole, list, lock; the local one
+    lease.py      the lock of a folder in an object store, where nothing locks files
+    store.py      the folder in an object store, and `open_folder`, which chooses
+"""

@@ -1,20 +1,16 @@
-"""A folder on a disk or in an object store, by the same few calls.
+"""A folder on a disk or in an object store, by the same few calls; and the local folder.
 
-    open_folder("/data/latents")             a local folder
-    open_folder("s3://bucket/latents")       any URI that pyarrow.fs knows (data_prep.storage.location)
-
-A file is there whole or not at all: a local one is written under another name, synced and renamed;
-a store shows one only after its completed PUT. Names are relative to their folder. Knows nothing of
+A file is there whole or not at all: a local one is written under another name, synced and renamed
+(`flowreel.files`), and a store shows one only after its completed PUT. Names are relative to their
+folder. `data_prep.storage.store.open_folder` gives the folder of a path or URI. Knows nothing of
 what the files hold.
 
-    LockHeld(RuntimeError)       somebody else holds the lock
-    StorageError(RuntimeError)   the disk or the store failed
+    LockHeld(RuntimeError)   somebody else holds the lock; the caller says of what, and what to do
 """
 
 from __future__ import annotations
 
 import fcntl
-import os
 import re
 import shutil
 import time
@@ -32,17 +28,14 @@ from data_prep.storage.location import (
     filesystem_of,
     shown,
 )
+from flowreel import files
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow import fs
 
-_PARTIAL = re.compile(r"\..+\.\d+\.tmp")
-
-
+_PARTIAL = re.compile(rf"\..+\.\d+{re.escape(files.PARTIAL_SUFFIX)}")
 _T = TypeVar("_T")
-
-
 _R = TypeVar("_R")
 
 
@@ -51,12 +44,16 @@ class LockHeld(RuntimeError):
 
 
 def map_at_once(function: Callable[[_T], _R], values: Sequence[_T], threads: int) -> Iterator[_R]:
-    """`map`, on some threads where what is asked answers slowly; in order."""
+    """`map` on several threads, for calls that wait for an answer; results come in order.
+
+    >>> list(map_at_once(str.upper, ["a", "b", "c"], threads=2))
+    ['A', 'B', 'C']
+    """
     if threads == 1 or len(values) < 2:
         yield from map(function, values)
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="storage") as pool:
-        # In parts, so that no more results wait than are soon taken.
+        # In parts, so that few results wait in memory until the caller takes them.
         for start in range(0, len(values), 2 * threads):
             yield from pool.map(function, values[start : start + 2 * threads])
 
@@ -85,7 +82,7 @@ class Folder(ABC):
         return {**self.__dict__, "_opened": None}
 
     def failing(self, action: str, name: str = "") -> AbstractContextManager[None]:
-        """`failing` for a file of this folder."""
+        """`data_prep.storage.location.failing` for a file of this folder."""
         return failing(action, f"{shown(self.location)}/{name}" if name else self.location)
 
     def read(self, name: str) -> bytes:
@@ -111,7 +108,7 @@ class Folder(ABC):
             if info.is_file:
                 return int(info.size)
             below = fs.FileSelector(path, recursive=True, allow_not_found=True)
-            return sum(int(found.size or 0) for found in filesystem.get_file_info(below))
+            return sum(int(entry.size or 0) for entry in filesystem.get_file_info(below))
 
     def open(self, name: str) -> pa.NativeFile:
         """A file for random access. Raises FileNotFoundError, StorageError."""
@@ -121,29 +118,29 @@ class Folder(ABC):
 
     def names(self, folder: str = "") -> list[str]:
         """Base names of the files right in a folder, sorted; none where it is not there."""
-        return self._list(folder, files=True)
+        return self._list(folder, want_files=True)
 
     def folders(self, folder: str = "") -> list[str]:
         """Base names of the folders right in a folder, sorted."""
-        return self._list(folder, files=False)
+        return self._list(folder, want_files=False)
 
-    def _list(self, folder: str, *, files: bool) -> list[str]:
+    def _list(self, folder: str, *, want_files: bool) -> list[str]:
         from pyarrow import fs
 
         with self.failing("list", folder):
             filesystem, path = self._at(folder)
-            found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        wanted = fs.FileType.File if files else fs.FileType.Directory
-        bases = (info.base_name for info in found if info.type == wanted)
+            entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        kind = fs.FileType.File if want_files else fs.FileType.Directory
+        bases = (entry.base_name for entry in entries if entry.type == kind)
         return sorted(base for base in bases if not base.startswith("."))
 
     @abstractmethod
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """A file, whole or not at all. Raises StorageError."""
+        """Write a file, whole or not at all. Raises StorageError."""
 
     @abstractmethod
     def replacing(self, name: str) -> AbstractContextManager[Path]:
-        """A local path to write to; what is there on leaving becomes the file, whole."""
+        """A local path to write to; what is there on leaving in peace becomes the file, whole."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -155,17 +152,18 @@ class Folder(ABC):
 
     @abstractmethod
     def remove_partials(self) -> None:
-        """Remove what killed writers left; only for who holds the folder's locks."""
+        """Remove what killed writers left. Call it only while the folder's locks are held."""
 
     @abstractmethod
     def lock(self, name: str, *, wait_s: float = 0.0) -> AbstractContextManager[Callable[[], None]]:
-        """Hold a lock of this folder against every other process, until it dies at the latest.
+        """Hold a lock of this folder against every other process.
 
-        Gives a function that raises LockHeld where the lock was lost in the meantime.
+        The lock ends with this process at the latest. Entering gives a function that raises
+        LockHeld where the lock was lost in the meantime.
 
         Args:
-            name: of the lock's file.
-            wait_s: how long to wait for who holds it.
+            name: name of the lock's file.
+            wait_s: how long to wait for another holder, in seconds.
 
         Raises:
             LockHeld: somebody else holds it.
@@ -173,47 +171,50 @@ class Folder(ABC):
 
 
 class LocalFolder(Folder):
-    """A folder on a disk of this machine, or on a file system that several share."""
+    """A folder on a disk of this machine, or on a file system that several machines share.
+
+    >>> import tempfile
+    >>> folder = LocalFolder(tempfile.mkdtemp())
+    >>> folder.write("notes/a.txt", b"whole")
+    >>> folder.names("notes"), folder.read("notes/a.txt"), folder.size("notes")
+    (['a.txt'], b'whole', 5)
+    """
 
     def _path(self, name: str) -> Path:
         return Path(self.location, name)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write a file, whole or not at all; folders on the way are made."""
         with self.replacing(name) as partial, partial.open("wb") as file:
             file.write(data)
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        path = self._path(name)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with self.failing("write", name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                yield partial
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
-            _sync_folder(path.parent)
+        """A path beside the file's, which takes its place on leaving in peace."""
+        with self.failing("write", name), files.replacing(self._path(name)) as partial:
+            yield partial
 
     def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
         with self.failing("remove", name):
             self._path(name).unlink(missing_ok=True)
 
     def remove_folder(self, name: str) -> None:
+        """Remove a folder and all in it, if it is there."""
         path = self._path(name)
         with self.failing("remove", name):
             if path.is_dir():
                 shutil.rmtree(path)
 
     def remove_partials(self) -> None:
-        for path in Path(self.location).rglob(".*.tmp"):
+        """Remove the unfinished files of writers that were killed."""
+        for path in Path(self.location).rglob(f".*{files.PARTIAL_SUFFIX}"):
             if _PARTIAL.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
     @contextmanager
     def lock(self, name: str, *, wait_s: float = 0.0) -> Iterator[Callable[[], None]]:
+        """Hold an flock, which the kernel lets go of when the process dies: it is never lost."""
         deadline = time.monotonic() + wait_s
         with self.failing("lock", name):
             Path(self.location).mkdir(parents=True, exist_ok=True)
@@ -228,16 +229,3 @@ class LocalFolder(Folder):
                         raise LockHeld(self.where(name)) from error
                     time.sleep(0.05)
             yield lambda: None
-
-
-def write_atomically(path: Path, data: bytes | pa.Buffer) -> None:
-    """A local file, whole or not at all. Raises StorageError."""
-    LocalFolder(path.parent).write(path.name, data)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

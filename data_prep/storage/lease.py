@@ -1,11 +1,13 @@
 """A lock in an object store, where there is neither `flock` nor a process table.
 
 Whoever wants the lock `NAME` puts a file of its own, `NAME/ID.json`, and then lists `NAME/`. It
-has the lock where it sees no other file. Stores list what was put before (S3 since 2020), so of two
-who come at once at least one sees the other, steps back and tries again. A holder writes its file
-anew every few seconds; a file that has not changed for `LEASE_S` by the watcher's own clock, or whose
-process is seen to be gone on this very machine, is removed. A holder that could not renew for so
-long knows by its own clock that it lost the lock. Clocks of different machines are never compared.
+has the lock if it sees no other file. Stores list what was put before (S3 since 2020), so of two
+who come at once at least one sees the other, steps back and tries again.
+
+A holder writes its file anew every few seconds. A watcher removes a file that has not changed for
+`LEASE_S` by the watcher's own clock, or whose process has ended on this very machine. A holder
+that could not renew its file for so long knows by its own clock that it lost the lock. Clocks of
+different machines are never compared. Knows nothing of what the lock protects.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_prep.storage.folder import Folder, LockHeld
@@ -28,12 +31,13 @@ from data_prep.storage.location import StorageError
 log = logging.getLogger("flowreel.prepare")
 
 LEASE_S = 30.0
-"""A lease that was not renewed for so long has ended, in seconds."""
+"""A lease that was not renewed for so many seconds has ended."""
 BEAT_S = 5.0
-"""How often it is renewed, in seconds."""
+"""A lease is renewed every so many seconds."""
 _SAFE_S = LEASE_S - 2 * BEAT_S
-_let_go: set[str] = set()
-"""Leases of this process that it could not remove, as the store failed."""
+"""A holder trusts its lease for so long after a renewal: earlier than any watcher gives it up."""
+_abandoned: set[str] = set()
+"""Base names of leases of this process that it could not remove, because the store failed."""
 
 
 def _now_s() -> float:
@@ -42,7 +46,7 @@ def _now_s() -> float:
 
 
 def _machine() -> str:
-    """What has one process table: host, boot and, in containers, process namespace; empty if unknown."""
+    """What has one process table: host, boot and process namespace; empty where it is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
@@ -51,7 +55,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine started, in clock ticks; empty where it is dead or unknown."""
+    """When a process of this machine started, in clock ticks; empty if it is dead or unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -59,18 +63,39 @@ def _started(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def _is_gone(base: str, holder: dict[str, str]) -> bool:
-    """Whether the holder let go, or is a process of this machine that is seen to have ended."""
-    here = _machine()
-    if base in _let_go:
-        return True
-    if not here or holder.get("machine") != here:
-        return False
-    return _started(int(holder["pid"])) != holder["started"]
+@dataclass(frozen=True)
+class _Holder:
+    """What a lease's file says of its holder."""
+
+    host: str
+    machine: str
+    """See `_machine`."""
+    pid: str
+    started: str
+    """See `_started`: another process may have the same number later."""
+    beat: str
+    """How often the file was written, as ten digits."""
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> _Holder:
+        return cls(**json.loads(data))
+
+    @property
+    def is_on_this_machine(self) -> bool:
+        machine = _machine()
+        return machine != "" and self.machine == machine
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is a process of this machine that is not there any more."""
+        return self.is_on_this_machine and _started(int(self.pid)) != self.started
 
 
 class _Lease:
-    """One attempt at a lock, and once it is held, its renewal."""
+    """One attempt at a lock and, once the lock is held, its renewal."""
 
     def __init__(self, folder: Folder, name: str) -> None:
         self.folder = folder
@@ -82,38 +107,47 @@ class _Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def put(self) -> None:
+        """Write the lease's file, or write it anew."""
         begun_s = _now_s()
         self.beat += 1
         pid = os.getpid()
-        holder = {"host": socket.gethostname(), "machine": _machine(), "pid": str(pid)}
-        # Of one length always: a reader may ask for the size before, and the content after, a renewal.
-        holder |= {"started": _started(pid), "beat": f"{self.beat:010d}"}
-        self.folder.write(f"{self.name}/{self.base}", json.dumps(holder).encode())
+        # The file has one length always: a reader may see the size of one renewal and the content
+        # of the next.
+        holder = _Holder(
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=str(pid),
+            started=_started(pid),
+            beat=f"{self.beat:010d}",
+        )
+        self.folder.write(f"{self.name}/{self.base}", holder.to_json())
         self._renewed_s = begun_s
 
     def others(self) -> dict[str, bytes]:
         """The files of all others, by base name."""
-        found = {}
+        contents = {}
         for base in self.folder.names(self.name):
             if base != self.base:
                 try:
-                    found[base] = self.folder.read(f"{self.name}/{base}")
-                except FileNotFoundError:  # let go of between the two calls
+                    contents[base] = self.folder.read(f"{self.name}/{base}")
+                except FileNotFoundError:  # its holder let go of it between the two calls
                     continue
                 except StorageError:
                     # Arrow asks for the size first; what goes away after that is no plain 404.
                     if self.folder.exists(f"{self.name}/{base}"):
                         raise
-        return found
+        return contents
 
     def remove(self) -> None:
+        """Take the file away."""
         self.folder.remove(f"{self.name}/{self.base}")
 
     def hold(self) -> None:
+        """Begin to renew the file every few seconds."""
         self._thread.start()
 
     def check(self) -> None:
-        """Raises LockHeld where the lease may have ended."""
+        """Raise LockHeld where the lease may have ended."""
         if _now_s() - self._renewed_s > _SAFE_S or self._ended.is_set():
             raise LockHeld(self.folder.where(self.name))
 
@@ -127,30 +161,32 @@ class _Lease:
                     return
                 self.put()
             except StorageError:
-                # The store may answer again in time; where it does not, `check` finds it late.
+                # The store may answer again in time; if it does not, `check` sees that it is late.
                 continue
 
     def let_go(self) -> None:
+        """End the renewal and take the file away."""
         self._ended.set()
         self._thread.join()
         try:
             self.remove()
         except StorageError as error:
-            # What went wrong before matters more; to others the lease ends by itself.
+            # What went wrong before matters more than this; for others the lease ends by itself.
             log.warning("%s", error)
-            _let_go.add(self.base)
+            _abandoned.add(self.base)
 
 
 @contextmanager
 def hold_lease(folder: Folder, name: str, *, wait_s: float = 0.0) -> Iterator[Callable[[], None]]:
-    """Hold the lock `name` of a store's folder; gives a function that raises once it is lost.
+    """Hold the lock `name` of a store's folder.
 
-    A holder that is alive is told from one that died without a word by watching it: that takes up
-    to `BEAT_S` and `LEASE_S`, whatever `wait_s` is.
+    Entering gives a function that raises LockHeld once the lock is lost. A holder that died without
+    a word looks like a living one until it has been watched for a while: up to `LEASE_S`, whatever
+    `wait_s` is.
 
     Args:
-        folder: where the lock is.
-        name: of the lock.
+        folder: the folder that the lock is in.
+        name: name of the lock.
         wait_s: how long to wait for a living holder, in seconds.
 
     Raises:
@@ -165,8 +201,9 @@ def hold_lease(folder: Folder, name: str, *, wait_s: float = 0.0) -> Iterator[Ca
 
 
 def _take(folder: Folder, name: str, wait_s: float) -> _Lease:
+    """Put a file, look for others, step back and try again, until there are no others."""
     lease = _Lease(folder, name)
-    seen: dict[str, tuple[bytes, float]] = {}
+    first_seen: dict[str, tuple[bytes, float]] = {}
     begun_s = _now_s()
     while True:
         lease.put()
@@ -175,20 +212,22 @@ def _take(folder: Folder, name: str, wait_s: float) -> _Lease:
             lease.hold()
             return lease
         lease.remove()
-        alive = False
+        is_alive = False
         for base, content in others.items():
-            holder = json.loads(content)
-            before, since_s = seen.setdefault(base, (content, _now_s()))
-            if _is_gone(base, holder) or (before == content and _now_s() - since_s > LEASE_S):
+            holder = _Holder.from_json(content)
+            before, since_s = first_seen.setdefault(base, (content, _now_s()))
+            has_changed = before != content
+            is_stale = not has_changed and _now_s() - since_s > LEASE_S
+            if base in _abandoned or holder.has_ended or is_stale:
                 folder.remove(f"{name}/{base}")
                 continue
-            changed = before != content
-            if changed:
-                seen[base] = (content, _now_s())
-            # Who came at the same moment steps back too: only a second beat is of a holder.
-            here = holder["machine"] == _machine() != ""
-            alive = alive or ((changed or here) and int(holder["beat"]) > 1)
-        if alive and _now_s() - begun_s >= wait_s:
+            if has_changed:
+                first_seen[base] = (content, _now_s())
+            # One who came at the same moment writes once and steps back: only a file that was
+            # written a second time is a holder's.
+            is_renewed = int(holder.beat) > 1
+            is_alive = is_alive or (is_renewed and (has_changed or holder.is_on_this_machine))
+        if is_alive and _now_s() - begun_s >= wait_s:
             raise LockHeld(folder.where(name))
-        # By chance, so that two who came at once do not meet again.
+        # The pause is random, so that two who came at once do not meet again.
         time.sleep(random.uniform(0.1, 0.5))

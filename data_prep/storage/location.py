@@ -1,14 +1,15 @@
 """Where files lie: local paths and URIs of object stores, and what it means when either fails.
 
-    open_stream("s3://bucket/00000.tar")     one file, front to back, in bounded memory
-    file_version(...)                        what tells a file from another in its place
+    open_stream("s3://bucket/00000.tar")     opens one file, to be read front to back
+    file_version("s3://bucket/00000.tar")    tells a file from another one in its place
 
-A store's endpoint, region and credentials are those of the standard AWS variables; endpoint and
+A store's endpoint, region and credentials are those of the standard AWS variables. Endpoint and
 region may also be in the URI: `s3://b/k?endpoint_override=http://host:9000&region=x`. Knows nothing
 of what the files hold.
 
-    StorageError(RuntimeError)   the disk or the store failed; never an OSError, so that nobody takes
-                                 it for a fault of the file's content
+    StorageError(FlowreelError, RuntimeError)   the disk or the store failed
+
+A StorageError is never an OSError, so that nobody takes it for a fault of the file's content.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ Location = str | os.PathLike[str]
 """A local path or a URI."""
 
 READ_AHEAD_BYTES = 8 * 2**20
-"""What is held of a file that is read front to back from a store."""
+"""How much of a store's file is held in memory while it is read front to back."""
 _STORE_ATTEMPTS = 7
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StorageError(FlowreelError, RuntimeError):
-    """A disk or an object store failed; what was finished before is whole."""
+    """A disk or an object store failed; the files that were finished before are whole."""
 
 
 def is_uri(location: Location) -> bool:
@@ -73,7 +74,15 @@ def shown(location: Location) -> str:
 
 @contextmanager
 def failing(action: str, location: Location) -> Iterator[None]:
-    """Turn an OSError (but for a missing file) into a StorageError that says what to do."""
+    """Turn an OSError into a StorageError that says what to do; a missing file stays as it is.
+
+    >>> with failing("write", "/data/a"):
+    ...     raise OSError(errno.ENOSPC, "No space left on device")
+    Traceback (most recent call last):
+    ...
+    data_prep.storage.location.StorageError: cannot write /data/a: No space left on device; free \
+some space, then run the same command again: what is finished is kept
+    """
     try:
         yield
     except FileNotFoundError:
@@ -107,7 +116,7 @@ def _s3(endpoint: str, region: str) -> fs.S3FileSystem:
         **options,
         connect_timeout=5.0,
         request_timeout=30.0,
-        # A small file then is one PUT, not a multipart upload of one part.
+        # With this a small file is one PUT, not a multipart upload of one part.
         allow_delayed_open=True,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_STORE_ATTEMPTS),
     )
@@ -127,11 +136,11 @@ def filesystem_of(location: Location) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), text
     parts = urlsplit(text)
     if parts.scheme != "s3":
-        found, path = fs.FileSystem.from_uri(text)
-        return found, path
+        filesystem, path = fs.FileSystem.from_uri(text)
+        return filesystem, path
     query = dict(parse_qsl(parts.query))
     if "@" in parts.netloc:
-        # It would be kept in manifests and logs.
+        # The URI is written into manifests and logs, where a secret must not be.
         raise StorageError(
             f"the URI of {shown(text)} holds credentials; give them as AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or in ~/.aws"
@@ -166,7 +175,7 @@ class _Stream:
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        # Asks nothing of the disk or store; what fails here is a place that cannot be.
+        # A seek asks nothing of the disk or store: what fails here is an impossible place.
         return int(self._stream.seek(offset, whence))
 
     def tell(self) -> int:
@@ -183,8 +192,12 @@ class _Stream:
 
 
 def open_stream(location: Location, *, seekable: bool = False) -> IO[bytes]:
-    """Open a file for reading once, front to back (of a store's file 8 MiB are held at a time), or, `seekable`, here and
-    there.
+    """Open a file for reading.
+
+    Args:
+        location: a local path or a URI.
+        seekable: for reading here and there. Otherwise the file is read once, front to back, and
+            `READ_AHEAD_BYTES` of a store's file are held at a time.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -195,27 +208,30 @@ def open_stream(location: Location, *, seekable: bool = False) -> IO[bytes]:
         if not is_uri(text):
             stream: Any = open(text, "rb")  # noqa: SIM115 (closed by the caller)
         else:
-            found, path = filesystem_of(text)
+            filesystem, path = filesystem_of(text)
             if seekable:
-                # The header and the small files around it come in one request.
-                stream = io.BufferedReader(found.open_input_file(path), 1 << 17)
+                # So that a header and the small files around it come in one request.
+                stream = io.BufferedReader(filesystem.open_input_file(path), 1 << 17)
             else:
-                stream = found.open_input_stream(path, buffer_size=READ_AHEAD_BYTES)
+                stream = filesystem.open_input_stream(path, buffer_size=READ_AHEAD_BYTES)
     return cast("IO[bytes]", _Stream(text, stream))
 
 
 def file_version(location: Location) -> str:
-    """What tells a file from another that takes its place: size and modification time, or a store's
-    etag (its times are whole seconds).
+    """What tells a file from another one that takes its place.
+
+    It is the size and the modification time, or the etag where a store gives one: a store's times
+    are whole seconds, in which a file may change unseen.
 
     Raises:
-        FileNotFoundError, StorageError: it is not there; the disk or store fails.
+        FileNotFoundError: it is not there.
+        StorageError: the disk or store fails.
     """
     text = absolute(location)
     with failing("look at", text):
         if not is_uri(text):
-            found = os.stat(text)
-            return f"size:{found.st_size} mtime_ns:{found.st_mtime_ns}"
+            about = os.stat(text)
+            return f"size:{about.st_size} mtime_ns:{about.st_mtime_ns}"
         filesystem, path = filesystem_of(text)
         with filesystem.open_input_file(path) as file:
             size_bytes, etag = file.size(), file.metadata().get("ETag")

@@ -1,4 +1,7 @@
-"""A folder in an object store, and the way to a folder wherever it lies. Knows nothing of what files hold."""
+"""A folder in an object store, and the way to a folder wherever it lies.
+
+Knows nothing of what the files hold.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,22 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.storage.location import (
-    Location,
-    failing,
-    is_uri,
-)
+from data_prep.storage.folder import Folder, LocalFolder
+from data_prep.storage.lease import hold_lease
+from data_prep.storage.location import Location, failing, is_uri
 
 if TYPE_CHECKING:
     import pyarrow as pa
-from data_prep.storage.folder import Folder, LocalFolder
 
 _STORE_THREADS = 16
 
 
 def open_folder(location: Location) -> Folder:
-    """The folder at a location; nothing is made or looked at yet."""
+    """The folder at a location; nothing is made or looked at yet.
+
+    >>> type(open_folder("/data/latents")).__name__, type(open_folder("s3://b/latents")).__name__
+    ('LocalFolder', 'StoreFolder')
+    """
     return StoreFolder(location) if is_uri(location) else LocalFolder(location)
 
 
@@ -33,9 +37,10 @@ class StoreFolder(Folder):
     threads = _STORE_THREADS
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Put a file; a store shows it only after the whole PUT."""
         with self.failing("write", name), ThreadPoolExecutor(1) as pool:
-            # Not in this thread, which Ctrl-C may interrupt: closing a stream early would complete
-            # the upload of what it had.
+            # Ctrl-C may interrupt the main thread, and closing a stream early would complete the
+            # upload of what it had so far: so the PUT runs in a thread that is not interrupted.
             pool.submit(self._put, name, data).result()
 
     def _put(self, name: str, data: bytes | pa.Buffer) -> None:
@@ -45,6 +50,7 @@ class StoreFolder(Folder):
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
+        """A path on the local disk; on leaving in peace its content is put into the store."""
         import pyarrow as pa
 
         with tempfile.TemporaryDirectory(prefix="flowreel-") as folder:
@@ -55,6 +61,7 @@ class StoreFolder(Folder):
                 self.write(name, content.read_buffer())
 
     def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
         with self.failing("remove", name):
             filesystem, path = self._at(name)
             try:
@@ -63,6 +70,7 @@ class StoreFolder(Folder):
                 return
 
     def remove_folder(self, name: str) -> None:
+        """Remove all files below a prefix."""
         with self.failing("remove", name):
             filesystem, path = self._at(name)
             try:
@@ -71,9 +79,8 @@ class StoreFolder(Folder):
                 return
 
     def remove_partials(self) -> None:
-        """A store shows no partial file; its own rules end uploads that were never completed."""
+        """Do nothing: a store shows no partial file, and its own rules end broken uploads."""
 
     def lock(self, name: str, *, wait_s: float = 0.0) -> AbstractContextManager[Callable[[], None]]:
-        from data_prep.storage.lease import hold_lease
-
+        """Hold a lease (`data_prep.storage.lease`), which the function given on entering checks."""
         return hold_lease(self, name, wait_s=wait_s)

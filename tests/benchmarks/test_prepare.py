@@ -1,4 +1,4 @@
-"""The benchmark of preparation: what it counts, its bars, and, in the slow part, a whole small run."""
+"""The benchmark of preparation: what it counts, its bars and, if slow tests run, a whole run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.prepare import PipelineRun, feeder, main, verdicts, write_clips
+from benchmarks.clips import write_clips
+from benchmarks.feeder import feeder
+from benchmarks.prepare import PipelineRun, main, verdicts
 from benchmarks.processes import Watch, cpu_seconds, family, pss_bytes
 from data_prep.config import BucketConfig, PrepareConfig
 from tests.places import TINY_CODEC
 
 TINY = TINY_CODEC
-BUSY = "import time\nend = time.process_time() + {seconds}\nwhile time.process_time() < end: pass\ntime.sleep(30)"
+BUSY = """
+import time
+end = time.process_time() + {seconds}
+while time.process_time() < end:
+    pass
+time.sleep(30)
+"""
 
 
 def test_cpu_time_of_a_whole_family_is_seen_between_the_marks() -> None:

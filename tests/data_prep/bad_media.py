@@ -1,4 +1,4 @@
-"""Files of every kind that a crawl brings: made here, by PyAV and Pillow, as small as they can be."""
+"""Files of every kind that a crawl brings, made by PyAV and Pillow, as small as they can be."""
 
 from __future__ import annotations
 

@@ -7,30 +7,28 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.captions.stage import CaptionStage
+from data_prep.clips.decode import DecodeStage
 from data_prep.config import PrepareConfig
-from data_prep.ledger.ledger import Ledger
+from data_prep.latents.encode import EncodeStage
+from data_prep.ledger.locks import lock_output, lock_writing
 from data_prep.ledger.recaption import numbers_to_skip
 from data_prep.ledger.reuse import Reuse
+from data_prep.ledger.sink import SinkStage
+from data_prep.ledger.staging import Staging
+from data_prep.row import Row
 from data_prep.run import (
     PrepareReport,
+    RunFigures,
     RunPlan,
     finish_run,
     plan_caption_run,
     plan_run,
     report_of,
 )
-from data_prep.stages import (
-    CaptionStage,
-    DecodeStage,
-    EncodeStage,
-    FilterStage,
-    Row,
-    SinkStage,
-    Stage,
-    read_rows,
-    run_stage,
-)
+from data_prep.stages import FilterStage, Stage, read_rows, run_stage
 from data_prep.storage.location import Location
+from data_prep.storage.store import open_folder
 
 
 def finished_rows(plan: RunPlan, config: PrepareConfig) -> Iterator[Row]:
@@ -38,16 +36,16 @@ def finished_rows(plan: RunPlan, config: PrepareConfig) -> Iterator[Row]:
     skip = frozenset(job.name for job in plan.jobs if not job.encode)
     reuse = Reuse(plan.out, plan.jobs)
     stages: list[Stage] = [
-        DecodeStage(config, reuse=reuse),
+        DecodeStage(config, plan.sizes, reuse=reuse),
         FilterStage(config, reuse),
         CaptionStage(config),
     ]
     if plan.codec:
         stages.append(EncodeStage(config, plan.codec, skip))
-    ledger = Ledger(plan.out)
+    staging = Staging(open_folder(plan.out))
     try:
         for job in plan.jobs:
-            for row in read_rows(job, config, numbers_to_skip(ledger, job)):
+            for row in read_rows(job, config, numbers_to_skip(staging, job)):
                 for stage in stages:
                     row = run_stage(stage, row)
                 yield row
@@ -67,7 +65,7 @@ def prepare_locally(
     redo: bool = False,
 ) -> PrepareReport:
     """Like `prepare`, in this process: rows shuffled by a seed, or stopped after so many."""
-    with Ledger(out).lock():
+    with lock_output(open_folder(out)):
         plan = plan_run(config, shards, out, str(codec), redo=redo)
         return _run(plan, config, shuffle, stop_after)
 
@@ -81,22 +79,22 @@ def caption_locally(
     stop_after: int | None = None,
 ) -> PrepareReport:
     """Like `prepare` with `only="captions"`, in this process."""
-    with Ledger(out).lock():
+    with lock_output(open_folder(out)):
         return _run(plan_caption_run(config, shards, out), config, shuffle, stop_after)
 
 
 def _run(
     plan: RunPlan, config: PrepareConfig, shuffle: int | None, stop_after: int | None
 ) -> PrepareReport:
-    sink = SinkStage(config, plan.out, plan.jobs)
-    with sink.ledger.writing():
+    with lock_writing(open_folder(plan.out)) as still_ours:
+        sink = SinkStage(config, plan.out, plan.jobs, still_ours)
         rows = list(finished_rows(plan, config))
         if shuffle is not None:
             random.Random(shuffle).shuffle(rows)
         for row in rows[:stop_after]:
             sink.accept(row)
     finish_run(plan, config)
-    return report_of(plan, samples_now=len(rows), seconds=1.0, startup_s=0.0)
+    return report_of(plan, RunFigures(samples=len(rows), seconds=1.0))
 
 
 def digests(out: Path) -> dict[str, str]:

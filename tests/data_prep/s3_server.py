@@ -1,4 +1,4 @@
-"""An S3-compatible server on localhost (moto, in a process of its own), behind a gate that can fail."""
+"""An S3-compatible server on localhost (moto, in its own process), behind a gate that can fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ CREDENTIALS = {
 class Gate:
     """A TCP relay in front of the server, for the weather of a network.
 
-    `state` is "open"; "broken": every request is answered by a 500; "shut": connections end at once.
+    `state` is "open", "broken" (every request is answered by a 500) or "shut" (connections end at
+    once).
     """
 
     def __init__(self, target: int) -> None:

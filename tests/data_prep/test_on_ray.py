@@ -20,10 +20,11 @@ from fastapi.responses import JSONResponse
 from data_prep.captions.captioner import CaptionerUnavailable
 from data_prep.captions.config import CaptionConfig
 from data_prep.config import BucketConfig, ConcurrencyConfig, PrepareConfig
-from data_prep.on_ray import ShardSource, build_pipeline, prepare
+from data_prep.on_ray import build_pipeline, prepare
 from data_prep.resources import describe, plan_resources
 from data_prep.run import plan_run
 from data_prep.sources.moving_shapes import write_world
+from data_prep.sources.on_ray import ShardSource
 from data_prep.sources.samples import write_shard
 from tests.data_prep.bad_media import (
     moving,
@@ -165,7 +166,7 @@ def test_the_stages_overlap_in_time_and_pools_keep_to_their_bounds(
 def test_no_machine_is_too_small_to_finish(
     config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path, cpus: int
 ) -> None:
-    """In a cluster of its own with so few CPUs, asked for far more actors than it can run at once."""
+    """In a cluster of its own with so few CPUs, asked for far more actors than it can run."""
     wanted = ConcurrencyConfig(shards_in_flight=3, decoders=(1, 8), captioners=2, encoders=(1, 8))
     config = config.model_copy(update={"concurrency": wanted})
     command = [sys.executable, "-c", DRIVER.replace("num_cpus=2", f"num_cpus={cpus}")]

@@ -15,7 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.clips.machine_lock import Alone
+from data_prep.captions.stage import CaptionStage
+from data_prep.clips.decode import DecodeStage
+from data_prep.clips.machine_lock import MachineLock
 from data_prep.config import BucketConfig, CapConfig, FilterConfig, PrepareConfig
 from data_prep.latents.dataset import LatentDataset
 from data_prep.row import (
@@ -24,7 +26,7 @@ from data_prep.row import (
     frames_of,
 )
 from data_prep.sources.samples import write_shard
-from data_prep.stages import CaptionStage, DecodeStage, run_stage
+from data_prep.stages import run_stage
 from media.errors import DecodeTimeout, UnreadableVideo
 from media.write import encode_mp4, encode_png
 from tests.data_prep.bad_media import (
@@ -34,6 +36,7 @@ from tests.data_prep.bad_media import (
 )
 from tests.data_prep.in_process import prepare_locally
 
+SIZES = [(32, 32)]
 FRAMES = np.random.default_rng(0).integers(0, 255, (20, 32, 64, 3), dtype=np.uint8)
 
 
@@ -131,7 +134,8 @@ def test_a_time_out_is_tried_once_more_alone_with_a_longer_deadline(
 
     def work(name: int) -> list[str]:
         # Each has its own locks, as in a process of its own.
-        stage = DecodeStage(config.model_copy(update={"deadline_s": 2.0}), Alone(tmp_path))
+        hasty = config.model_copy(update={"deadline_s": 2.0})
+        stage = DecodeStage(hasty, SIZES, lock=MachineLock(tmp_path))
         monkeypatch.setattr(stage.reader, "read", partial(read, name))
         return [run_stage(stage, decode_row())["reason"] for _ in range(10)]
 
@@ -145,7 +149,7 @@ def test_a_time_out_is_tried_once_more_alone_with_a_longer_deadline(
 def test_a_clip_that_is_only_slow_beside_others_is_not_lost(
     config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = DecodeStage(config, Alone(tmp_path))
+    stage = DecodeStage(config, SIZES, lock=MachineLock(tmp_path))
     read = stage.reader.read
 
     def slow_at_first(*arguments: Any, **options: Any) -> Any:
@@ -161,14 +165,14 @@ def test_a_clip_that_is_only_slow_beside_others_is_not_lost(
 
 
 def test_a_stopped_process_does_not_stop_the_others(tmp_path: Path) -> None:
-    with Alone(tmp_path).beside_others():
+    with MachineLock(tmp_path).shared():
         begun = time.monotonic()
-        with Alone(tmp_path).by_itself(patience_s=0.1) as is_alone:
+        with MachineLock(tmp_path).exclusive(patience_s=0.1) as is_alone:
             assert not is_alone
-        with Alone(tmp_path).beside_others(patience_s=0.1):
+        with MachineLock(tmp_path).shared(patience_s=0.1):
             pass
         assert time.monotonic() - begun < 30
-    with Alone(tmp_path).by_itself(patience_s=0.1) as is_alone:
+    with MachineLock(tmp_path).exclusive(patience_s=0.1) as is_alone:
         assert is_alone
 
 
@@ -226,9 +230,8 @@ def test_cropping_bars_gives_what_the_video_without_them_gives(
     config: PrepareConfig, tmp_path: Path
 ) -> None:
     picture = moving(20, 48, 96)
-    stage = DecodeStage(
-        config.model_copy(update={"filters": FilterConfig(crop_bars=True)}), Alone(tmp_path)
-    )
+    cropping = config.model_copy(update={"filters": FilterConfig(crop_bars=True)})
+    stage = DecodeStage(cropping, SIZES, lock=MachineLock(tmp_path))
     lossless = {"qp": "0", "preset": "ultrafast"}
     plain, boxed = (
         run_stage(stage, decode_row(media=video(frames, options=lossless)))

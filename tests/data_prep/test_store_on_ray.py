@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import PrepareConfig
-from data_prep.ledger.ledger import Ledger
+from data_prep.ledger.locks import lock_output
 from data_prep.sources.moving_shapes import write_world
+from data_prep.storage.store import open_folder
 from pipeline.recipes import load_recipe
 from tests.data_prep.in_process import digests, prepare_locally
 from tests.data_prep.ledger.test_resuming import downloaded
@@ -45,7 +46,7 @@ def test_prepare_and_train_in_a_store_that_fails_on_the_way(store: Store, tmp_pa
         store.upload(path, f"in/{path.name}")
     out = store.uri("out")
     command = ("prepare", "--shards", store.uri("in"), "--out", out)
-    with Ledger(out).lock(), flowreel(*command) as second:
+    with lock_output(open_folder(out)), flowreel(*command) as second:
         _, said = second.communicate(timeout=240)
     assert second.returncode == 2
     assert "another run is writing to s3://flowreel/out" in said

@@ -87,7 +87,11 @@ def save_qwen2_vl(folder: Path, *, seed: int = 0) -> Path:
             "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer),
             "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [1, 1, 2],
+                "rope_theta": 1e4,
+            },
             "bos_token_id": ids("<s>"), "eos_token_id": ids("</s>"), "pad_token_id": ids("<pad>"),
         },
         vision_config={
@@ -106,7 +110,7 @@ def save_qwen2_vl(folder: Path, *, seed: int = 0) -> Path:
     chat = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
 
     class Parts:
-        """The files of a processor; its class, which needs torchvision, is named in config.json only."""
+        """The files of a processor; only config.json names its class, which needs torchvision."""
 
         def save_pretrained(self, to: Path) -> None:
             pictures.save_pretrained(to)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.config import digest_of
+from flowreel.values import digest_of
 from pipeline.recipes import RecipeError, load_recipe, recipe_names, save_recipe
 from tests.places import ROOT
 from tests.training.world import CHANNELS, write_dataset

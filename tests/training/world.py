@@ -24,6 +24,7 @@ from flow.codec import LatentConvention
 from flow.codec_factors import WAN_FACTORS
 from flow.config import FlowConfig
 from flow.text import TextSpec
+from tests.data_prep.handmade import captions_entry, latents_entry, write_handmade_manifest
 from training.config import TrainConfig
 from training.run import TrainRequest
 
@@ -146,14 +147,12 @@ def write_dataset(
                 "captioner": "test",
             }
         )
-    files = [{"kind": "captions", "path": "captions/00000.parquet"}]
+    files = [captions_entry("captions/00000.parquet")]
     write_rows(root / "captions/00000.parquet", captions, CAPTION_SCHEMA)
     for bucket, part in rows.items():
         if part:
             path = f"latents/00000.{bucket}.parquet"
             write_rows(root / path, part, LATENT_SCHEMA)
-            files.append({"kind": "latents", "path": path, "bucket": str(bucket)})
-    (root / "manifests/00000.json").write_text(
-        json.dumps({"shard": "00000", "latent_digest": "0" * 16, "files": files})
-    )
+            files.append(latents_entry(path, str(bucket)))
+    write_handmade_manifest(root, "00000", "0" * 16, *files)
     return root

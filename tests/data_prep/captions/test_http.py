@@ -1,4 +1,4 @@
-"""An endpoint that fails, stalls, lies and recovers: a caption or a named failure for every clip."""
+"""An endpoint that fails, stalls, lies, recovers: a caption or a named failure for every clip."""
 
 from __future__ import annotations
 

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pytest
 import ray
 
-from data_prep import on_ray
+from data_prep.captions import on_ray as captions_on_ray
 from data_prep.captions.captioner import CaptionerUnavailable
 from data_prep.captions.config import CaptionConfig
 from data_prep.captions.vllm import engine_row, vllm_gpus
 from data_prep.config import ConcurrencyConfig, PrepareConfig
-from data_prep.resources import ResourceError, plan_resources
-from data_prep.stages import ROW_SCHEMA
+from data_prep.on_ray import prepare
+from data_prep.resources import ResourceError, asked_for, plan_resources
+from data_prep.row import ROW_SCHEMA
 from tests.data_prep.vlm_models import save_llava
 
 
@@ -39,20 +40,20 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> CaptionConfig:
 
 def rows() -> list[dict[str, Any]]:
     """Five clips, one of them decided, a picture, and a closing row."""
-    made = []
+    clips = []
     for number in range(6):
         length = 1 if number == 4 else 5
         # Trailing zeros are what a careless conversion of bytes loses.
         frames = np.full((length, 32, 32, 3), number, dtype=np.uint8)
         frames[-1, -1] = 0
-        made.append(
+        clips.append(
             {"shard": "s", "number": number, "key": f"k{number}", "status": "", "reason": "",
              "frames": frames.tobytes(), "frames_shape": list(frames.shape), "caption": "o"}
         )  # fmt: skip
-    made[3] |= {"status": "dropped", "reason": "small_area", "frames": None}
-    made.append({"shard": "s", "number": -1, "key": "", "status": "", "closing": "{}"})
+    clips[3] |= {"status": "dropped", "reason": "small_area", "frames": None}
+    clips.append({"shard": "s", "number": -1, "key": "", "status": "", "closing": "{}"})
     empty = dict.fromkeys(ROW_SCHEMA.names)
-    return [{**empty, **row} for row in made]
+    return [{**empty, **row} for row in clips]
 
 
 def test_rays_own_schema_takes_the_settings_and_plans_the_gpus(captioner: CaptionConfig) -> None:
@@ -87,7 +88,7 @@ def test_rows_go_through_rays_processor_whole_and_only_open_ones_reach_the_engin
     cluster: None, captioner: CaptionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = PrepareConfig(captioner=captioner)
-    real = on_ray.vllm_processor
+    real = captions_on_ray.vllm_processor
 
     def without_gpu(config: PrepareConfig, *, engines: int) -> Any:
         from ray.llm._internal.batch.stages.base import StatefulStage, StatefulStageUDF
@@ -111,29 +112,29 @@ def test_rows_go_through_rays_processor_whole_and_only_open_ones_reach_the_engin
         processor.stages = {"engine": stand_in}
         return processor
 
-    monkeypatch.setattr(on_ray, "vllm_processor", without_gpu)
-    given = rows()
+    monkeypatch.setattr(captions_on_ray, "vllm_processor", without_gpu)
+    inputs = rows()
     blocks = [
-        pa.Table.from_pylist(given[a:b], schema=ROW_SCHEMA) for a, b in ((0, 3), (3, 4), (4, 7))
+        pa.Table.from_pylist(inputs[a:b], schema=ROW_SCHEMA) for a, b in ((0, 3), (3, 4), (4, 7))
     ]
-    done = on_ray.caption_with_vllm(ray.data.from_arrow(blocks), config, engines=1)
-    found = {row["number"]: row for row in done.take_all()}
-    assert len(found) == len(given)
-    for row in given:
-        out = found[row["number"]]
+    dataset = captions_on_ray.caption_with_vllm(ray.data.from_arrow(blocks), config, engines=1)
+    outputs = {row["number"]: row for row in dataset.take_all()}
+    assert len(outputs) == len(inputs)
+    for row in inputs:
+        out = outputs[row["number"]]
         captions = ("synthetic", "captioner", "caption_error")
         assert {k: v for k, v in out.items() if k not in captions} == {
             k: v for k, v in row.items() if k not in captions
         }
-    assert "What?" in found[0]["synthetic"]
-    assert found[1]["synthetic"].endswith("3 of 1")
-    assert "Which?" in found[4]["synthetic"]
-    assert found[4]["synthetic"].endswith("1 of 4")
-    assert found[2]["caption_error"] == "engine_error: RuntimeError: no"
-    assert found[2]["synthetic"] == ""
-    assert found[3]["captioner"] is None
-    assert found[-1]["captioner"] is None
-    assert found[0]["captioner"].startswith("vllm:")
+    assert "What?" in outputs[0]["synthetic"]
+    assert outputs[1]["synthetic"].endswith("3 of 1")
+    assert "Which?" in outputs[4]["synthetic"]
+    assert outputs[4]["synthetic"].endswith("1 of 4")
+    assert outputs[2]["caption_error"] == "engine_error: RuntimeError: no"
+    assert outputs[2]["synthetic"] == ""
+    assert outputs[3]["captioner"] is None
+    assert outputs[-1]["captioner"] is None
+    assert outputs[0]["captioner"].startswith("vllm:")
 
 
 def test_without_vllm_or_a_gpu_it_says_what_is_missing(
@@ -141,8 +142,8 @@ def test_without_vllm_or_a_gpu_it_says_what_is_missing(
 ) -> None:
     config = PrepareConfig(captioner=captioner)
     with pytest.raises(CaptionerUnavailable, match=r"pip install 'flowreel\[vllm\]'"):
-        on_ray.prepare(config, world, tmp_path, codec_dir)
-    wanted = on_ray._captioning(config, encodes=False)
+        prepare(config, world, tmp_path, codec_dir)
+    wanted = asked_for(config.concurrency, vllm_gpus=vllm_gpus(captioner), encodes=False)
     assert wanted.captioner_gpus == 2
     with pytest.raises(ResourceError, match="need 2 GPUS and 0 are free"):
         plan_resources(2.0, 0.0, wanted)

@@ -7,18 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from data_prep.clips.cut import Bars
 from data_prep.clips.filters import (
     claimed_duration_s,
-    count_spans,
+    count_shots,
     judge_bars,
     judge_metadata,
     judge_pixels,
     judge_source,
 )
-from data_prep.config import BucketConfig, FilterConfig, PrepareConfig
+from data_prep.config import FilterConfig
 from data_prep.sources.samples import parse_metadata
 
 GOOD = {
@@ -73,7 +72,7 @@ def test_source_filters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "spans"),
+    ("value", "shots"),
     [
         ([["a", "b"]], 1),
         ([["a", "b"], ["b", "c"]], 2),
@@ -83,47 +82,8 @@ def test_source_filters() -> None:
         ([], 0),
     ],
 )
-def test_spans_are_counted_however_nested(value: Any, spans: int) -> None:
-    assert count_spans(value) == spans
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"bucket": {"num_frames": 16}}, "use 13 or 17"),
-        ({"bucket": {"height": 50}}, "use 48 or 64"),
-        ({"sead": 1}, "Extra inputs"),
-        ({"filters": {"min_area": 3}}, "Extra inputs"),
-        ({"captioner": "magic"}, "measured"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused_with_the_rule(
-    values: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(ValidationError, match=words):
-        PrepareConfig.model_validate(values)
-
-
-def test_the_digest_follows_what_decides_a_sample_and_nothing_else() -> None:
-    base = PrepareConfig()
-    digest = base.latent_digest("codec")
-    for same in ({"deadline_s": 3.0}, {"concurrency": {"decoders": 2}}, {"verify": True}):
-        assert PrepareConfig.model_validate(same).latent_digest("codec") == digest
-    for other in ({"seed": 1}, {"bucket": {"fps": 4}}, {"filters": {"one_shot": False}}):
-        assert PrepareConfig.model_validate(other).latent_digest("codec") != digest
-    assert base.latent_digest("another") != digest
-
-
-def test_every_setting_is_documented() -> None:
-    def fields(model: Any) -> list[tuple[str, Any]]:
-        found = []
-        for name, info in model.model_fields.items():
-            found.append((name, info))
-            if hasattr(info.annotation, "model_fields"):
-                found += fields(info.annotation)
-        return found
-
-    assert all(info.description for _, info in fields(PrepareConfig))
+def test_shots_are_counted_however_nested(value: Any, shots: int) -> None:
+    assert count_shots(value) == shots
 
 
 def test_the_fields_of_panda_are_read_as_the_strings_they_are() -> None:
@@ -214,29 +174,3 @@ def test_the_share_of_black_frames_decides() -> None:
 def test_bars_may_take_so_much_and_no_more() -> None:
     assert judge_bars(Bars(25, 25, 0, 0), 100, 100, FilterConfig()) is None
     assert judge_bars(Bars(25, 26, 0, 0), 100, 100, FilterConfig()).reason == "letterbox"  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("bucket", "words"),
-    [
-        ({"aspects": ["16/9"]}, "WIDTH:HEIGHT"),
-        ({"aspects": ["99:1"]}, "beyond 8:1"),
-        ({"aspects": ["1:1"], "sizes": [[64, 64]]}, "give one of them"),
-        ({"aspects": ["1:1", "2:2"]}, "same size twice"),
-        ({"sizes": [[64, 50]]}, "use 48 or 64"),
-    ],
-)
-def test_buckets_that_cannot_be_are_refused(bucket: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
-        PrepareConfig.model_validate({"bucket": bucket})
-
-
-def test_the_usual_aspects_of_480p_are_multiples_of_16_of_nearly_one_area() -> None:
-    aspects = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
-    bucket = BucketConfig(num_frames=81, height=480, width=832, aspects=aspects)
-    sizes = bucket.all_sizes()
-    assert sizes[3:5] == [(480, 848), (848, 480)]
-    for aspect, (height, width) in zip(aspects, sizes, strict=True):
-        wide, high = map(int, aspect.split(":"))
-        assert width / height == pytest.approx(wide / high, rel=0.04)
-        assert height * width == pytest.approx(480 * 832, rel=0.04)

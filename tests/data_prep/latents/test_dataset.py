@@ -22,6 +22,7 @@ from data_prep.latents.records import (
     write_rows,
 )
 from flow.codec import LatentConvention
+from tests.data_prep.handmade import captions_entry, latents_entry, write_handmade_manifest
 
 
 def moments(number: int, frames: int, side: int = 2) -> np.ndarray:
@@ -35,7 +36,7 @@ def write_dataset(root: Path, *, count: int = 60, logvar: bool = True, side: int
     root.mkdir(parents=True, exist_ok=True)
     (root / "dataset.json").write_text(json.dumps(info.to_dict()))
     keys = [f"k{n:03d}" for n in range(count)]
-    files = []
+    entries = []
     for bucket, own in ((Bucket(5, 32, 32), keys[::2]), (Bucket(1, 32, 32), keys[1::2])):
         rows = [
             LatentRecord(
@@ -54,18 +55,14 @@ def write_dataset(root: Path, *, count: int = 60, logvar: bool = True, side: int
         path = root / "latents" / f"s.{bucket}.parquet"
         path.parent.mkdir(exist_ok=True)
         assert write_rows(path, rows, LATENT_SCHEMA) == len(own)
-        files.append({"kind": "latents", "path": f"latents/{path.name}", "bucket": str(bucket)})
+        entries.append(latents_entry(f"latents/{path.name}", str(bucket)))
     captions = [
         {"key": k, "window": 0, "caption": f"C {k}", "synthetic": f"S {k}", "captioner": "m"}
         for k in keys
     ]
     (root / "captions").mkdir(exist_ok=True)
     write_rows(root / "captions" / "s.parquet", captions, CAPTION_SCHEMA)
-    files.append({"kind": "captions", "path": "captions/s.parquet"})
-    (root / "manifests").mkdir(exist_ok=True)
-    (root / "manifests" / "s.json").write_text(
-        json.dumps({"shard": "s", "latent_digest": "d", "files": files})
-    )
+    write_handmade_manifest(root, "s", "d", *entries, captions_entry("captions/s.parquet"))
     return keys
 
 

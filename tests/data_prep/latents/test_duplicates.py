@@ -1,4 +1,4 @@
-"""Near-duplicates: the same clip again is masked, other clips are not, whatever order they were made in."""
+"""Near-duplicates: the same clip again is masked, other clips are not, in whatever order."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_the_pass_finds_every_pair_that_brute_force_finds() -> None:
 
 def test_a_thousand_copies_leave_one() -> None:
     hashes = np.repeat(np.random.default_rng(1).integers(0, 256, (1, 32), dtype=np.uint8), 1000, 0)
-    found = near_earlier(hashes, np.arange(1000), 0)
-    assert sorted(found) == list(range(1, 1000))
+    nearest = near_earlier(hashes, np.arange(1000), 0)
+    assert sorted(nearest) == list(range(1, 1000))
     assert not near_earlier(hashes, np.zeros(1000, dtype=np.int64), 0)
 
 
@@ -80,7 +80,7 @@ def test_clips_of_one_world_are_told_apart() -> None:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
-    """Twelve clips; in a second shard the first six again, encoded otherwise, and an image twice."""
+    """Twelve clips; in a second shard six of them encoded otherwise, and an image twice."""
     clips = [render_clip(random_spec(seed), 36, 16.0) for seed in range(12)]
     ways = [(35, 1.0), (30, 2.0), (30, 0.75), (23, 1.5), (23, 1.0), (28, 1.0)]
     image = encode_png(clips[0][0])
@@ -107,11 +107,11 @@ def test_the_same_clips_again_are_masked_whatever_the_order(
     rows = pq.read_table(out / MASK_NAME).to_pylist()
     assert [row["key"] for row in rows] == [*(f"b{n:02d}" for n in range(6)), "c1"]
     assert [row["of_key"] for row in rows] == [*(f"a{n:02d}" for n in range(6)), "c0"]
-    seen = LatentDataset(out, "all")
-    assert len(seen) == 13
+    dataset = LatentDataset(out, "all")
+    assert len(dataset) == 13
     assert len(LatentDataset(out, "all", duplicates="keep")) == 20
     with pytest.raises(ValueError, match="no record '1/b00/0'"):
-        seen.captions("1/b00/0")
+        dataset.captions("1/b00/0")
     prepare_locally(config, shards[::-1], tmp_path / "other", codec_dir, shuffle=3)
     assert digests(tmp_path / "other")[MASK_NAME] == digests(out)[MASK_NAME]
     assert len(export_webdataset(out, tmp_path / "tars")) == 2

@@ -1,4 +1,4 @@
-"""A record is found by its key in constant time, in an index that is a function of the manifests alone."""
+"""A record is found by its key in constant time, in an index that the manifests alone decide."""
 
 from __future__ import annotations
 
@@ -26,34 +26,31 @@ from data_prep.latents.records import (
     LatentDatasetError,
 )
 from data_prep.storage.store import open_folder
+from tests.data_prep.handmade import captions_entry, latents_entry, write_handmade_manifest
 from tests.data_prep.latents.test_dataset import moments, write_dataset
 
 
 class Counted:
-    """An array that counts the elements that are read of it; a slice counts what a binary search in it may read."""
+    """An array that counts the elements that are read of it, those of a slice whole."""
 
     def __init__(self, values: np.ndarray) -> None:
         self.values, self.read = values, 0
 
     def __getitem__(self, at: int | slice) -> np.ndarray:
-        found = self.values[at]
-        self.read += np.size(found)
-        return found
+        elements = self.values[at]
+        self.read += np.size(elements)
+        return elements
 
 
 def synthetic_index(tmp_path: Path, count: int) -> LatentIndex:
     """An index of `count` keys without the records behind it."""
     (tmp_path / "latents").mkdir(parents=True)
-    (tmp_path / "manifests").mkdir()
     keys = [f"{n:09d}" for n in range(count)]
     table = pa.table({"key": keys, "window": pa.array(np.zeros(count, np.int32))})
     pq.write_table(table, tmp_path / "latents" / "s.5x32x32.parquet", row_group_size=64)
-    files = [
-        {"kind": "latents", "path": "latents/s.5x32x32.parquet", "bucket": "5x32x32"},
-        {"kind": "captions", "path": "latents/s.5x32x32.parquet"},
-    ]
-    manifest = {"shard": "s", "latent_digest": "d", "files": files}
-    (tmp_path / "manifests" / "s.json").write_text(json.dumps(manifest))
+    path = "latents/s.5x32x32.parquet"
+    entries = latents_entry(path, "5x32x32"), captions_entry(path)
+    write_handmade_manifest(tmp_path, "s", "d", *entries)
     info = {"version": FORMAT_VERSION, "prepare_digest": "d"}
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     return LatentIndex.open(tmp_path)
@@ -77,7 +74,7 @@ def test_a_look_up_reads_as_little_of_a_large_index_as_of_a_small_one(tmp_path: 
         for index in (small, large)
     }
     means = {count: np.mean(counts) for count, counts in reads.items()}
-    # Ten columns and entries for the record itself, and on average two hashes of its bucket.
+    # Ten columns and entries for the record itself, and on average two hashes of its slot.
     assert all(mean < 12 for mean in means.values()), means
     assert max(reads[50_000]) <= 24
     assert large.find("no such key") is None
@@ -118,7 +115,7 @@ def test_an_index_is_made_anew_only_where_the_manifests_changed(tmp_path: Path) 
     write_dataset(tmp_path, count=80)
     manifest = tmp_path / "manifests" / "s.json"
     values = json.loads(manifest.read_text())
-    values["files"][0]["sha256"] = "another"
+    values["files"][1]["sha256"] = "another"
     manifest.write_text(json.dumps(values))
     assert len(LatentIndex.open(tmp_path)) == 80
     assert path.stat().st_ino != inode

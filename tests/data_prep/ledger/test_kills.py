@@ -1,4 +1,4 @@
-"""Twenty real kills, of actors, drivers and whole clusters, at times uniform over the work; then the same bytes."""
+"""Twenty real kills, of actors, drivers and whole clusters, at any time; then the same bytes."""
 
 from __future__ import annotations
 
@@ -40,18 +40,22 @@ log, address = Path(sys.argv[4]), sys.argv[5]
 def watch():
     # In every worker: say who does what, and take a little longer, so that there is time to kill.
     import time
-    from data_prep import on_ray, stages
+    from data_prep.captions.stage import CaptionStage
+    from data_prep.clips.decode import DecodeStage
+    from data_prep.latents.encode import EncodeStage
+    from data_prep.ledger.sink import SinkStage
+    from data_prep.sources import on_ray
 
     def write(name, line):
         with open(log / name, "a") as file:
             file.write(line + "\\n")
 
-    encode = stages.EncodeStage.process
+    encode = EncodeStage.process
     def process(self, row):
         write("encodes", f"{row['shard']}/{row['number']}")
         time.sleep(0.1)
         return encode(self, row)
-    stages.EncodeStage.process = process
+    EncodeStage.process = process
 
     def named(owner, name, stage):
         before = getattr(owner, name)
@@ -59,13 +63,14 @@ def watch():
             write("pids", f"{stage} {os.getpid()}")
             return before(*args, **kwargs)
         setattr(owner, name, call)
-    for stage in ("DecodeStage", "CaptionStage", "EncodeStage", "SinkStage"):
-        named(getattr(stages, stage), "__init__", stage)
+    for stage in (DecodeStage, CaptionStage, EncodeStage, SinkStage):
+        named(stage, "__init__", stage.__name__)
     named(on_ray, "read_rows", "read")
 
 environment = {"worker_process_setup_hook": watch}
 options = {"address": address} if address else {"num_cpus": 2, "object_store_memory": 150 * 2**20}
-ray.init(runtime_env=environment, include_dashboard=None if address else False, log_to_driver=False, **options)
+options |= {"include_dashboard": None if address else False, "log_to_driver": False}
+ray.init(runtime_env=environment, **options)
 from data_prep.config import PrepareConfig
 from data_prep.on_ray import prepare
 config = PrepareConfig.model_validate_json(sys.argv[1])

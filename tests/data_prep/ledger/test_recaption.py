@@ -13,13 +13,14 @@ import pytest
 
 from data_prep.captions.captioner import CaptionerUnavailable, Written
 from data_prep.captions.config import CaptionConfig
+from data_prep.captions.stage import CaptionStage
+from data_prep.clips.decode import DecodeStage
 from data_prep.config import PrepareConfig
 from data_prep.latents.dataset import LatentDataset
 from data_prep.latents.records import LatentDatasetError
-from data_prep.ledger.ledger import SettingsChanged
-from data_prep.ledger.recaption import SourceGone
+from data_prep.ledger.errors import SettingsChanged, SourceGone
 from data_prep.sources.samples import write_shard
-from data_prep.stages import CaptionStage
+from media.errors import DecodeTimeout
 from media.write import encode_mp4
 from tests.data_prep.chat_endpoint import (
     Endpoint,
@@ -75,7 +76,7 @@ def test_only_captions_gives_what_a_whole_run_with_that_captioner_gives(
     prepare_locally(by_model, world, whole, codec_dir)
     before, times = digests(out), stamps(out, "latents", "status")
     report = caption_locally(by_model, None, out)
-    assert (report.shards_done_now, report.total, report.captions_failed) == (3, 11, {})
+    assert (report.shards_now, report.total, report.captions_failed) == (3, 11, {})
     after = digests(out)
     changed = {name.split("/")[0] for name in after if after[name] != before.get(name)}
     assert changed == {"captions", "manifests", "prepare.json", "index.arrow"}
@@ -91,7 +92,7 @@ def test_only_captions_gives_what_a_whole_run_with_that_captioner_gives(
     assert {r["window"] for r in written} == set(range(windows))
 
 
-def test_done_is_done_until_the_captioner_changes(
+def test_nothing_is_captioned_twice_until_the_captioner_changes(
     config: PrepareConfig,
     by_model: PrepareConfig,
     world: list[str],
@@ -99,15 +100,15 @@ def test_done_is_done_until_the_captioner_changes(
     tmp_path: Path,
 ) -> None:
     prepare_locally(config, world, tmp_path, codec_dir)
-    assert caption_locally(config, None, tmp_path).shards_done_now == 0
-    assert caption_locally(by_model, world, tmp_path).shards_done_now == 3
-    assert caption_locally(by_model, world, tmp_path).shards_done_now == 0
-    assert prepare_locally(by_model, world, tmp_path, codec_dir).shards_done_now == 0
+    assert caption_locally(config, None, tmp_path).shards_now == 0
+    assert caption_locally(by_model, world, tmp_path).shards_now == 3
+    assert caption_locally(by_model, world, tmp_path).shards_now == 0
+    assert prepare_locally(by_model, world, tmp_path, codec_dir).shards_now == 0
     # A whole run with another captioner redoes captions too, and back again.
     times = stamps(tmp_path, "latents", "status")
     first = digests(tmp_path)
-    assert prepare_locally(config, world, tmp_path, codec_dir).shards_done_now == 3
-    assert caption_locally(by_model, world, tmp_path).shards_done_now == 3
+    assert prepare_locally(config, world, tmp_path, codec_dir).shards_now == 3
+    assert caption_locally(by_model, world, tmp_path).shards_now == 3
     assert stamps(tmp_path, "latents", "status") == times
     again = digests(tmp_path)
     assert {n for n in again if again[n] != first[n]} <= {n for n in again if "manifests" in n}
@@ -161,7 +162,7 @@ def test_a_caption_that_fails_costs_no_latents_and_is_tried_again(
         assert len(endpoint.requests) == 3  # the captions that stand were not asked for again
         victims.clear()
         assert caption_locally(asked, None, out).captions_failed == {}
-        assert caption_locally(asked, None, out).shards_done_now == 0
+        assert caption_locally(asked, None, out).shards_now == 0
     finished, expected = digests(out), digests(whole)
     for name in ("captions", "latents", "status"):
         assert {n: d for n, d in finished.items() if n.startswith(name)} == {
@@ -199,7 +200,7 @@ def test_a_clip_that_breaks_the_captioner_costs_its_own_caption_only(
 
     monkeypatch.setattr(stage.captioner, "caption_all", breaks)
     clips = [np.full((5, 32, 32, 3), value, dtype=np.uint8) for value in (1, 7, 2)]
-    given = [
+    undecided = [
         {
             "status": "",
             "number": n,
@@ -210,12 +211,12 @@ def test_a_clip_that_breaks_the_captioner_costs_its_own_caption_only(
         for n, c in enumerate(clips)
     ]
     decided = {"status": "dropped", "number": 9, "frames": None}
-    done = stage.process_all([given[0], decided, *given[1:]])
-    assert done[1] == decided
-    assert [row["caption_error"] for row in (done[0], done[2], done[3])] == [
+    first, second, *others = stage.process_all([undecided[0], decided, *undecided[1:]])
+    assert second == decided
+    assert [row["caption_error"] for row in (first, *others)] == [
         None, "internal_error: RuntimeError: out of memory at", None
     ]  # fmt: skip
-    assert done[0]["synthetic"] == real([clips[0]])[0].text
+    assert first["synthetic"] == real([clips[0]])[0].text
 
 
 def test_sources_that_are_gone_or_changed_are_named_before_anything_is_written(
@@ -243,7 +244,7 @@ def test_sources_that_are_gone_or_changed_are_named_before_anything_is_written(
         caption_locally(by_model, moved, out)
     assert digests(out) == before
     verify = by_model.model_copy(update={"verify": True})
-    assert caption_locally(verify, moved, out).shards_done_now == 3
+    assert caption_locally(verify, moved, out).shards_now == 3
     # Of a shard whose content changed, the latents are stale too.
     Path(moved[1]).write_bytes(Path(world[2]).read_bytes())
     with pytest.raises(SourceGone, match=r"1: .*other bytes"):
@@ -263,7 +264,7 @@ def test_what_cannot_be_captioned_is_refused_or_named(
     with pytest.raises(SettingsChanged, match="seed: 0 → 7"):
         caption_locally(by_model.model_copy(update={"seed": 7}), None, tmp_path)
     report = caption_locally(by_model, world, tmp_path)
-    assert (report.shards_done_now, len(report.unprepared_shards)) == (1, 2)
+    assert (report.shards_now, len(report.unprepared_shards)) == (1, 2)
 
 
 def test_only_kept_clips_are_captioned_and_none_is_lost(
@@ -282,20 +283,17 @@ def test_only_kept_clips_are_captioned_and_none_is_lost(
     prepare_locally(config, [str(tmp_path / "0.tar")], out, codec_dir)
     report = caption_locally(by_model, None, out)
     assert report.samples_now == 3  # two clips and the closing row
-    found = rows(out)
-    assert list(found) == ["a", "b"]
-    assert found["a"]["caption"] == "unicode ключ"
-    assert found["a"]["captioner"].startswith("vlm:")
-    assert found["a"]["caption_error"] is None
+    captions = rows(out)
+    assert list(captions) == ["a", "b"]
+    assert captions["a"]["caption"] == "unicode ключ"
+    assert captions["a"]["captioner"].startswith("vlm:")
+    assert captions["a"]["caption_error"] is None
 
 
 def test_a_clip_that_cannot_be_decoded_this_time_keeps_its_latents(
     config: PrepareConfig, by_model: PrepareConfig, world: list[str], codec_dir: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from data_prep.stages import DecodeStage
-    from media.errors import DecodeTimeout
-
     prepare_locally(config, world[:1], tmp_path, codec_dir)
     process = DecodeStage.process
 

@@ -1,4 +1,4 @@
-"""Killed at any write, refused by a full disk or a failing store: run again, the bytes are the same."""
+"""Killed at any write, or stopped by a full disk or a failing store: the bytes are the same."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ import pytest
 from data_prep.config import BucketConfig, PrepareConfig
 from data_prep.latents.dataset import LatentDataset
 from data_prep.latents.index import INDEX_NAME
-from data_prep.ledger.ledger import Ledger
-from data_prep.run import plan_run
-from data_prep.stages import Row, SinkStage
+from data_prep.ledger.errors import OutputBusy
+from data_prep.ledger.locks import lock_output, lock_writing
+from data_prep.ledger.sink import SinkStage
+from data_prep.row import Row
+from data_prep.run import plan_run, shards_left
 from data_prep.storage import location as locations
 from data_prep.storage.location import StorageError
+from data_prep.storage.store import open_folder
 from tests.data_prep.in_process import (
     digests,
     finished_rows,
@@ -38,10 +41,11 @@ class Killed(BaseException):
 
 @dataclass
 class Undertaker:
-    """Ends the process, as it were, at the n-th thing that it does to a disk; nothing is cleaned up."""
+    """Ends the process, as it were, at the n-th thing that it does to a disk, without clean-up."""
 
     patch: pytest.MonkeyPatch
-    left: int = 1 << 30
+    operations: int = 1 << 30
+    """How many are left to live for."""
 
     def __post_init__(self) -> None:
         for owner, name in ((os, "replace"), (Path, "unlink"), (shutil, "rmtree"), (os, "fsync")):
@@ -49,8 +53,8 @@ class Undertaker:
 
     def _mortal(self, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.left -= 1
-            if self.left <= 0:
+            self.operations -= 1
+            if self.operations <= 0:
                 raise Killed
             return function(*args, **kwargs)
 
@@ -65,15 +69,20 @@ def sink_all(
     config: PrepareConfig, shards: list[str], codec: Path, out: Path, rows: list[Row]
 ) -> int:
     """A run whose samples are made already; how many of them it still took."""
-    with Ledger(out).lock():
+    folder = open_folder(out)
+    with lock_output(folder):
         plan = plan_run(config, shards, out, str(codec))
-        sink = SinkStage(config, plan.out, plan.jobs)
-        staged = {job.name: sink.ledger.staged_numbers(job) for job in plan.jobs}
-        left = [r for r in rows if r["shard"] in staged and r["number"] not in staged[r["shard"]]]
-        with sink.ledger.writing():
-            for row in left:
+        with lock_writing(folder) as still_ours:
+            sink = SinkStage(config, plan.out, plan.jobs, still_ours)
+            staged = {job.name: sink.staging.numbers(job) for job in plan.jobs}
+            missing = [
+                row
+                for row in rows
+                if row["shard"] in staged and row["number"] not in staged[row["shard"]]
+            ]
+            for row in missing:
                 sink.accept(row)
-    return sum(row["number"] >= 0 for row in left)
+    return sum(row["number"] >= 0 for row in missing)
 
 
 def assert_manifests_are_true(out: Path) -> None:
@@ -112,30 +121,30 @@ def test_killed_at_any_write_and_run_again_gives_the_same_bytes(
             out.mkdir()
             shutil.copy(whole / "dataset.json", out)
         with pytest.MonkeyPatch.context() as patch:
-            undertaker = Undertaker(patch, left=points + 1)
+            undertaker = Undertaker(patch, operations=points + 1)
             try:
                 sink_all(config, shards, codec_dir, out, rows)
             except Killed:
-                undertaker.left = 1 << 30
+                undertaker.operations = 1 << 30
             else:
                 break
         assert_manifests_are_true(out)
-        finished = _finished(out, _fingerprints(whole))
+        count = _finished_count(out, _fingerprints(whole))
         taken = sink_all(config, shards, codec_dir, out, rows)
         assert digests(out) == digests(whole), f"killed at disk operation {points + 1}"
         assert not list(out.glob("staging/*"))
-        assert taken == len(rows) - 2 - finished
+        assert taken == len(rows) - 2 - count
         shutil.rmtree(out)
         points += 1
     assert points > 40
 
 
-def _finished(out: Path, fingerprints: set[str]) -> int:
+def _finished_count(out: Path, fingerprints: set[str]) -> int:
     """Samples of these contents that are staged, or in a shard whose manifest stands."""
     manifests = [json.loads(path.read_text()) for path in out.glob("manifests/*.json")]
-    done = {m["shard"]: m["counts"] for m in manifests if m["fingerprint"] in fingerprints}
-    staged = [p for p in out.glob("staging/*/*/*.arrow") if p.parts[-3] not in done]
-    return len(staged) + sum(sum(counts.values()) for counts in done.values())
+    counts = {m["shard"]: m["counts"] for m in manifests if m["fingerprint"] in fingerprints}
+    staged = [p for p in out.glob("staging/*/*/*.arrow") if p.parts[-3] not in counts]
+    return len(staged) + sum(sum(by_status.values()) for by_status in counts.values())
 
 
 def _fingerprints(out: Path) -> set[str]:
@@ -145,10 +154,7 @@ def _fingerprints(out: Path) -> set[str]:
 def test_a_second_run_neither_waits_nor_writes(
     config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
 ) -> None:
-    from data_prep.ledger.ledger import OutputBusy
-    from data_prep.run import shards_left
-
-    with Ledger(tmp_path).lock():
+    with lock_output(open_folder(tmp_path)):
         with pytest.raises(OutputBusy, match="another run is writing"):
             prepare_locally(config, world, tmp_path, codec_dir)
         assert shards_left(config, world, tmp_path, str(codec_dir)) == 3
@@ -160,7 +166,7 @@ import sys
 from pathlib import Path
 from data_prep.config import PrepareConfig
 from data_prep.latents.index import INDEX_NAME
-from data_prep.storage.folder import StorageError
+from data_prep.storage.location import StorageError
 from tests.data_prep.in_process import prepare_locally
 config = PrepareConfig.model_validate_json(sys.argv[1])
 if sys.argv[4] == "limit":
@@ -188,11 +194,11 @@ def _run_full(mode: str, size: int, config: PrepareConfig, *arguments: str) -> t
         Path(keep).mkdir(exist_ok=True)
         wrap = ["unshare", "--map-root-user", "--mount", "sh", "-c", inner, "sh"]
         command = [*wrap, str(size), out, keep, *command]
-    done = subprocess.run(
+    run = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode in (0, 3), done.stderr
-    return done.returncode, done.stdout
+    assert run.returncode in (0, 3), run.stderr
+    return run.returncode, run.stdout
 
 
 def _may_mount() -> bool:
@@ -206,7 +212,7 @@ def _may_mount() -> bool:
 def test_a_full_disk_stops_with_a_word_and_goes_on_when_there_is_room(
     config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path, mode: str
 ) -> None:
-    """A file system of 64 KiB; and a limit on a file's size that lets samples through, not shards."""
+    """A file system of 64 KiB; or a limit on a file's size that lets samples pass, not shards."""
     if mode == "disk" and not _may_mount():
         pytest.skip("no right to mount a file system here")
     bucket = BucketConfig(num_frames=5, height=128, width=128, fps=8.0)
@@ -290,10 +296,10 @@ def test_a_store_holds_what_a_disk_holds_though_it_failed_on_the_way(
         assert a.mean_BTCHW.equal(b.mean_BTCHW)
         assert a.logvar_BTCHW.equal(b.logvar_BTCHW)
         assert (a.captions, a.synthetic) == (b.captions, b.synthetic)
-    assert prepare_locally(config, shards, out, codec_dir).shards_done_now == 0
+    assert prepare_locally(config, shards, out, codec_dir).shards_now == 0
     store.upload(Path(world[-1]), "in/00000.tar")
     report = prepare_locally(config, shards, out, codec_dir)
-    assert (report.shards_done_now, report.total) == (1, 10)
+    assert (report.shards_now, report.total) == (1, 10)
     assert not any(name.startswith("latents/00000.5x") for name in store.files("out"))
 
 

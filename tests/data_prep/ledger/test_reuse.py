@@ -1,4 +1,4 @@
-"""After a change of settings or of a shard: the same bytes as from scratch, and only what the change affects is made."""
+"""After a change of settings or shard: the bytes as from scratch, and no more work than needed."""
 
 from __future__ import annotations
 
@@ -7,46 +7,53 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from data_prep.captions.measured import MeasuredCaptioner
 from data_prep.config import FilterConfig, PrepareConfig
-from data_prep.ledger.ledger import Ledger
-from flow.codec import build_vae, save_codec
+from data_prep.ledger.manifest import read_manifest, write_manifest
+from data_prep.storage.store import open_folder
+from flow.codec import VideoCodec, build_vae, save_codec
+from media.read import VideoReader
 from tests.data_prep.in_process import digests, prepare_locally
 from tests.tiny_codec import CODEC
 
 Change = Callable[[PrepareConfig], PrepareConfig]
 
 
-@pytest.fixture
-def done(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many videos were decoded, clips captioned and encoded since it was last cleared."""
-    count: Counter[str] = Counter()
+class Work(NamedTuple):
+    """How many videos were decoded, clips captioned and clips encoded."""
 
-    def counted(where: str, name: str) -> None:
-        module, _, attribute = where.rpartition(".")
-        owner = getattr(__import__(module, fromlist=[attribute]), attribute)
-        method = name.rpartition(".")[2]
+    decoded: int
+    captioned: int
+    encoded: int
+
+
+NOTHING = Work(decoded=0, captioned=0, encoded=0)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Calls of the decoder, the captioner and the encoder since it was last cleared."""
+    counts: Counter[str] = Counter()
+
+    def count(name: str, owner: type, method: str) -> None:
         original = getattr(owner, method)
 
         def call(self: Any, *args: Any, **named: Any) -> Any:
-            count[where.rpartition(".")[2]] += 1
+            counts[name] += 1
             return original(self, *args, **named)
 
         monkeypatch.setattr(owner, method, call)
 
-    counted("media.read.VideoReader", "read")
-    counted("data_prep.captions.measured.MeasuredCaptioner", "caption")
-    counted("flow.codec.VideoCodec", "encode")
-    return count
-
-
-def made(count: Counter[str]) -> tuple[int, int, int]:
-    """(decoded, captioned, encoded)."""
-    return count["VideoReader"], count["MeasuredCaptioner"], count["VideoCodec"]
+    count("decoded", VideoReader, "read")
+    count("captioned", MeasuredCaptioner, "caption")
+    count("encoded", VideoCodec, "encode")
+    return counts
 
 
 def filters(**changes: Any) -> Change:
@@ -90,19 +97,15 @@ def write_scored(path: Path, source: str, scores: list[float]) -> str:
 class Output:
     """An output that is prepared twice, and the same from scratch."""
 
-    def __init__(self, folder: Path, shard: str, done: Counter[str]) -> None:
-        self.folder, self.fresh, self.shard, self.done = (
-            folder / "out",
-            folder / "fresh",
-            shard,
-            done,
-        )
+    def __init__(self, folder: Path, shard: str, calls: Counter[str]) -> None:
+        self.folder, self.fresh = folder / "out", folder / "fresh"
+        self.shard, self.calls = shard, calls
 
-    def prepare(self, config: PrepareConfig, codec: Path, **how: Any) -> tuple[int, int, int]:
+    def prepare(self, config: PrepareConfig, codec: Path, **how: Any) -> Work:
         """What was made, on top of what stands."""
-        self.done.clear()
+        self.calls.clear()
         prepare_locally(config, [self.shard], self.folder, codec, redo=True, **how)
-        return made(self.done)
+        return Work(*(self.calls[name] for name in Work._fields))
 
     def is_as_from_scratch(self, config: PrepareConfig, codec: Path) -> bool:
         prepare_locally(config, [self.shard], self.fresh, codec)
@@ -110,8 +113,8 @@ class Output:
 
 
 @pytest.fixture
-def output(tmp_path: Path, scored: str, done: Counter[str]) -> Output:
-    return Output(tmp_path, scored, done)
+def output(tmp_path: Path, scored: str, calls: Counter[str]) -> Output:
+    return Output(tmp_path, scored, calls)
 
 
 @pytest.fixture
@@ -120,33 +123,29 @@ def base(config: PrepareConfig) -> PrepareConfig:
 
 
 @pytest.mark.parametrize(
-    ("change", "decoded", "captioned", "encoded"),
+    ("change", "work"),
     [
         # Three of four clips pass at 0.15. Of metadata filters only the verdicts are new.
-        pytest.param(filters(matching_score_above=0.25), 0, 0, 0, id="stricter metadata"),
-        pytest.param(filters(matching_score_above=0.05), 1, 1, 1, id="laxer metadata"),
+        pytest.param(filters(matching_score_above=0.25), NOTHING, id="stricter metadata"),
+        pytest.param(filters(matching_score_above=0.05), Work(1, 1, 1), id="laxer metadata"),
         # Pixels have to be seen again, but what passes is not encoded again.
-        pytest.param(filters(static_below=0.01), 3, 0, 0, id="pixels, all pass"),
-        pytest.param(filters(static_below=255.0), 3, 0, 0, id="pixels, none passes"),
-        pytest.param(filters(crop_bars=True), 3, 0, 0, id="bars, none there"),
-        pytest.param(settings(keep_logvar=False), 3, 0, 3, id="precision"),
-        pytest.param(settings(images=False), 3, 0, 0, id="images, none there"),
-        pytest.param(settings(seed=1), 3, 3, 3, id="other windows"),
-        pytest.param(buckets(aspects=("1:1", "2:1")), 3, 0, 0, id="a bucket that none goes to"),
-        pytest.param(buckets(height=48, width=48), 3, 3, 3, id="another size"),
+        pytest.param(filters(static_below=0.01), Work(3, 0, 0), id="pixels, all pass"),
+        pytest.param(filters(static_below=255.0), Work(3, 0, 0), id="pixels, none passes"),
+        pytest.param(filters(crop_bars=True), Work(3, 0, 0), id="bars, none there"),
+        pytest.param(settings(keep_logvar=False), Work(3, 0, 3), id="precision"),
+        pytest.param(settings(images=False), Work(3, 0, 0), id="images, none there"),
+        pytest.param(settings(seed=1), Work(3, 3, 3), id="other windows"),
+        pytest.param(
+            buckets(aspects=("1:1", "2:1")), Work(3, 0, 0), id="a bucket that none goes to"
+        ),
+        pytest.param(buckets(height=48, width=48), Work(3, 3, 3), id="another size"),
     ],
 )
 def test_changed_settings_redo_only_what_they_affect(
-    base: PrepareConfig,
-    output: Output,
-    codec_dir: Path,
-    change: Change,
-    decoded: int,
-    captioned: int,
-    encoded: int,
+    base: PrepareConfig, output: Output, codec_dir: Path, change: Change, work: Work
 ) -> None:
-    assert output.prepare(base, codec_dir) == (3, 3, 3)
-    assert output.prepare(change(base), codec_dir) == (decoded, captioned, encoded)
+    assert output.prepare(base, codec_dir) == Work(3, 3, 3)
+    assert output.prepare(change(base), codec_dir) == work
     assert output.is_as_from_scratch(change(base), codec_dir)
 
 
@@ -156,7 +155,7 @@ def test_another_codec_keeps_the_captions(
     other = tmp_path / "codec"
     save_codec(build_vae(CODEC), other)
     output.prepare(base, codec_dir)
-    assert output.prepare(base, other) == (3, 0, 3)
+    assert output.prepare(base, other) == Work(decoded=3, captioned=0, encoded=3)
     assert output.is_as_from_scratch(base, other)
 
 
@@ -167,12 +166,12 @@ def test_a_new_captioner_and_a_new_filter_at_once_keep_the_latents(
     monkeypatch.setattr(PrepareConfig, "caption_digest", lambda self: "another captioner")
 
     def caption(self: object, frames: object) -> str:
-        output.done["MeasuredCaptioner"] += 1
+        output.calls["captioned"] += 1
         return "Other words."
 
     monkeypatch.setattr("data_prep.captions.measured.MeasuredCaptioner.caption", caption)
     other = filters(matching_score_above=0.25)(base)
-    assert output.prepare(other, codec_dir) == (2, 2, 0)
+    assert output.prepare(other, codec_dir) == Work(decoded=2, captioned=2, encoded=0)
     assert output.is_as_from_scratch(other, codec_dir)
 
 
@@ -182,7 +181,7 @@ def test_of_a_changed_shard_only_the_changed_samples_are_made(
     output.prepare(base, codec_dir)
     # One json is corrected, which lets its clip in; another changes, and its clip stays as it is.
     write_scored(Path(output.shard), world[0], [0.9, 0.2, 0.35, 0.4])
-    assert output.prepare(base, codec_dir) == (2, 1, 1)
+    assert output.prepare(base, codec_dir) == Work(decoded=2, captioned=1, encoded=1)
     assert output.is_as_from_scratch(base, codec_dir)
 
 
@@ -190,9 +189,9 @@ def test_several_windows_are_taken_over_whole(
     base: PrepareConfig, output: Output, codec_dir: Path
 ) -> None:
     several = settings(windows_per_clip=3)(base)
-    assert output.prepare(several, codec_dir)[2] > 3
+    assert output.prepare(several, codec_dir).encoded > 3
     other = filters(matching_score_above=0.25)(several)
-    assert output.prepare(other, codec_dir) == (0, 0, 0)
+    assert output.prepare(other, codec_dir) == NOTHING
     assert output.is_as_from_scratch(other, codec_dir)
 
 
@@ -201,8 +200,8 @@ def test_a_redo_that_is_stopped_goes_on_to_the_same_bytes(
 ) -> None:
     other = filters(static_below=0.01)(base)
     output.prepare(base, codec_dir)
-    assert output.prepare(other, codec_dir, shuffle=1, stop_after=2)[2] == 0
-    assert output.prepare(other, codec_dir)[2] == 0
+    assert output.prepare(other, codec_dir, shuffle=1, stop_after=2).encoded == 0
+    assert output.prepare(other, codec_dir).encoded == 0
     assert output.is_as_from_scratch(other, codec_dir)
 
 
@@ -213,7 +212,7 @@ def test_a_lost_latent_file_is_made_anew(
     output.prepare(base, codec_dir)
     for path in (output.folder / "latents").iterdir():
         path.unlink()
-    assert output.prepare(other, codec_dir) == (3, 3, 3)
+    assert output.prepare(other, codec_dir) == Work(decoded=3, captioned=3, encoded=3)
     assert output.is_as_from_scratch(other, codec_dir)
 
 
@@ -222,11 +221,10 @@ def test_a_manifest_of_before_there_were_digests_is_no_help_and_no_harm(
 ) -> None:
     other = filters(static_below=0.01)(base)
     output.prepare(base, codec_dir)
-    ledger = Ledger(output.folder)
-    manifest = ledger.manifest("scored")
+    folder = open_folder(output.folder)
+    manifest = read_manifest(folder, "scored")
     assert manifest is not None
-    for name in ("outcome_digest", "encode_digest"):
-        del manifest[name]
-    ledger.write_manifest("scored", manifest)
-    assert output.prepare(other, codec_dir) == (3, 0, 3)
+    write_manifest(folder, replace(manifest, outcome_digest=None, encode_digest=None))
+    assert "outcome_digest" not in (output.folder / "manifests" / "scored.json").read_text()
+    assert output.prepare(other, codec_dir) == Work(decoded=3, captioned=0, encoded=3)
     assert output.is_as_from_scratch(other, codec_dir)

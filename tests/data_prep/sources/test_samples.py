@@ -253,7 +253,9 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
         header("L", 2**40, tarfile.GNUTYPE_LONGNAME),
         header("x", 2**40, tarfile.XHDTYPE),
         header("s.mp4", 512, tarfile.GNUTYPE_SPARSE),
-        header("x", 512, tarfile.XHDTYPE) + b"18 size=-99999999\n".ljust(512, b"\0") + header("b", 0),
+        header("x", 512, tarfile.XHDTYPE)
+        + b"18 size=-99999999\n".ljust(512, b"\0")
+        + header("b", 0),
     ],
 )  # fmt: skip
 def test_lying_headers_end_the_shard_at_once(tmp_path: Path, head: bytes) -> None:

@@ -1,0 +1,95 @@
+"""The captioning stage: frames → synthetic caption. The original caption stays beside it.
+
+Knows nothing of the back ends, or of Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from data_prep.captions.captioner import CaptionerUnavailable, Written
+from data_prep.captions.choose import build_captioner
+from data_prep.config import PrepareConfig
+from data_prep.row import Row, frames_of, join_windows, split_windows, wants_caption
+from media.frames import Frames
+
+log = logging.getLogger("flowreel.prepare")
+
+
+class CaptionStage:
+    """Frames → synthetic caption.
+
+    A clip that cannot be captioned goes on without a caption, and its error is recorded; a later
+    `--only captions` tries it again. If many in a row fail, it is not the clips: the run stops.
+
+    >>> stage = CaptionStage(PrepareConfig())
+    >>> black = {"frames": bytes(5 * 32 * 32 * 3), "frames_shape": [5, 32, 32, 3]}
+    >>> row = stage.process({"status": "", "number": 0, "synthetic": None, **black})
+    >>> row["synthetic"], row["captioner"], row["caption_error"]
+    ('A mostly dark scene without motion.', 'measured', None)
+    """
+
+    def __init__(self, config: PrepareConfig, device: str = "cpu") -> None:
+        self.captioner = build_captioner(config.captioner, device, seed=config.seed)
+        self.give_up_after = config.captioner.give_up_after
+        self.failures_in_a_row = 0
+
+    def process(self, row: Row) -> Row:
+        """Fill in `synthetic`, who wrote it, and `caption_error`. Raises as `process_all`."""
+        return self.process_all([row])[0]
+
+    def process_all(self, rows: Sequence[Row]) -> list[Row]:
+        """The same for several rows at once; decided and closing rows pass through.
+
+        Raises:
+            CaptionerUnavailable: `give_up_after` clips in a row got no caption.
+        """
+        samples = [split_windows(row) for row in rows]
+        without = [part for parts in samples for part in parts if wants_caption(part)]
+        captions = iter(self._captions([frames_of(part) for part in without]))
+        captioned = []
+        for parts in samples:
+            for place, part in enumerate(parts):
+                if wants_caption(part):
+                    parts[place] = with_caption(part, next(captions), self.captioner.name)
+                    self._count(parts[place])
+            captioned.append(join_windows(parts))
+        return captioned
+
+    def close(self) -> None:
+        """Close the captioner."""
+        self.captioner.close()
+
+    def _captions(self, clips: list[Frames]) -> list[Written]:
+        """One result a clip; if a call breaks, each of its clips is tried alone."""
+        try:
+            return self.captioner.caption_all(clips) if clips else []
+        except CaptionerUnavailable:
+            raise
+        except Exception as error:  # one clip must not take its neighbours with it
+            log.warning("%s failed on %d clips", self.captioner.name, len(clips), exc_info=True)
+            if len(clips) == 1:
+                detail = f"{type(error).__name__}: {error}"
+                return [Written.failed("internal_error", detail)]
+            return [result for frames in clips for result in self._captions([frames])]
+
+    def _count(self, row: Row) -> None:
+        error = row["caption_error"]
+        self.failures_in_a_row = self.failures_in_a_row + 1 if error else 0
+        if self.failures_in_a_row >= self.give_up_after:
+            raise CaptionerUnavailable(
+                f"{self.failures_in_a_row} captions in a row failed, the last with {error!r}; see "
+                f"to the captioner ({self.captioner.name}) and run the same command again, or "
+                "raise captioner.give_up_after"
+            )
+
+
+def with_caption(row: Row, written: Written, captioner: str) -> Row:
+    """The row with what a captioner of that name made of it."""
+    return {
+        **row,
+        "synthetic": written.text,
+        "captioner": captioner,
+        "caption_error": written.error or None,
+    }

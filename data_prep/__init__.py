@@ -1,7 +1,8 @@
 """Video shards → latent shards: every sample leaves one status row, whatever is wrong with it.
 
-The story of one sample is `stages.py`; read it first. Then, at the top:
+At the top, in this order:
 
+    stages.py     the story of one sample; read it first
     run.py        a run around its stages: what is left to do, what came of it
     on_ray.py     the stages as operators of Ray Data: `prepare`
     config.py     all settings, and the digests of what they decide

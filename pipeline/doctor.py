@@ -1,7 +1,7 @@
 """`flowreel doctor`: what on this machine would keep Flowreel from working, and what to do about it.
 
 Every check is a function that yields findings; a check that fails itself is a finding too. Needs
-only what a plain installation has. Changes nothing. Knows nothing of models or data.
+only what a plain installation has. Changes nothing. Knows nothing of Ray.
 """
 
 from __future__ import annotations

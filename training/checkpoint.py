@@ -95,6 +95,12 @@ def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
 
     Raises:
         CheckpointMismatch: naming every key that differs, with both values.
+
+    >>> checkpoint = Checkpoint(Path("step_00000001"), 1, {"train": {"seed": 0}})
+    >>> check_fits(checkpoint, {"train": {"seed": 0}})
+    >>> check_fits(checkpoint, {"train": {"seed": 5}})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    training.checkpoint.CheckpointMismatch: ... train.seed is 5 but the checkpoint has 0. ...
     """
     # Through JSON, so that a tuple of today equals the list that was read from the marker.
     old = flattened(json.loads(json.dumps(checkpoint.description)))

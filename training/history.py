@@ -66,6 +66,13 @@ class HistoryTail:
 
     Args:
         path: the file; it may not be there yet.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / HISTORY_NAME
+    >>> tail = HistoryTail(path)
+    >>> History(path, start_step=0).append([{"step": 0}])
+    >>> tail.new_records(), tail.new_records()
+    ([{'step': 0}], [])
     """
 
     def __init__(self, path: Path) -> None:

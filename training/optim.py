@@ -97,6 +97,14 @@ class ShardedAdamW:
         parameters: name and parameter; sharded ones are updated where they lie.
         config: β, ε, weight decay, clipping and the decay of the averaged weights.
         learning_rate: of every step.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> rates = LearningRate(peak=0.1, warmup_steps=0, steps=10)
+    >>> optimizer = ShardedAdamW(layer.named_parameters(), OptimizerConfig(), rates)
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> norm = optimizer.take_gradients().sqrt()
+    >>> round(float(norm) ** 2), optimizer.step(0, norm, skip=torch.tensor(0.0))
+    (3, 0.1)
     """
 
     def __init__(

@@ -41,6 +41,10 @@ class Parallel:
         rank, world: number of this worker, and of all.
         device: where it computes.
         mesh: the workers as FSDP2 sees them; None in a single process.
+
+    >>> alone = Parallel(rank=0, world=1, device=torch.device("cpu"), mesh=None)
+    >>> alone.is_first, alone.sum(torch.tensor(2.0)), alone.broadcast_int(3)
+    (True, tensor(2.), 3)
     """
 
     rank: int

@@ -203,12 +203,13 @@ class Source:
                 f"{self.coded[1]}; cut the video where its size changes",
             )
         width, height = self._square
-        size = {"width": width, "height": height} if self._pixel_aspect else {}
+        square = {"width": width, "height": height, "interpolation": "BICUBIC"}
+        size = square if self._pixel_aspect else {}
         if self._transfer:
-            wide = frame.to_ndarray(format="rgb48le", interpolation="BICUBIC", **size)
+            wide = frame.to_ndarray(format="rgb48le", **size)
             picture = tone_mapped(wide, self._transfer)
         else:
-            picture = frame.to_ndarray(format="rgb24", interpolation="BICUBIC", **size)
+            picture = frame.to_ndarray(format="rgb24", **size)
         return self.orientation.apply(picture)
 
 

@@ -43,20 +43,6 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "fail", "not installed", "run make setup")
 
 
-def _decoders() -> Finding:
-    from media.read import installed_readers
-
-    names = installed_readers()
-    if len(names) == 2:
-        return Finding("video readers", "ok", ", ".join(names))
-    return Finding(
-        "video readers",
-        "warn",
-        ", ".join(names),
-        "decord has no wheel here; PyAV reads alone, slower",
-    )
-
-
 def _h264() -> Finding:
     import numpy as np
 
@@ -144,7 +130,7 @@ def _files() -> Iterator[Finding]:
 def _findings() -> Iterator[Finding]:
     yield _python()
     yield from _packages()
-    checks: tuple[Callable[[], Finding], ...] = (_decoders, _h264, _codec)
+    checks: tuple[Callable[[], Finding], ...] = (_h264, _codec)
     for check in checks:
         try:
             yield check()

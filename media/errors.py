@@ -6,6 +6,8 @@
         │   ├── EmptyVideo      empty_video       no bytes, no video stream, or no frame
         │   ├── UnreadableVideo unreadable_video  no reader could open or decode it
         │   │   └── DecoderDied decoder_died      the decoding process crashed on it
+        │   ├── NamesOtherFiles names_other_files a playlist or script, not a video
+        │   ├── SizeChanges     size_changes      frames change their size within a window
         │   ├── DecodeTimeout   decode_timeout    not decoded before the deadline
         │   └── VideoTooLarge   video_too_large   over a cap on bytes, pixels or frames
         ├── ImageError          image_error
@@ -60,6 +62,18 @@ class DecodeTimeout(VideoError):
     """Not decoded before the deadline; the decoding process was killed."""
 
     reason = "decode_timeout"
+
+
+class NamesOtherFiles(VideoError):
+    """A playlist, manifest or script that names other files or hosts: never opened."""
+
+    reason = "names_other_files"
+
+
+class SizeChanges(VideoError):
+    """A wanted frame has another size than the video began with."""
+
+    reason = "size_changes"
 
 
 class VideoTooLarge(VideoError):

@@ -1,9 +1,9 @@
-"""Video in: frames with their real timestamps, decoded in a process that can be killed.
+"""Video in: frames with their real times, decoded in a process that can be killed.
 
-decord reads first, PyAV second (decord cannot open AV1 in Matroska, and is only built for x86-64
-Linux). A decoder may loop forever or crash on a lying container; it does so in a child
-(`media/read_child.py`), which the parent kills at the deadline and starts anew for the next video.
-The child lives as long as its `VideoReader`, so its start-up is paid once.
+One reader, PyAV, decides what every file is and what its frames are (`media.source`). A decoder
+may loop forever or crash on a lying container; it does so in a child (`media.read_child`), which
+has no network and which the parent kills at the deadline and starts anew for the next video. The
+child lives as long as its `VideoReader`, so its start-up is paid once.
 
 The caller says which frames it wants. The errors and their reason codes are those of
 `media.errors`. Knows nothing of buckets, captions or Ray.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib.util
 import itertools
 import json
 import os
@@ -24,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -34,50 +34,69 @@ from media.errors import (
     DecoderDied,
     DecodeTimeout,
     EmptyVideo,
+    NamesOtherFiles,
+    SizeChanges,
     UnreadableVideo,
     VideoError,
     VideoTooLarge,
 )
 from media.frames import Frames
-from media.read_child import HEAD
+from media.framing import HEAD, packed
 
 Choose = Callable[["VideoInfo"], Sequence[int]]
 Transform = Callable[[Frames], Frames]
 
 _ERRORS: dict[str, type[VideoError]] = {
-    kind.reason: kind for kind in (EmptyVideo, UnreadableVideo, VideoTooLarge)
+    kind.reason: kind
+    for kind in (EmptyVideo, UnreadableVideo, VideoTooLarge, NamesOtherFiles, SizeChanges)
 }
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video before its frames are decoded (sizes after rotation).
+    """What is known of a video before its frames are chosen. Times are exact.
 
-    >>> VideoInfo(64, 32, fps=8.0, pts_s=np.arange(9) / 8, reader="decord").duration_s
+    >>> ticks = np.arange(9, dtype=np.int64)
+    >>> VideoInfo(64, 32, Fraction(8), ticks, time_base=Fraction(1, 8), facts={}).duration_s
     1.125
     """
 
     width: int
     height: int
-    fps: float
-    """Average source rate, frames per second; 0 where the container does not say."""
-    pts_s: npt.NDArray[np.float64]
-    """[N] presentation times in seconds, from 0, never falling."""
-    reader: str
-    """"decord" or "pyav"."""
+    """Pixels as shown: upright, square."""
+    rate: Fraction | None
+    """Average source rate, frames per second; None where the container does not say."""
+    ticks: npt.NDArray[np.int64]
+    """[N] presentation times, rising from 0, in units of `time_base`."""
+    time_base: Fraction
+    """Seconds of a tick."""
+    facts: dict[str, Any]
+    """What the container says, as `media.source.Source.facts` has it: container, codec, orientation,
+    transfer, interlaced, pixel aspect, packets hidden by edit lists or before the first keyframe."""
 
     @property
     def num_frames(self) -> int:
         """Frames of the whole video."""
-        return len(self.pts_s)
+        return len(self.ticks)
+
+    @property
+    def fps(self) -> float:
+        """Average source rate; 0 where the container does not say."""
+        return float(self.rate or 0)
+
+    @property
+    def pts_s(self) -> npt.NDArray[np.float64]:
+        """[N] presentation times in seconds, from 0."""
+        return self.ticks * self.time_base.numerator / self.time_base.denominator
 
     @property
     def duration_s(self) -> float:
         """Until the last frame ends, its length taken from the median step."""
         if self.num_frames < 2:
             return 1.0 / self.fps if self.fps > 0 else 0.0
-        return float(self.pts_s[-1] + np.median(np.diff(self.pts_s)))
+        step = np.median(np.diff(self.ticks))
+        return float((int(self.ticks[-1]) + step) * self.time_base)
 
 
 @dataclass(frozen=True)
@@ -92,8 +111,8 @@ class Clip:
     """Average rate of the source, frames per second."""
     duration_s: float
     """Length of the source in seconds."""
-    reader: str
-    """"decord" or "pyav": which reader made these pixels."""
+    info: VideoInfo
+    """What was known of the whole video."""
 
 
 class VideoReader:
@@ -142,17 +161,11 @@ class VideoReader:
         max_pixels: int = 33_177_600,
         max_bytes: int = 2**30,
     ) -> VideoInfo:
-        """Sizes and timestamps, by the first reader that opens it. Errors as in `read`."""
+        """Sizes, times and what else the container says. Errors as in `read`."""
         with self._lock:
             clock = _Clock(deadline_s)
             self._load(data, max_bytes, clock)
-            first_error: VideoError | None = None
-            for name in installed_readers():
-                try:
-                    return self._open(name, max_pixels, clock)
-                except (EmptyVideo, UnreadableVideo) as error:
-                    first_error = first_error or error
-            raise first_error or UnreadableVideo("no video reader is installed; install PyAV")
+            return self._open(max_pixels, clock)
 
     def read(
         self,
@@ -183,24 +196,16 @@ class VideoReader:
         with self._lock:
             clock = _Clock(deadline_s)
             self._load(data, max_bytes, clock)
-            first_error: VideoError | None = None
-            for name in installed_readers():
-                try:
-                    info = self._open(name, max_pixels, clock)
-                    indices = range(info.num_frames) if choose is None else choose(info)
-                    if len(indices) > max_frames:
-                        raise VideoTooLarge(
-                            f"{len(indices)} frames wanted; the cap is {max_frames}. "
-                            "Choose fewer frames or raise max_frames"
-                        )
-                    frames = self._frames([int(i) for i in indices], transform, clock)
-                except (EmptyVideo, UnreadableVideo) as error:
-                    # The message of the first reader is the more telling one.
-                    first_error = first_error or error
-                    continue
-                times_s = info.pts_s[np.asarray(indices, dtype=np.int64)]
-                return Clip(frames, times_s, info.fps, info.duration_s, name)
-            raise first_error or UnreadableVideo("no video reader is installed; install PyAV")
+            info = self._open(max_pixels, clock)
+            indices = range(info.num_frames) if choose is None else choose(info)
+            if len(indices) > max_frames:
+                raise VideoTooLarge(
+                    f"{len(indices)} frames wanted; the cap is {max_frames}. "
+                    "Choose fewer frames or raise max_frames"
+                )
+            frames = self._frames([int(i) for i in indices], transform, clock)
+            times_s = info.pts_s[np.asarray(indices, dtype=np.int64)]
+            return Clip(frames, times_s, info.fps, info.duration_s, info)
 
     def _load(self, data: bytes | Path | str, max_bytes: int, clock: _Clock) -> None:
         in_memory = isinstance(data, bytes | bytearray | memoryview)
@@ -217,16 +222,23 @@ class VideoReader:
         self._request(head, clock, bytes(data) if in_memory else b"")  # type: ignore[arg-type]
         self._reply(clock)
 
-    def _open(self, name: str, max_pixels: int, clock: _Clock) -> VideoInfo:
+    def _open(self, max_pixels: int, clock: _Clock) -> VideoInfo:
         if self._child is None:
             # `_load` gave the video to a child that has died since: a new one would not have it.
             raise DecoderDied("the decoding process ended while it read this video")
-        self._request({"op": "open", "reader": name, "max_pixels": max_pixels}, clock)
-        head, payload = self._reply(clock)
-        pts_s = np.frombuffer(payload, dtype=np.float64)
-        # Damaged files have times that go back; each frame is then shown as late as its neighbour.
-        pts_s = np.maximum.accumulate(pts_s - pts_s[0])
-        return VideoInfo(head["width"], head["height"], head["fps"], pts_s, name)
+        self._request({"op": "open", "max_pixels": max_pixels}, clock)
+        facts, payload = self._reply(clock)
+        del facts["bytes"]
+        ticks = np.frombuffer(payload, dtype=np.int64)
+        rate = facts["rate"]
+        return VideoInfo(
+            width=facts["width"],
+            height=facts["height"],
+            rate=None if rate is None else Fraction(*rate),
+            ticks=ticks - ticks[0],
+            time_base=Fraction(*facts["time_base"]),
+            facts=facts,
+        )
 
     def _frames(self, indices: list[int], transform: Transform | None, clock: _Clock) -> Frames:
         if not indices:
@@ -248,9 +260,8 @@ class VideoReader:
             self.starts += 1
         pipe = self._child.stdin
         assert pipe is not None
-        encoded = json.dumps({**head, "bytes": len(payload)}).encode()
         # The pipe does not block: a child that has stopped reading must not stop the clock here.
-        view = memoryview(HEAD.pack(len(encoded)) + encoded + payload)
+        view = memoryview(packed(head, len(payload)) + payload)
         while view:
             _, ready, _ = select.select([], [pipe], [], clock.left_s())
             if not ready:
@@ -314,19 +325,14 @@ class _Clock:
         return max(0.0, self._end - time.monotonic())
 
 
-def installed_readers() -> list[str]:
-    """The readers installed here, in the order in which they are tried."""
-    modules = {"decord": "decord", "pyav": "av"}
-    return [name for name, module in modules.items() if importlib.util.find_spec(module)]
-
-
 def _start_child(memory_bytes: int) -> subprocess.Popen[bytes]:
-    script = Path(__file__).with_name("read_child.py")
-    # decord's own bound on its end-of-file loop; its default of 10240 is minutes.
-    environment = {**os.environ, "DECORD_EOF_RETRY_MAX": "512", "OMP_NUM_THREADS": "1"}
+    root = str(Path(__file__).resolve().parents[1])
+    # The child finds this checkout and no other, whatever the working folder holds.
+    code = f"import sys; sys.path.insert(0, {root!r}); from media.read_child import main; main({memory_bytes})"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("LD_PRELOAD", None)
     child = subprocess.Popen(
-        [sys.executable, "-P", str(script), str(memory_bytes)],
+        [sys.executable, "-P", "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -117,19 +117,6 @@ def _packages(_recipe: Recipe) -> Iterator[Finding]:
             yield Finding(name, "warn", version, advice)
 
 
-def _video_readers(_recipe: Recipe) -> Iterator[Finding]:
-    from media.read import installed_readers
-
-    names = installed_readers()
-    if not names:
-        yield Finding("video readers", "fail", "none", "run `make setup`: PyAV is missing")
-    elif len(names) == 1:
-        advice = "decord has no wheel here; PyAV reads alone, slower"
-        yield Finding("video readers", "warn", names[0], advice)
-    else:
-        yield Finding("video readers", "ok", ", ".join(names))
-
-
 def _h264_round_trip(_recipe: Recipe) -> Iterator[Finding]:
     import numpy as np
 
@@ -243,7 +230,7 @@ def gpu_finding(recipe: Recipe, gpus: int) -> Finding:
 
 
 CHECKS: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
-    _python, _places, _packages, _video_readers, _h264_round_trip, _tiny_codec,
+    _python, _places, _packages, _h264_round_trip, _tiny_codec,
     _processor_and_memory, _disk, _temporary_folder, _loopback_port, _gpus,
 )  # fmt: skip
 """In the order of the table."""

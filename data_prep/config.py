@@ -18,7 +18,7 @@ from flow.aspects import SizeError, ratio_of, size_of
 from flow.codec_factors import CodecFactors
 from flowreel.values import digest_of
 
-PREPARE_VERSION = 3
+PREPARE_VERSION = 4
 """Raised when the code changes what a sample becomes."""
 
 MAX_SIDE = 4096
@@ -154,6 +154,17 @@ class FilterConfig(Strict):
     )
     min_duration_s: float = Field(
         default=0.0, ge=0, description="Least length of the source, in seconds."
+    )
+    min_source_fps: float = Field(
+        default=5.0, ge=0, description="Least frame rate of the source, frames per second."
+    )
+    max_gap_s: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="Longest time without a new frame inside a window, in seconds; None allows any.",
+    )
+    progressive: bool = Field(
+        default=True, description="Drop interlaced sources, which motion tears into combs."
     )
     missing_metadata: Literal["keep", "drop"] = Field(
         default="keep",

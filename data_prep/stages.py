@@ -22,8 +22,9 @@ from dataclasses import asdict
 from typing import Protocol
 
 from data_prep.captions.captioner import CaptionerUnavailable
-from data_prep.clips.cut import Bars, ClipTooShort
+from data_prep.clips.cut import Bars
 from data_prep.clips.filters import judge_pixels, judge_source
+from data_prep.clips.windows import ClipTooShort
 from data_prep.config import PrepareConfig
 from data_prep.ledger.job import ShardJob
 from data_prep.ledger.reuse import Reuse

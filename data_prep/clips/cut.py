@@ -1,14 +1,10 @@
-"""From a video to a clip: which frames, and how each is cut to the bucket.
+"""How a frame is cut to its bucket: the nearest aspect, black bars measured and cut, the resize.
 
-Windows of frames, buckets by aspect, black bars measured and cut. Pure functions of timestamps,
-pixels, seed and key. Knows nothing of decoders, Ray or files.
-
-    ClipTooShort(FlowreelError, ValueError)   too_short: the source ends before the window does
+Pure functions of pixels and sizes. Knows nothing of decoders, Ray or files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,108 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from flowreel.errors import FlowreelError
 from media.frames import Frames
-
-
-class ClipTooShort(FlowreelError, ValueError):
-    """The source is shorter than the window of frames."""
-
-    reason = "too_short"
-
-
-def unit_hash(seed: int, key: str) -> float:
-    """A number in [0, 1) from (seed, key) alone.
-
-    >>> unit_hash(0, "a") == unit_hash(0, "a") != unit_hash(1, "a")
-    True
-    """
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def choose_window(
-    pts_s: npt.NDArray[np.float64], num_frames: int, fps: float, *, seed: int, key: str
-) -> list[int]:
-    """Indices of the frames of one window: `num_frames` of them at `fps`, by real timestamps.
-
-    The window starts at a frame chosen by hash(seed, key). Each target time takes the source frame
-    nearest to it, so that a source of a lower rate repeats frames and one of a higher rate skips
-    some.
-
-    >>> choose_window(np.arange(20) / 16, 5, 8.0, seed=0, key="a")
-    [4, 6, 8, 10, 12]
-
-    Args:
-        pts_s: [N] presentation times, seconds, not falling.
-        num_frames: frames wanted.
-        fps: target rate, frames per second.
-        seed: the run's seed.
-        key: the sample's key.
-
-    Raises:
-        ClipTooShort: the last target time lies more than half a target step past the last frame.
-    """
-    window_s = (num_frames - 1) / fps
-    room_s = float(pts_s[-1]) - window_s if len(pts_s) else -window_s
-    if not len(pts_s) or room_s < -0.5 / fps:
-        have_s = float(pts_s[-1]) if len(pts_s) else 0.0
-        raise ClipTooShort(
-            f"the video's last frame is at {have_s:.3f} s; {num_frames} frames at {fps:g} fps "
-            f"need one at {window_s:.3f} s"
-        )
-    return _window_from(pts_s, unit_hash(seed, key) * max(0.0, room_s), num_frames, fps)
-
-
-def choose_windows(
-    pts_s: npt.NDArray[np.float64],
-    num_frames: int,
-    fps: float,
-    *,
-    seed: int,
-    key: str,
-    at_most: int = 1,
-) -> list[list[int]]:
-    """Frame indices of up to `at_most` windows that do not overlap, in order of time.
-
-    There are as many as fit, each of `num_frames` at `fps` as in `choose_window`. The time left
-    over is shared out between them by hash(seed, key, number). A single window is exactly that of
-    `choose_window`.
-
-    >>> choose_windows(np.arange(40) / 16, 5, 8.0, seed=0, key="a", at_most=2)
-    [[5, 7, 9, 11, 13], [25, 27, 29, 31, 33]]
-
-    Raises:
-        ClipTooShort: not even one fits.
-    """
-    whole_s = num_frames / fps
-    room_s = float(pts_s[-1]) - (num_frames - 1) / fps if len(pts_s) else 0.0
-    count = min(at_most, 1 + int(max(0.0, room_s) / whole_s + 1e-9))
-    if count <= 1:
-        return [choose_window(pts_s, num_frames, fps, seed=seed, key=key)]
-    slack_s = max(0.0, room_s - (count - 1) * whole_s)
-    places = sorted(unit_hash(seed, f"{key}:{number}") for number in range(count))
-    windows: list[list[int]] = []
-    for number, place in enumerate(places):
-        wanted_s = place * slack_s + number * whole_s
-        # In a source of few frames the last frame of a window may be the first of the next.
-        earliest_s = float(pts_s[windows[-1][-1]]) if windows else 0.0
-        windows.append(_window_from(pts_s, max(wanted_s, earliest_s), num_frames, fps))
-    return windows
-
-
-def _window_from(
-    pts_s: npt.NDArray[np.float64], wanted_s: float, num_frames: int, fps: float
-) -> list[int]:
-    """The window from the last frame at or before `wanted_s`."""
-    if len(pts_s) == 1:
-        return [0] * num_frames
-    # A start on a source frame keeps the steps even wherever one rate divides the other.
-    start_s = float(pts_s[np.searchsorted(pts_s, wanted_s, side="right") - 1])
-    targets_s = start_s + np.arange(num_frames) / fps
-    after = np.clip(np.searchsorted(pts_s, targets_s, side="left"), 1, max(1, len(pts_s) - 1))
-    before_is_nearer = targets_s - pts_s[after - 1] <= pts_s[after] - targets_s
-    return [int(i) for i in after - before_is_nearer]
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The decoding stage: media bytes → frames of one window or several, in the nearest bucket's size.
 
 Holds the order of things: judge the metadata, choose windows of frames, measure bars, cut, and try
-a time-out again alone. How each is done is in `data_prep.clips.cut`, `data_prep.clips.filters` and
+a time-out again alone. How each is done is in `data_prep.clips.windows`, `cut`, `filters` and in
 `media`. Knows nothing of Ray.
 """
 
@@ -12,9 +12,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_prep.clips.cut import BarMeter, Bars, choose_windows, fit_frame, nearest_size
-from data_prep.clips.filters import judge_bars, judge_metadata
+from data_prep.clips.cut import BarMeter, Bars, fit_frame, nearest_size
+from data_prep.clips.filters import Drop, judge_bars, judge_container, judge_metadata, judge_times
 from data_prep.clips.machine_lock import MachineLock
+from data_prep.clips.windows import Timeline, choose_windows, without_gaps
 from data_prep.config import PrepareConfig
 from data_prep.ledger.reuse import Reuse
 from data_prep.row import Row, decided, join_windows
@@ -40,10 +41,18 @@ class _Cut:
     meter: BarMeter
 
 
+class _Dropped(Exception):
+    """A filter fails the source before one of its frames is decoded."""
+
+    def __init__(self, drop: Drop) -> None:
+        super().__init__(drop.detail)
+        self.drop = drop
+
+
 class DecodeStage:
     """Media bytes → uint8 frames [T, H, W, 3] of one window or several, in the nearest size.
 
-    Videos are decoded by `media.read` in a child process, decord first. A sample that its metadata
+    Videos are decoded by `media.read` in a child process. A sample that its metadata or container
     drops is not decoded, and neither is one whose outcome an earlier run has left. A time-out is
     tried again with three times the deadline, while nothing else is decoded on this machine: how
     busy a machine is must not decide what a sample becomes.
@@ -92,6 +101,8 @@ class DecodeStage:
         except DecodeTimeout:
             with self.lock.exclusive(patience_s):
                 return self._video(row, deadline_s * _RETRY_FACTOR)
+        except _Dropped as dropped:
+            return decided(row, "dropped", dropped.drop.reason, dropped.drop.detail)
 
     def close(self) -> None:
         """End the decoding child."""
@@ -102,6 +113,8 @@ class DecodeStage:
         bars = cut.meter.bars() if self.config.filters.crop_bars else Bars()
         height, width = cut.info.height, cut.info.width
         row = {**row, "source_height": height, "source_width": width, "duration_s": clip.duration_s}
+        if note := _what_was_odd(cut.info):
+            row["note"] = "; ".join(part for part in (row["note"], note) if part)
         if any(bars):
             if drop := judge_bars(bars, height, width, self.config.filters):
                 return decided(row, "dropped", drop.reason, drop.detail)
@@ -122,14 +135,7 @@ class DecodeStage:
         cuts: list[_Cut] = []
 
         def choose(info: VideoInfo) -> list[int]:
-            windows = choose_windows(
-                info.pts_s,
-                bucket.num_frames,
-                bucket.fps,
-                seed=config.seed,
-                key=row["key"],
-                at_most=config.windows_per_clip,
-            )
+            windows = self._windows(info, row["key"])
             size = nearest_size(*bars.size_inside(info.height, info.width), self.sizes)
             cuts.append(_Cut(info, windows, size, BarMeter()))
             return [index for window in windows for index in window]
@@ -150,6 +156,30 @@ class DecodeStage:
         )
         return clip, cuts[-1]
 
+    def _windows(self, info: VideoInfo, key: str) -> list[list[int]]:
+        """The windows to cut from a video, without those that a gap in its times runs through."""
+        config, bucket, filters = self.config, self.config.bucket, self.config.filters
+        timeline = Timeline(info.ticks, info.time_base)
+        drop = judge_container(info.facts, filters) or judge_times(timeline, filters)
+        if drop is not None:
+            raise _Dropped(drop)
+        chosen = choose_windows(
+            timeline,
+            bucket.num_frames,
+            bucket.fps,
+            seed=config.seed,
+            key=key,
+            at_most=config.windows_per_clip,
+        )
+        if filters.max_gap_s is None:
+            return chosen
+        windows = without_gaps(timeline, chosen, filters.max_gap_s)
+        if not windows:
+            gap_s = max(timeline.largest_gap_s(w[0], w[-1]) for w in chosen)
+            detail = f"{float(gap_s):.3f} s without a frame, over {filters.max_gap_s:g} s"
+            raise _Dropped(Drop("gap", detail))
+        return windows
+
     def _image(self, row: Row) -> Row:
         caps, filters = self.config.caps, self.config.filters
         frame_HW3 = decode_image(
@@ -166,6 +196,21 @@ class DecodeStage:
         picture_HW3 = bars.cut(frame_HW3)
         size = nearest_size(*bars.size_inside(height, width), self.sizes)
         return _with_frames(row, fit_frame(picture_HW3, *size)[None], [0.0], bars)
+
+
+def _what_was_odd(info: VideoInfo) -> str:
+    """What of the container was put right, for the status of a sample that is kept."""
+    facts = info.facts
+    notes = []
+    if facts["transfer"] != "sdr":
+        notes.append(f"hdr: {facts['transfer']}, tone-mapped")
+    if facts["hidden_packets"]:
+        notes.append(f"edit list: {facts['hidden_packets']} frames hidden")
+    if facts["packets_before_keyframe"]:
+        notes.append(
+            f"keyframe: {facts['packets_before_keyframe']} frames before the first left out"
+        )
+    return "; ".join(notes)
 
 
 def _with_frames(row: Row, frames_THW3: Frames, pts_s: list[float], bars: Bars) -> Row:

@@ -6,6 +6,7 @@ Ray or files.
     low_matching_score, not_desirable, several_shots     from the json that Panda-70M writes
     missing_metadata                                     only if the run's policy is `drop`
     small_area, short_duration                           from the json, and from the decoder
+    interlaced, low_rate, gap                            from the container and its times
     static_clip, black_frames, white_frames, letterbox   from the pixels
 """
 
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_prep.clips.cut import Bars
+from data_prep.clips.windows import Timeline, exact_rate
 from data_prep.config import FilterConfig
 from media.frames import Frames
 
@@ -123,6 +125,31 @@ def judge_source(
         )
     if duration_s is not None and duration_s < config.min_duration_s:
         return Drop("short_duration", f"{duration_s:.3f} s, under {config.min_duration_s:g} s")
+    return None
+
+
+def judge_container(facts: Mapping[str, Any], config: FilterConfig) -> Drop | None:
+    """Whether the container says that the frames are no whole pictures.
+
+    >>> judge_container({"interlaced": True}, FilterConfig()).reason
+    'interlaced'
+    """
+    if config.progressive and facts["interlaced"]:
+        return Drop("interlaced", "frames of two fields each, which motion tears into combs")
+    return None
+
+
+def judge_times(timeline: Timeline, config: FilterConfig) -> Drop | None:
+    """Whether a source shows too few frames a second; one of a single frame has no rate.
+
+    >>> judge_times(Timeline.at_rate(20, 1), FilterConfig()).reason
+    'low_rate'
+    """
+    rate = timeline.rate
+    if rate is not None and rate < exact_rate(config.min_source_fps):
+        return Drop(
+            "low_rate", f"{float(rate):g} frames per second, under {config.min_source_fps:g}"
+        )
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -19,9 +20,12 @@ from fastapi.responses import JSONResponse
 
 from data_prep.captions.captioner import CaptionerUnavailable
 from data_prep.captions.config import CaptionConfig
+from data_prep.clips.decode import DecodeStage
 from data_prep.config import BucketConfig, ConcurrencyConfig, PrepareConfig
-from data_prep.on_ray import build_pipeline, prepare
+from data_prep.ledger.reuse import Reuse
+from data_prep.on_ray import Decode, build_pipeline, prepare
 from data_prep.resources import describe, plan_resources
+from data_prep.row import rows_of, table_of
 from data_prep.run import plan_run
 from data_prep.sources.moving_shapes import write_world
 from data_prep.sources.on_ray import ShardSource
@@ -34,6 +38,7 @@ from tests.data_prep.bad_media import (
 from tests.data_prep.chat_endpoint import serving
 from tests.data_prep.in_process import (
     caption_locally,
+    decode_row,
     digests,
     prepare_locally,
 )
@@ -175,6 +180,63 @@ def test_no_machine_is_too_small_to_finish(
     subprocess.run([*command, *arguments], check=True, cwd=ROOT, env=environment, timeout=200)
     prepare_locally(config, world, tmp_path / "local", codec_dir)
     assert digests(tmp_path / "out") == digests(tmp_path / "local")
+
+
+def test_an_operator_that_is_deleted_closes_its_stage(config: PrepareConfig) -> None:
+    operator = Decode(config, [(32, 32)], Reuse())
+    stage = operator._stage
+    assert isinstance(stage, DecodeStage)
+    (row,) = rows_of(next(operator(table_of([decode_row(media=video(moving(20)))]))))
+    assert row["frames_shape"] == [5, 32, 32, 3]
+    child = stage.reader._child
+    assert child is not None
+    assert child.poll() is None
+    del operator
+    gc.collect()
+    assert child.poll() is not None
+
+
+CLOSING_DRIVER = """
+import sys, ray
+from pathlib import Path
+log = sys.argv[4]
+
+def watch():
+    # In every worker: say which stage is closed.
+    from data_prep.captions.stage import CaptionStage
+    from data_prep.clips.decode import DecodeStage
+    from data_prep.latents.encode import EncodeStage
+    from data_prep.stages import FilterStage
+
+    def watched(stage):
+        close = stage.close
+        def call(self):
+            close(self)
+            with open(log, "a") as file:
+                file.write(stage.__name__ + "\\n")
+        stage.close = call
+    for stage in (DecodeStage, FilterStage, CaptionStage, EncodeStage):
+        watched(stage)
+
+environment = {"worker_process_setup_hook": watch}
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+from data_prep.config import PrepareConfig
+from data_prep.on_ray import prepare
+config = PrepareConfig.model_validate_json(sys.argv[1])
+prepare(config, sys.argv[5:], Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def test_every_stage_is_closed_when_a_run_ends(
+    config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "closed"
+    command = [sys.executable, "-c", CLOSING_DRIVER, config.model_dump_json()]
+    arguments = [str(tmp_path / "out"), str(codec_dir), str(log), *world]
+    environment = {**os.environ, **RAY_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *arguments], check=True, cwd=ROOT, env=environment, timeout=240)
+    stages = {"DecodeStage", "FilterStage", "CaptionStage", "EncodeStage"}
+    assert set(log.read_text().split()) == stages
 
 
 def test_finished_shards_never_become_a_read_task(

@@ -47,7 +47,7 @@ def choose_window(
     some.
 
     >>> choose_window(np.arange(20) / 16, 5, 8.0, seed=0, key="a")
-    [4, 6, 8, 10, 12]
+    [6, 8, 10, 12, 14]
 
     Args:
         pts_s: [N] presentation times, seconds, not falling.
@@ -86,7 +86,7 @@ def choose_windows(
     `choose_window`.
 
     >>> choose_windows(np.arange(40) / 16, 5, 8.0, seed=0, key="a", at_most=2)
-    [[5, 7, 9, 11, 13], [25, 27, 29, 31, 33]]
+    [[4, 6, 8, 10, 12], [15, 17, 19, 21, 23]]
 
     Raises:
         ClipTooShort: not even one fits.

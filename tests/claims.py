@@ -74,8 +74,9 @@ def _imports(*modules: str) -> Sign:
 _FILES = Sign(
     imports=("shutil", "tempfile", "flowreel.files", "pyarrow.fs", "flow.weights"),
     calls=(
-        "open", "read_text", "write_text", "read_bytes", "write_bytes", "unlink", "mkdir", "iterdir",
-        "glob", "rglob", "is_file", "is_dir", "exists", "rename", "touch", "safe_open", "load_file",
+        "open", "read_text", "write_text", "read_bytes", "write_bytes", "unlink", "mkdir",
+        "iterdir", "glob", "rglob", "is_file", "is_dir", "exists", "rename", "touch", "safe_open",
+        "load_file",
     ),
 )  # fmt: skip
 _HTTP = (
@@ -169,8 +170,8 @@ VOCABULARY: dict[str, Sign] = {
 }  # fmt: skip
 
 UNCHECKED = {
-    "bad", "bars", "batches' origin", "data", "deadlines", "denoising step's scale", "figures", "frames",
-    "models' insides", "moments", "our model folders", "particular schema", "pipes",
+    "bad", "bars", "batches' origin", "data", "deadlines", "denoising step's scale", "figures",
+    "frames", "models' insides", "moments", "our model folders", "particular schema", "pipes",
     "project's own packages", "sampling schedules of the deep block", "schedules of checkpoints",
     "seeds", "setting", "speed", "steps' insides", "videos", "cluster", "written",
 }  # fmt: skip

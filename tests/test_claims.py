@@ -1,4 +1,4 @@
-"""What docstrings say of their files is true: what they know nothing of, and what is in a package."""
+"""What docstrings say of their files is true, and packages open with a map of their files."""
 
 from __future__ import annotations
 

@@ -3,10 +3,11 @@
     python tools/lock.py [--uv PATH]
 
 uv resolves the dependencies of `pyproject.toml`, with the pins of `constraints.txt`, for every
-system and every Python from 3.11 on; versions that the present lock has are kept where they may be.
-Only metadata is downloaded. torch is left out, for its builds are files of different hashes, and so
-is what only its CUDA build needs, which torch itself pins. Where uv is missing, it is installed into
-an environment that is thrown away. Standard library only. Knows nothing of the project's own packages.
+system and every Python from 3.11 on. Versions that the present lock has are kept where they may be.
+Only metadata is downloaded. torch is left out, because its builds are files of different hashes;
+so is what only its CUDA build needs, which torch itself pins. Where uv is missing, it is installed
+into an environment that is thrown away. Standard library only. Knows nothing of the project's own
+packages.
 """
 
 from __future__ import annotations

@@ -60,9 +60,13 @@ def test_every_file_says_what_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES, ids=_name)
 def test_a_package_opens_with_a_map_of_all_that_is_in_it(package: Path) -> None:
-    """A line a file, as `    name.py   what it does`; a line a folder, as `    name/   …`."""
+    """A line a file, as `    name.py   what it does`; a line a folder, as `    name/   …`.
+
+    Or the file's name in backticks, in a sentence of the docstring.
+    """
     docstring = DOCSTRINGS.get(package / "__init__.py", "")
     mapped = {match["name"] + match["kind"] for match in MAP_LINE.finditer(docstring)}
+    mapped |= set(re.findall(r"`(\w+\.py)`", docstring))
     there = {path.name for path in package.glob("*.py")} - {"__init__.py"}
     there |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
     missing, gone = sorted(there - mapped), sorted(mapped - there)

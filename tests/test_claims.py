@@ -65,11 +65,11 @@ def test_a_package_opens_with_a_map_of_all_that_is_in_it(package: Path) -> None:
     Or the file's name in backticks, in a sentence of the docstring.
     """
     docstring = DOCSTRINGS.get(package / "__init__.py", "")
-    mapped = {match["name"] + match["kind"] for match in MAP_LINE.finditer(docstring)}
-    mapped |= set(re.findall(r"`(\w+\.py)`", docstring))
+    lines = {match["name"] + match["kind"] for match in MAP_LINE.finditer(docstring)}
+    named = set(re.findall(r"`(\w+\.py)`", docstring))
     there = {path.name for path in package.glob("*.py")} - {"__init__.py"}
     there |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    missing, gone = sorted(there - mapped), sorted(mapped - there)
+    missing, gone = sorted(there - lines - named), sorted(lines - there)
     assert not missing, f"the map of {_name(package)} does not name {missing}"
     assert not gone, f"the map of {_name(package)} names what is not there: {gone}"
 

@@ -32,28 +32,28 @@ def feeder(
 
     rows = [row for shard in shards for row in rows_of_shard(shard, config)]
     sizes = bucket_sizes(config, codec)
-    waiting = islice(cycle(rows), clips + 1)
+    source = islice(cycle(rows), clips + 1)
     lock = threading.Lock()
-    decoded: Queue[Row] = Queue(maxsize=2 * decoders)
+    clips_ahead: Queue[Row] = Queue(maxsize=2 * decoders)
 
     def decode() -> None:
         stage = DecodeStage(config, sizes)
         while True:
             with lock:
-                row = next(waiting, None)
+                row = next(source, None)
             if row is None:
                 break
-            decoded.put(stage.process(row))
+            clips_ahead.put(stage.process(row))
         stage.close()
 
     threads = [threading.Thread(target=decode, daemon=True) for _ in range(decoders)]
     encode = EncodeStage(config, codec, frozenset(), device)
     for thread in threads:
         thread.start()
-    encode.process(decoded.get())
+    encode.process(clips_ahead.get())
     began_s, busy_s = time.monotonic(), 0.0
     for _ in range(clips):
-        row = decoded.get()
+        row = clips_ahead.get()
         started_s = time.monotonic()
         encode.process(row)
         if device.startswith("cuda"):

@@ -306,14 +306,14 @@ def _show_feeder(options: argparse.Namespace, config: PrepareConfig, scratch: Pa
         config.bucket.num_frames,
         options.fps,
     )
-    fed = feeder(
+    figures = feeder(
         config, shards, str(options.codec), options.device, options.decoders, options.clips
     )
     print(
-        f"encoder on {options.device} busy {fed['busy_share']:.1%} of the time, "
-        f"{fed['clips_per_s']:.2f} clips/s, fed by {fed['decoders']} decoders"
+        f"encoder on {options.device} busy {figures['busy_share']:.1%} of the time, "
+        f"{figures['clips_per_s']:.2f} clips/s, fed by {figures['decoders']} decoders"
     )
-    return 0 if fed["busy_share"] >= BUSY_BAR else 1
+    return 0 if figures["busy_share"] >= BUSY_BAR else 1
 
 
 def main(arguments: list[str]) -> int:

@@ -39,8 +39,8 @@ from data_prep.progress import RunProgress
 from data_prep.resources import (
     ResourceError,
     StageResources,
-    asked_for,
     describe,
+    needed_concurrency,
     plan_resources,
 )
 from data_prep.row import PAYLOAD, ROW_SCHEMA, Row, is_closing, rows_of, table_of
@@ -255,8 +255,8 @@ def _run(
         raise CaptionerUnavailable("vLLM is not installed; pip install 'flowreel[vllm]'")
     encodes = any(job.encode for job in plan.jobs)
     gpus = vllm_gpus(config.captioner) if is_vllm else None
-    wanted = asked_for(config.concurrency, vllm_gpus=gpus, encodes=encodes)
-    cpus, resources = _resources(wanted, config.encoder_threads)
+    concurrency = needed_concurrency(config.concurrency, vllm_gpus=gpus, encodes=encodes)
+    cpus, resources = _resources(concurrency, config.encoder_threads)
     if not encodes:
         del resources["encode"]
     read = resources["read"]
@@ -312,7 +312,7 @@ def _stage_figures(
 
 
 def _resources(
-    wanted: ConcurrencyConfig, encoder_threads: int
+    concurrency: ConcurrencyConfig, encoder_threads: int
 ) -> tuple[float, dict[str, StageResources]]:
     """Free CPUs, and the stages on them; what a run killed just now still holds is waited for."""
     deadline = time.monotonic() + _FREEING_S
@@ -322,7 +322,7 @@ def _resources(
         total = float(ray.cluster_resources().get("CPU", 0.0))
         is_late = time.monotonic() >= deadline
         try:
-            plan = plan_resources(cpus, gpus, wanted, encoder_threads=encoder_threads)
+            plan = plan_resources(cpus, gpus, concurrency, encoder_threads=encoder_threads)
         except ResourceError:
             if is_late:
                 raise

@@ -37,7 +37,7 @@ class StageResources(NamedTuple):
 
 
 def plan_resources(
-    cpus: float, gpus: float, wanted: ConcurrencyConfig, *, encoder_threads: int = 1
+    cpus: float, gpus: float, concurrency: ConcurrencyConfig, *, encoder_threads: int = 1
 ) -> dict[str, StageResources]:
     """Workers and shares of the six stages that fit `cpus` and `gpus` together.
 
@@ -58,28 +58,31 @@ def plan_resources(
             f"{cpus:g} CPUs are free; preparing needs at least {_MIN_CPUS:g}. "
             "Start Ray with more, or wait for other work to end"
         )
-    plan = _small(cpus, wanted) if cpus <= 4 else _large(cpus, gpus, wanted, encoder_threads)
-    if wanted.captioner_gpus:
-        plan["caption"] = plan["caption"]._replace(gpus=wanted.captioner_gpus)
-    if wanted.encoder_gpus:
-        plan["encode"] = plan["encode"]._replace(gpus=wanted.encoder_gpus)
+    if cpus <= 4:
+        plan = _small(cpus, concurrency)
+    else:
+        plan = _large(cpus, gpus, concurrency, encoder_threads)
+    if concurrency.captioner_gpus:
+        plan["caption"] = plan["caption"]._replace(gpus=concurrency.captioner_gpus)
+    if concurrency.encoder_gpus:
+        plan["encode"] = plan["encode"]._replace(gpus=concurrency.encoder_gpus)
     _check(plan, cpus, gpus)
     return plan
 
 
-def _small(cpus: float, wanted: ConcurrencyConfig) -> dict[str, StageResources]:
+def _small(cpus: float, concurrency: ConcurrencyConfig) -> dict[str, StageResources]:
     """Shares of a machine of up to four CPUs."""
-    shards = wanted.shards_in_flight
+    shards = concurrency.shards_in_flight
     # One encoder for every core: encoding is the bulk of the work, and the other stages run in
     # between, as the system divides its time.
-    encoders = 1 if wanted.encoder_gpus else max(1, int(cpus))
+    encoders = 1 if concurrency.encoder_gpus else max(1, int(cpus))
     pools = {
         "read": (shards, shards),
         "filter": (1, 1),
         "sink": (1, 1),
-        "decode": bounds(wanted.decoders) or (1, 1),
-        "caption": bounds(wanted.captioners) or (1, 1),
-        "encode": bounds(wanted.encoders) or (encoders, encoders),
+        "decode": bounds(concurrency.decoders) or (1, 1),
+        "caption": bounds(concurrency.captioners) or (1, 1),
+        "encode": bounds(concurrency.encoders) or (encoders, encoders),
     }
     return {
         stage: _pool(pools[stage], _share(cpus * share / pools[stage][1]))
@@ -88,32 +91,32 @@ def _small(cpus: float, wanted: ConcurrencyConfig) -> dict[str, StageResources]:
 
 
 def _large(
-    cpus: float, gpus: float, wanted: ConcurrencyConfig, encoder_threads: int
+    cpus: float, gpus: float, concurrency: ConcurrencyConfig, encoder_threads: int
 ) -> dict[str, StageResources]:
     """Whole CPUs for decoders and encoders; pools that nobody sized go from half to double."""
-    shards = wanted.shards_in_flight
+    shards = concurrency.shards_in_flight
     free = cpus - 0.3 * shards - 0.2
-    threads = 1 if wanted.encoder_gpus else encoder_threads
-    asked = {
-        "decode": bounds(wanted.decoders),
-        "caption": bounds(wanted.captioners),
-        "encode": bounds(wanted.encoders),
+    threads = 1 if concurrency.encoder_gpus else encoder_threads
+    pools = {
+        "decode": bounds(concurrency.decoders),
+        "caption": bounds(concurrency.captioners),
+        "encode": bounds(concurrency.encoders),
     }
-    if wanted.captioner_gpus and asked["caption"] is None:
-        asked["caption"] = (1, 1)
-    captioners = (asked["caption"] or (max(1, int(free // 8)),))[0]
-    if wanted.encoder_gpus and asked["encode"] is None:
-        left_gpus = gpus - captioners * wanted.captioner_gpus
-        by_gpu = max(1, int(left_gpus // wanted.encoder_gpus))
-        asked["encode"] = (by_gpu, by_gpu)
-    encoders = (asked["encode"] or (max(1, int(free * 0.5) // threads),))[0]
+    if concurrency.captioner_gpus and pools["caption"] is None:
+        pools["caption"] = (1, 1)
+    captioners = (pools["caption"] or (max(1, int(free // 8)),))[0]
+    if concurrency.encoder_gpus and pools["encode"] is None:
+        left_gpus = gpus - captioners * concurrency.captioner_gpus
+        by_gpu = max(1, int(left_gpus // concurrency.encoder_gpus))
+        pools["encode"] = (by_gpu, by_gpu)
+    encoders = (pools["encode"] or (max(1, int(free * 0.5) // threads),))[0]
     decoders = max(1, int(free - captioners * 0.5 - encoders * threads))
     return {
         "read": StageResources(shards, 0.3),
-        "decode": _pool(asked["decode"] or _around(decoders), 1.0),
+        "decode": _pool(pools["decode"] or _around(decoders), 1.0),
         "filter": StageResources(1, 0.1),
-        "caption": _pool(asked["caption"] or _around(captioners), 0.5),
-        "encode": _pool(asked["encode"] or _around(encoders), float(threads)),
+        "caption": _pool(pools["caption"] or _around(captioners), 0.5),
+        "encode": _pool(pools["encode"] or _around(encoders), float(threads)),
         "sink": StageResources(1, 0.1),
     }
 
@@ -128,21 +131,21 @@ def _pool(workers: tuple[int, int], cpus: float) -> StageResources:
     return StageResources(least, cpus, most=most if most > least else 0)
 
 
-def asked_for(
-    wanted: ConcurrencyConfig, *, vllm_gpus: int | None, encodes: bool
+def needed_concurrency(
+    concurrency: ConcurrencyConfig, *, vllm_gpus: int | None, encodes: bool
 ) -> ConcurrencyConfig:
-    """What is asked of the cluster, given the captioner and whether anything is encoded.
+    """The concurrency to plan for, given the captioner and whether anything is encoded.
 
     Args:
-        wanted: the settings.
+        concurrency: the settings.
         vllm_gpus: GPUs of one vLLM engine; None where another captioner writes.
         encodes: whether a shard needs latents.
     """
     if vllm_gpus is not None:
-        wanted = wanted.model_copy(update={"captioner_gpus": float(vllm_gpus)})
+        concurrency = concurrency.model_copy(update={"captioner_gpus": float(vllm_gpus)})
     if not encodes:
-        wanted = wanted.model_copy(update={"encoders": 1, "encoder_gpus": 0.0})
-    return wanted
+        concurrency = concurrency.model_copy(update={"encoders": 1, "encoder_gpus": 0.0})
+    return concurrency
 
 
 def describe(plan: dict[str, StageResources], cpus: float) -> str:

@@ -98,8 +98,8 @@ def split_windows(row: Row) -> list[Row]:
     if not row.get("windows"):
         return [row]
     parts: list[Row] = []
-    for packed in row["windows"]:
-        with pa.ipc.open_stream(packed) as stream:
+    for data in row["windows"]:
+        with pa.ipc.open_stream(data) as stream:
             parts += stream.read_all().to_pylist()
     return parts
 

@@ -147,7 +147,7 @@ class RunPlan:
     """Absolute path or URI of the output."""
     sizes: tuple[tuple[int, int], ...]
     """(rows, columns) of the buckets, in the order of the settings."""
-    unprepared: tuple[str, ...] = ()
+    without_latents: tuple[str, ...] = ()
     """Shards that a captions-only run leaves out, because they have no latents."""
 
 
@@ -241,7 +241,7 @@ def plan_caption_run(config: PrepareConfig, shards: Sequence[str] | None, out: L
         codec="",
         out=folder.location,
         sizes=_sizes(config.bucket, folder),
-        unprepared=plan.unprepared,
+        without_latents=plan.without_latents,
     )
 
 
@@ -337,7 +337,7 @@ def report_of(plan: RunPlan, figures: RunFigures) -> PrepareReport:
     reasons: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    truncated, unreadable, shards = [], {}, 0
+    truncated_shards, unreadable_shards, shards = [], {}, 0
     for manifest in read_manifests(open_folder(plan.out), plan.names):
         shards += 1
         counts.update(manifest.counts)
@@ -345,23 +345,23 @@ def report_of(plan: RunPlan, figures: RunFigures) -> PrepareReport:
         failures.update(manifest.captions.failures or {})
         notes.update(manifest.notes or {})
         if manifest.truncated:
-            truncated.append(manifest.shard)
+            truncated_shards.append(manifest.shard)
         if manifest.error:
-            unreadable[manifest.shard] = manifest.error
+            unreadable_shards[manifest.shard] = manifest.error
     return PrepareReport(
         counts=dict(sorted(counts.items())),
         reasons=dict(sorted(reasons.items())),
         notes=dict(sorted(notes.items())),
         shards=shards,
         shards_now=len(plan.jobs),
-        truncated_shards=tuple(truncated),
-        unreadable_shards=unreadable,
+        truncated_shards=tuple(truncated_shards),
+        unreadable_shards=unreadable_shards,
         samples_now=figures.samples,
         reused_now=figures.reused,
         seconds=figures.seconds,
         startup_s=figures.startup_s,
         captions_failed=dict(sorted(failures.items())),
-        unprepared_shards=plan.unprepared,
+        unprepared_shards=plan.without_latents,
         stages=figures.stages,
         resources=figures.resources,
     )

@@ -46,7 +46,7 @@ def claims_of(docstring: str) -> list[str]:
         for thing in SEPARATOR.split(things):
             if NEW_CLAUSE.match(thing):
                 break
-            words = re.sub(r"^(?:the|a|an|any|its|their)\s+", "", thing.strip().lower())
+            words = re.sub(r"^(?:the|a|an|any|no|its|their)\s+", "", thing.strip().lower())
             if words and not EXCEPTION.search(words) and not QUESTION.match(words):
                 phrases.append(words)
     return phrases
@@ -74,8 +74,9 @@ def _imports(*modules: str) -> Sign:
 _FILES = Sign(
     imports=("shutil", "tempfile", "flowreel.files", "pyarrow.fs", "flow.weights"),
     calls=(
-        "open", "read_text", "write_text", "read_bytes", "write_bytes", "unlink", "mkdir", "iterdir",
-        "glob", "rglob", "is_file", "is_dir", "exists", "rename", "touch", "safe_open", "load_file",
+        "open", "read_text", "write_text", "read_bytes", "write_bytes", "unlink", "mkdir",
+        "iterdir", "glob", "rglob", "is_file", "is_dir", "exists", "rename", "touch", "safe_open",
+        "load_file",
     ),
 )  # fmt: skip
 _HTTP = (
@@ -89,7 +90,7 @@ _HTTP = (
     "uvicorn",
 )
 _FLOW = ("flow.flow", "flow.block", "flow.denoiser", "flow.sampling", "flow.likelihood")
-_NETWORKS = (*_FLOW, "flow.weights", "flow.codec", "flow.text", "diffusers", "transformers")
+_NETWORKS = (*_FLOW, "flow.weights", "flow.text", "diffusers", "transformers")
 _DECODING = ("av", "decord", "media.read", "media.read_child", "data_prep.clips.decode")
 
 VOCABULARY: dict[str, Sign] = {
@@ -119,12 +120,16 @@ VOCABULARY: dict[str, Sign] = {
     # The flow.
     "flow": _imports(*_FLOW),
     "flows": _imports(*_FLOW),
-    "deep block": _imports("flow.flow", "flow.block", "flow.sampling", "flow.sliding"),
+    "deep block": _imports("flow.sampling", "flow.sliding", "flow.stream_batch"),
+    "flow's blocks": _imports("flow.block"),
+    "networks": _imports(*_NETWORKS, "torch.nn"),
+    "released checkpoints": _imports("flow.released_checkpoint"),
     "model": _imports(*_NETWORKS),
     "models": _imports(*_NETWORKS),
     "weights": _imports(*_NETWORKS),
     "attention": _imports("flow.attention"),
     "caches": _imports("flow.attention"),
+    "key-value caches": _imports("flow.attention"),
     "guidance": _imports("flow.guidance"),
     "solvers": _imports("flow.inverse", "flow.sliding"),
     "score": _imports("flow.score"),
@@ -160,6 +165,7 @@ VOCABULARY: dict[str, Sign] = {
     "steps": _imports("training.step", "training.loop"),
     # Serving and the pipeline.
     "sessions": _imports("serving.session"),
+    "queues": _imports("serving.dispatcher", "queue", "asyncio"),
     "replicas": _imports("serving.replica", "serving.on_ray"),
     "requests": _imports("serving.requests", *_HTTP),
     "recipes": _imports("pipeline.recipes", "yaml"),
@@ -169,9 +175,9 @@ VOCABULARY: dict[str, Sign] = {
 }  # fmt: skip
 
 UNCHECKED = {
-    "bad", "bars", "batches' origin", "data", "deadlines", "denoising step's scale", "figures", "frames",
-    "models' insides", "moments", "our model folders", "particular schema", "pipes",
-    "project's own packages", "sampling schedules of the deep block", "schedules of checkpoints",
+    "bad", "bars", "batches' origin", "data", "deadlines", "denoising step's scale", "figures",
+    "frames", "models' insides", "moments", "our model folders", "particular schema", "pipes",
+    "project's own packages", "sampling schedules of the deep block", "scale of the denoising step", "schedules of checkpoints",
     "seeds", "setting", "speed", "steps' insides", "videos", "cluster", "written",
 }  # fmt: skip
 """Words that a docstring may use and that no import, call or name shows."""

@@ -58,6 +58,48 @@ def test_imports_only_what_its_folder_may(path: Path) -> None:
             assert package == "pipeline", f"{path}: only pipeline imports an on_ray.py"
 
 
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def first_circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules each of which imports the next, the first one again at the end; or none."""
+    without_circle: set[str] = set()
+    path: list[str] = []
+
+    def visit(module: str) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in without_circle:
+            return []
+        path.append(module)
+        for other in sorted(imports[module]):
+            if circle := visit(other):
+                return circle
+        without_circle.add(path.pop())
+        return []
+
+    return next((circle for module in sorted(imports) if (circle := visit(module))), [])
+
+
+def test_the_search_for_circles_finds_one() -> None:
+    assert first_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert first_circle({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c", "b"]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports inside functions count, and those for type checking too."""
+    modules = {module_of(path): path for path in FILES}
+    imports = {}
+    for module, path in modules.items():
+        # `from a import b` is an import of the module a.b, or of the module a for its name b.
+        names = {n if n in modules else n.rpartition(".")[0] for n in imports_of(path)}
+        imports[module] = {name for name in names if name in modules and name != module}
+    circle = first_circle(imports)
+    assert not circle, " → ".join(circle)
+
+
 @pytest.mark.parametrize("package", ["flow", "media"])
 def test_networks_and_media_import_without_the_heavy_libraries(package: str) -> None:
     modules = [f"{package}.{p.stem}" for p in (ROOT / package).glob("*.py") if p.stem != "__init__"]

@@ -29,7 +29,7 @@ LOCK = ROOT / "requirements.lock"
 CONSTRAINTS = ROOT / "constraints.txt"
 
 DOWNLOAD_MB = {"packages": 450, "cpu": 200, "gpu": 2700}
-"""What has to be downloaded: measured for Linux on x86-64 (docs/setup.md has the other machines)."""
+"""What has to be downloaded, on Linux and x86-64; docs/setup.md has the other machines."""
 ROOM_GB = {"cpu": 3.5, "gpu": 9.5}
 """What must be free on the disk: the environment, and pip's cache of what was downloaded."""
 
@@ -130,8 +130,8 @@ def check_room(build: str) -> None:
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb < ROOM_GB[build]:
         fail(
-            f"{free_gb:.1f} GB are free here, {ROOM_GB[build]} GB are needed for the {build} build; "
-            "make room, or clone into a larger disk"
+            f"{free_gb:.1f} GB are free here, {ROOM_GB[build]} GB are needed for the {build} "
+            "build; make room, or clone into a larger disk"
         )
 
 

@@ -1,12 +1,13 @@
-"""Writes `requirements.lock`: every package that Flowreel needs, pinned, with the hashes of its files.
+"""Writes `requirements.lock`: every package that Flowreel needs, pinned, with its hashes.
 
     python tools/lock.py [--uv PATH]
 
 uv resolves the dependencies of `pyproject.toml`, with the pins of `constraints.txt`, for every
-system and every Python from 3.11 on; versions that the present lock has are kept where they may be.
-Only metadata is downloaded. torch is left out, for its builds are files of different hashes, and so
-is what only its CUDA build needs, which torch itself pins. Without uv, an environment that is thrown
-away is made for it. Standard library only. Knows nothing of the project's own packages.
+system and every Python from 3.11 on. Versions that the present lock has are kept where they may be.
+Only metadata is downloaded. torch is left out, because its builds are files of different hashes;
+so is what only its CUDA build needs, which torch itself pins. Where uv is missing, it is installed
+into an environment that is thrown away. Standard library only. Knows nothing of the project's own
+packages.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CUDA = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)")
 def names_of(lock: str) -> list[str]:
     """The packages that a lock pins, in its order.
 
-    >>> names_of("# made by\\nav==18.1.0 \\\\\\n    --hash=sha256:0\\nray==2.60.0 ; sys_platform\\n")
+    >>> names_of("# by uv\\nav==18.1.0 \\\\\\n    --hash=sha256:0\\nray==2.60.0 ; os_name\\n")
     ['av', 'ray']
     """
     return re.findall(r"^([A-Za-z0-9._-]+)==", lock, flags=re.MULTILINE)

@@ -32,7 +32,7 @@ class CaptionerUnavailable(CaptionError):
     """The captioner cannot work at all, as opposed to failing on one clip."""
 
 
-class Written(NamedTuple):
+class CaptionResult(NamedTuple):
     """What a captioner made of one clip: a caption, or why there is none."""
 
     text: str
@@ -40,18 +40,18 @@ class Written(NamedTuple):
     """`code: detail`; empty where there is a caption."""
 
     @classmethod
-    def failed(cls, code: str, detail: str) -> Written:
+    def failed(cls, code: str, detail: str) -> CaptionResult:
         """No caption, with the reason; addresses are cut out, because they differ between runs."""
         steady = re.sub(r" ?\b0x[0-9a-f]+", "", " ".join(detail.split()))
         return cls("", f"{code}: {steady}"[:MAX_ERROR_CHARS])
 
     @classmethod
-    def of(cls, text: str) -> Written:
+    def of(cls, text: str) -> CaptionResult:
         """A model's words as a caption: one line of bounded length, without control characters.
 
-        >>> Written.of(" A car\\n on a road. ").text
+        >>> CaptionResult.of(" A car\\n on a road. ").text
         'A car on a road.'
-        >>> Written.of(" ").error
+        >>> CaptionResult.of(" ").error
         'empty_caption: the model wrote nothing'
         """
         text = text.encode("utf-8", "replace").decode()
@@ -67,7 +67,7 @@ class Captioner(Protocol):
     name: str
     """By which the captions are signed."""
 
-    def caption_all(self, clips: Sequence[Frames]) -> list[Written]:
+    def caption_all(self, clips: Sequence[Frames]) -> list[CaptionResult]:
         """One result for each clip of uint8 frames [T, H, W, 3], in order.
 
         A clip's result depends on its frames and the settings, never on the others.

@@ -21,7 +21,7 @@ from PIL import Image
 
 from data_prep.captions.captioner import (
     CaptionerUnavailable,
-    Written,
+    CaptionResult,
     captioner_name,
     question,
     shown_images,
@@ -84,7 +84,7 @@ class HttpCaptioner:
             limits=httpx.Limits(max_connections=config.requests_in_flight),
         )
 
-    def caption_all(self, clips: Sequence[Frames]) -> list[Written]:
+    def caption_all(self, clips: Sequence[Frames]) -> list[CaptionResult]:
         """A caption or its failure for every clip, `requests_in_flight` at a time."""
         return self._loop.run(self._caption_all(clips))
 
@@ -93,10 +93,10 @@ class HttpCaptioner:
         self._loop.run(self._client.aclose())
         self._loop.close()
 
-    async def _caption_all(self, clips: Sequence[Frames]) -> list[Written]:
+    async def _caption_all(self, clips: Sequence[Frames]) -> list[CaptionResult]:
         free = asyncio.Semaphore(self.config.requests_in_flight)
 
-        async def one(frames: Frames) -> Written:
+        async def one(frames: Frames) -> CaptionResult:
             async with free:
                 return await self._caption(frames)
 
@@ -107,7 +107,7 @@ class HttpCaptioner:
             raise several.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _caption(self, frames: Frames) -> Written:
+    async def _caption(self, frames: Frames) -> CaptionResult:
         """One clip, with its retries, inside its deadline."""
         body = json.dumps(self._body(frames)).encode()
         last = _RequestError("timeout", f"no answer in {self.config.deadline_s:g} s", again=True)
@@ -125,9 +125,9 @@ class HttpCaptioner:
                         await asyncio.sleep(min(last.pause_s or pause_s, _MAX_PAUSE_S))
         except TimeoutError:
             pass
-        return Written.failed(last.code, str(last))
+        return CaptionResult.failed(last.code, str(last))
 
-    async def _ask(self, body: bytes) -> Written:
+    async def _ask(self, body: bytes) -> CaptionResult:
         """One request. Raises _RequestError, or CaptionerUnavailable if none can succeed."""
         url = f"{(self.config.endpoint or '').rstrip('/')}/chat/completions"
         try:
@@ -199,7 +199,7 @@ def data_url(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _caption_in(data: bytes) -> Written:
+def _caption_in(data: bytes) -> CaptionResult:
     """The caption of a chat completion. Raises _RequestError where there is none."""
     try:
         content = json.loads(data)["choices"][0]["message"]["content"]
@@ -208,7 +208,7 @@ def _caption_in(data: bytes) -> Written:
         raise _RequestError("bad_response", detail, again=True) from error
     if content is not None and not isinstance(content, str):
         raise _RequestError("bad_response", "the answer's content is no text", again=True)
-    return Written.of(content or "")
+    return CaptionResult.of(content or "")
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

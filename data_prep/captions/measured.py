@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_prep.captions.captioner import Written
+from data_prep.captions.captioner import CaptionResult
 from data_prep.sources.moving_shapes import COLOURS, TONES
 from media.frames import Frames
 
@@ -74,9 +74,9 @@ class MeasuredCaptioner:
             return f"A mostly {look} scene without motion."
         return f"A mostly {look} scene with {'slow' if scene.activity < 8 else 'fast'} motion."
 
-    def caption_all(self, clips: Sequence[Frames]) -> list[Written]:
+    def caption_all(self, clips: Sequence[Frames]) -> list[CaptionResult]:
         """A sentence for every clip."""
-        return [Written(self.caption(frames)) for frames in clips]
+        return [CaptionResult(self.caption(frames)) for frames in clips]
 
     def close(self) -> None:
         """Do nothing: it holds nothing."""

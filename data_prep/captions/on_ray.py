@@ -59,6 +59,6 @@ def vllm_processor(config: PrepareConfig, *, engines: int) -> Any:
 def _captioned(batch: pa.Table, *, name: str) -> Iterator[pa.Table]:
     """Rows as the engine leaves them → rows of ROW_SCHEMA with captions."""
     for row in batch.to_pylist():
-        was_asked, written = engine_result(row)
+        was_asked, result = engine_result(row)
         row = {column: row.get(column) for column in _ROW_NAMES}
-        yield table_of([with_caption(row, written, name) if was_asked else row])
+        yield table_of([with_caption(row, result, name) if was_asked else row])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from data_prep.captions.captioner import CaptionerUnavailable, Written
+from data_prep.captions.captioner import CaptionerUnavailable, CaptionResult
 from data_prep.captions.choose import build_captioner
 from data_prep.config import PrepareConfig
 from data_prep.row import Row, frames_of, join_windows, split_windows, wants_caption
@@ -48,20 +48,20 @@ class CaptionStage:
         samples = [split_windows(row) for row in rows]
         without = [part for parts in samples for part in parts if wants_caption(part)]
         captions = iter(self._captions([frames_of(part) for part in without]))
-        captioned = []
+        rows_after = []
         for parts in samples:
             for place, part in enumerate(parts):
                 if wants_caption(part):
                     parts[place] = with_caption(part, next(captions), self.captioner.name)
                     self._count(parts[place])
-            captioned.append(join_windows(parts))
-        return captioned
+            rows_after.append(join_windows(parts))
+        return rows_after
 
     def close(self) -> None:
         """Close the captioner."""
         self.captioner.close()
 
-    def _captions(self, clips: list[Frames]) -> list[Written]:
+    def _captions(self, clips: list[Frames]) -> list[CaptionResult]:
         """One result a clip; if a call breaks, each of its clips is tried alone."""
         try:
             return self.captioner.caption_all(clips) if clips else []
@@ -71,7 +71,7 @@ class CaptionStage:
             log.warning("%s failed on %d clips", self.captioner.name, len(clips), exc_info=True)
             if len(clips) == 1:
                 detail = f"{type(error).__name__}: {error}"
-                return [Written.failed("internal_error", detail)]
+                return [CaptionResult.failed("internal_error", detail)]
             return [result for frames in clips for result in self._captions([frames])]
 
     def _count(self, row: Row) -> None:
@@ -85,11 +85,11 @@ class CaptionStage:
             )
 
 
-def with_caption(row: Row, written: Written, captioner: str) -> Row:
+def with_caption(row: Row, result: CaptionResult, captioner: str) -> Row:
     """The row with what a captioner of that name made of it."""
     return {
         **row,
-        "synthetic": written.text,
+        "synthetic": result.text,
         "captioner": captioner,
-        "caption_error": written.error or None,
+        "caption_error": result.error or None,
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.captions.captioner import Written, shown_images
+from data_prep.captions.captioner import CaptionResult, shown_images
 from data_prep.captions.config import CaptionConfig
 from data_prep.row import Row, frames_of, wants_caption
 
@@ -87,11 +87,11 @@ def engine_row(
     }
 
 
-def engine_result(row: Mapping[str, Any]) -> tuple[bool, Written]:
+def engine_result(row: Mapping[str, Any]) -> tuple[bool, CaptionResult]:
     """Whether a row went through the engine, and what the engine made of it."""
     error = row.get(ERROR) or ""
     if error == PASSED:
-        return False, Written("")
+        return False, CaptionResult("")
     if error:
-        return True, Written.failed("engine_error", error)
-    return True, Written.of(row.get("generated_text") or "")
+        return True, CaptionResult.failed("engine_error", error)
+    return True, CaptionResult.of(row.get("generated_text") or "")

@@ -15,7 +15,7 @@ import torch
 
 from data_prep.captions.captioner import (
     CaptionerUnavailable,
-    Written,
+    CaptionResult,
     captioner_name,
     chat_messages,
     shown_images,
@@ -63,9 +63,9 @@ class VlmCaptioner:
                 pad if pad is not None else self.processor.tokenizer.eos_token_id
             )
 
-    def caption_all(self, clips: Sequence[Frames]) -> list[Written]:
+    def caption_all(self, clips: Sequence[Frames]) -> list[CaptionResult]:
         """A caption for every clip, in calls of one shape."""
-        written: dict[int, Written] = {}
+        results: dict[int, CaptionResult] = {}
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for place, frames in enumerate(clips):
             by_shape.setdefault(frames.shape, []).append(place)
@@ -74,8 +74,8 @@ class VlmCaptioner:
             for start in range(0, len(places), size):
                 call = places[start : start + size]
                 filled = [clips[call[i % len(call)]] for i in range(size)]
-                written.update(zip(call, self._generate(filled), strict=False))
-        return [written[place] for place in range(len(clips))]
+                results.update(zip(call, self._generate(filled), strict=False))
+        return [results[place] for place in range(len(clips))]
 
     def close(self) -> None:
         """Do nothing: it holds nothing but memory."""
@@ -91,13 +91,13 @@ class VlmCaptioner:
         ).to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
-    def _generate(self, clips: Sequence[Frames]) -> list[Written]:
+    def _generate(self, clips: Sequence[Frames]) -> list[CaptionResult]:
         """One call; `clips` has `batch_size` clips of one shape."""
         inputs = self.inputs(clips)
         tokens_BL = self.model.generate(**inputs)
         new_BL = tokens_BL[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_BL, skip_special_tokens=True)
-        return [Written.of(text) for text in texts]
+        return [CaptionResult.of(text) for text in texts]
 
 
 def render_prompt(processor: Any, config: CaptionConfig, num_frames: int) -> str:
@@ -130,8 +130,8 @@ def load_processor(config: CaptionConfig) -> Any:
     where = _where(config)
     try:
         model_config = AutoConfig.from_pretrained(config.model, **where)
-        known = PROCESSOR_MAPPING.get(type(model_config), None)
-        kind = _without_video(known) if known is not None else AutoProcessor
+        processor_class = PROCESSOR_MAPPING.get(type(model_config), None)
+        kind = _without_video(processor_class) if processor_class is not None else AutoProcessor
         processor = kind.from_pretrained(config.model, **where)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         raise CaptionerUnavailable(_cannot_load(config, error)) from error
@@ -162,8 +162,8 @@ def _without_video(kind: type) -> Any:
     every = kind.get_attributes()  # type: ignore[attr-defined]
     if "video_processor" not in every:
         return kind
-    kept = [name for name in every if name != "video_processor"]
-    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: kept)})
+    names = [name for name in every if name != "video_processor"]
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: names)})
 
 
 def _cannot_load(config: CaptionConfig, error: Exception) -> str:

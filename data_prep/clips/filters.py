@@ -47,11 +47,11 @@ def judge_metadata(metadata: dict[str, Any], config: FilterConfig) -> Drop | Non
     >>> judge_metadata({"matching_score": 0.5}, FilterConfig()) is None
     True
     """
-    missing = []
+    absent = []
     if config.matching_score_above is not None:
         scores = _numbers(metadata.get("matching_score"))
         if not scores:
-            missing.append("matching_score")
+            absent.append("matching_score")
         elif min(scores) <= config.matching_score_above:
             return Drop(
                 "low_matching_score",
@@ -60,17 +60,17 @@ def judge_metadata(metadata: dict[str, Any], config: FilterConfig) -> Drop | Non
     if config.desirable:
         marks = _texts(metadata.get("desirable_filtering"))
         if not marks:
-            missing.append("desirable_filtering")
+            absent.append("desirable_filtering")
         elif any(mark != "desirable" for mark in marks):
             return Drop("not_desirable", f"marked {', '.join(marks)[:200]}")
     if config.one_shot:
         shots = count_shots(metadata.get("shot_boundary_detection"))
         if not shots:
-            missing.append("shot_boundary_detection")
+            absent.append("shot_boundary_detection")
         elif shots > 1:
             return Drop("several_shots", f"{shots} shots")
-    if missing and config.missing_metadata == "drop":
-        return Drop("missing_metadata", f"no readable {', '.join(missing)}")
+    if absent and config.missing_metadata == "drop":
+        return Drop("missing_metadata", f"no readable {', '.join(absent)}")
     return _judge_claims(metadata, config)
 
 

@@ -87,6 +87,8 @@ class LatentDataset:
     >>> batch = dataset.load(["0/a/0"])
     >>> tuple(batch.mean_BTCHW.shape), batch.captions
     ((1, 2, 1, 2, 2), ['A car.'])
+    >>> dataset.index.find("a").path
+    'latents/0.5x32x32.parquet'
 
     Args:
         root: the folder that `prepare` wrote, a path or a URI such as s3://bucket/latents.

@@ -81,7 +81,7 @@ def export_webdataset(
         )
     with failing("write", note):
         write_whole(note, json.dumps(made_from, indent=1))
-    paths, exported = [], 0
+    paths, count = [], 0
     for bucket, names in dataset.buckets.items():
         per_tar = max(1, shard_bytes // _record_bytes(dataset, names[0]))
         for number, first in enumerate(range(0, len(names), per_tar)):
@@ -89,9 +89,9 @@ def export_webdataset(
             if not path.is_file():
                 write_shard(path, _samples(dataset, part))
             paths.append(path)
-            exported += len(part)
+            count += len(part)
             if progress is not None:
-                progress(exported, len(ids))
+                progress(count, len(ids))
     return paths
 
 

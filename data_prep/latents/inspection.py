@@ -175,11 +175,11 @@ def inspect_dataset(root: Location, *, records: int = 256) -> Inspection:
 def sampled_ids(dataset: LatentDataset, count: int) -> list[str]:
     """Ids spread evenly over every bucket, the same ones each time."""
     total = max(1, sum(len(ids) for ids in dataset.buckets.values()))
-    chosen = []
+    sample = []
     for ids in dataset.buckets.values():
         share = min(len(ids), max(1, round(count * len(ids) / total)))
-        chosen += [ids[i] for i in np.linspace(0, len(ids) - 1, share).round().astype(int)]
-    return list(dict.fromkeys(chosen))
+        sample += [ids[i] for i in np.linspace(0, len(ids) - 1, share).round().astype(int)]
+    return list(dict.fromkeys(sample))
 
 
 def _channels(dataset: LatentDataset, ids: Iterable[str]) -> Channels:

@@ -219,8 +219,8 @@ def stored_rows(
         columns: all of them by default.
     """
     with folder.failing("read", path), folder.open(path) as file:
-        chosen = None if columns is None else list(columns)
-        return list(pq.read_table(file, columns=chosen).to_pylist())
+        names = None if columns is None else list(columns)
+        return list(pq.read_table(file, columns=names).to_pylist())
 
 
 @dataclass(frozen=True)

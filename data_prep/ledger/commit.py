@@ -38,6 +38,21 @@ _KINDS: tuple[Kind, ...] = ("status", "latents", "captions")
 class Committer:
     """Writes the files of finished shards.
 
+    >>> import tempfile
+    >>> from data_prep.storage.store import open_folder
+    >>> folder = open_folder(tempfile.mkdtemp())
+    >>> staging = Staging(folder)
+    >>> job = ShardJob("00000", "/data/00000.tar", "size:9 mtime_ns:1", "aa", "bb")
+    >>> row = {"key": "a", "shard": "00000", "number": 0, "status": "failed",
+    ...        "reason": "empty_video", "detail": "it has 0 bytes"}
+    >>> staging.put(job, [row])
+    >>> committer = Committer(folder, staging)
+    >>> committer.commit_if_complete(job)
+    False
+    >>> staging.end(job, ShardSummary(num_samples=1))
+    >>> committer.commit_if_complete(job), read_manifest(folder, "00000").reasons
+    (True, {'empty_video': 1})
+
     Args:
         folder: the output.
         staging: its staged samples.

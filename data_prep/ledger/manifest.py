@@ -148,8 +148,8 @@ class Manifest:
             values = json.loads(data)
             files = tuple(FileEntry.from_dict(entry) for entry in values["files"])
             names = cls.__dataclass_fields__
-            known = {name: value for name, value in values.items() if name in names}
-            manifest = cls(**{**known, "files": files})
+            fields = {name: value for name, value in values.items() if name in names}
+            manifest = cls(**{**fields, "files": files})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedManifest(f"{type(error).__name__}: {error}") from error
         if {"status", "captions"} - {entry.kind for entry in files}:

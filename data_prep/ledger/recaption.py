@@ -35,7 +35,7 @@ class CaptionPlan:
     """Prepared shards that were asked for."""
     jobs: tuple[ShardJob, ...]
     """The shards among them with captions to write."""
-    unprepared: tuple[str, ...]
+    without_latents: tuple[str, ...]
     """Shards asked for that have no latents yet."""
 
 
@@ -61,20 +61,20 @@ def plan_captions(
     check_settings(folder, {**config.latent_settings(), "codec": settings.get("codec")})
     latent_digest = info["prepare_digest"]
     if shards is None:
-        named = {
+        sources = {
             m.shard: m.source for m in read_manifests(folder) if m.latent_digest == latent_digest
         }
     else:
-        named = name_shards(shards)
+        sources = name_shards(shards)
     caption_digest = config.caption_digest()
     staging = Staging(folder)
-    jobs, prepared, unprepared, problems = [], [], [], []
-    for name, source in sorted(named.items()):
+    jobs, names, without_latents, problems = [], [], [], []
+    for name, source in sorted(sources.items()):
         manifest = read_manifest(folder, name)
         if manifest is None or manifest.latent_digest != latent_digest:
-            unprepared.append(name)
+            without_latents.append(name)
             continue
-        prepared.append(name)
+        names.append(name)
         if manifest.caption_digest == caption_digest and not manifest.captions.failures:
             staging.sweep(name)
             continue
@@ -91,7 +91,7 @@ def plan_captions(
         jobs.append(job.captions_only(manifest))
     if problems:
         _refuse(problems)
-    return CaptionPlan(tuple(prepared), tuple(jobs), tuple(unprepared))
+    return CaptionPlan(tuple(names), tuple(jobs), tuple(without_latents))
 
 
 def _source_problem(manifest: Manifest, source: str, *, verify: bool) -> tuple[str, str]:
@@ -119,11 +119,13 @@ def _refuse(problems: Sequence[str]) -> None:
 
 def numbers_to_skip(staging: Staging, job: ShardJob) -> set[int]:
     """Numbers of the samples that need not be read: staged, or without a caption to write."""
-    staged = staging.numbers(job)
+    staged_numbers = staging.numbers(job)
     manifest = None if job.encode else read_manifest(staging.folder, job.name)
     if manifest is None:
-        return staged
-    return staged | (set(range(manifest.num_samples)) - _to_caption(staging.folder, job, manifest))
+        return staged_numbers
+    return staged_numbers | (
+        set(range(manifest.num_samples)) - _to_caption(staging.folder, job, manifest)
+    )
 
 
 def commit_captions_if_complete(committer: Committer, job: ShardJob) -> bool:
@@ -137,16 +139,16 @@ def commit_captions_if_complete(committer: Committer, job: ShardJob) -> bool:
         raise LedgerError(
             f"the manifest of shard {job.name} went away while it was captioned; run again"
         )
-    wanted = _to_caption(folder, job, manifest)
-    staged = staging.numbers(job)
-    if any(number < summary.num_samples for number in wanted - staged):
+    to_caption = _to_caption(folder, job, manifest)
+    staged_numbers = staging.numbers(job)
+    if any(number < summary.num_samples for number in to_caption - staged_numbers):
         return False
     numbers = _kept_numbers(folder, manifest)
     rows = []
     for row in _caption_rows(folder, manifest):
         number = numbers[row["key"]]
-        if number in wanted:
-            row = _recaptioned(row, staging.rows(job, number) if number in staged else [])
+        if number in to_caption:
+            row = _recaptioned(row, staging.rows(job, number) if number in staged_numbers else [])
         rows.append(row)
     entry = committer.write_captions(job.name, rows)
     others = [entry for entry in manifest.files if entry.kind != "captions"]
@@ -162,18 +164,18 @@ def commit_captions_if_complete(committer: Committer, job: ShardJob) -> bool:
     return True
 
 
-def _recaptioned(row: Row, staged: list[Row]) -> Row:
+def _recaptioned(row: Row, staged_rows: list[Row]) -> Row:
     """A caption row with what this run made of the sample's windows.
 
     Nothing is staged of a sample that is not in the source shard any more.
     """
-    for new in staged:
+    for new in staged_rows:
         if new["status"] == "kept" and new["window"] == row["window"]:
             texts = {name: new[name] for name in ("synthetic", "captioner", "caption_error")}
             return {**row, **texts}
     code, detail = "not_in_shard", "the source shard holds fewer samples than were prepared"
-    if staged:
-        code, detail = staged[0]["reason"] or "no_window", staged[0]["detail"]
+    if staged_rows:
+        code, detail = staged_rows[0]["reason"] or "no_window", staged_rows[0]["detail"]
     return {**row, "synthetic": "", "captioner": "", "caption_error": f"{code}: {detail}"}
 
 

@@ -62,11 +62,11 @@ class SinkStage:
                 row = join_windows([_kept(part) for part in split_windows(row)])
             self.staging.put(job, self._staged(row))
         if job.encode:
-            committed = self.committer.commit_if_complete(job)
+            is_committed = self.committer.commit_if_complete(job)
         else:
-            committed = commit_captions_if_complete(self.committer, job)
-        self._is_committed[job.name] = committed
-        return committed
+            is_committed = commit_captions_if_complete(self.committer, job)
+        self._is_committed[job.name] = is_committed
+        return is_committed
 
     def _staged(self, row: Row) -> list[Row]:
         """The rows to stage of a sample: one per window that is kept, but at least one."""
@@ -74,7 +74,7 @@ class SinkStage:
         head: Row = {name: row[name] for name in names}
         if row["status"] != "kept":
             return [head]
-        staged = []
+        rows = []
         for part in split_windows(row):
             if part["status"] != "kept":
                 continue
@@ -82,8 +82,8 @@ class SinkStage:
             staged_row = {**head, **{name: part[name] for name in texts}}
             if part["mean"] is not None:
                 staged_row |= {**self._record(part).row(), **head}
-            staged.append(staged_row)
-        return staged
+            rows.append(staged_row)
+        return rows
 
     def _record(self, row: Row) -> LatentRecord:
         frames, height, width = row["frames_shape"][:3]

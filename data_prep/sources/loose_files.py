@@ -52,9 +52,9 @@ class LooseFiles:
         # Between the listing and now the file may have become a link, or a pipe without a writer.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            file = os.open(Path(self.source) / member.name, flags)
-            with open(file, "rb") as opened:
-                data = opened.read(max_bytes + 1)
+            descriptor = os.open(Path(self.source) / member.name, flags)
+            with open(descriptor, "rb") as file:
+                data = file.read(max_bytes + 1)
         except OSError:
             return b""
         self._digests[member.name] = hashlib.sha256(data).hexdigest()

@@ -212,7 +212,7 @@ def write_world(
     """
     out.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
-    written = 0
+    samples = 0
     for images, total in ((False, num_clips), (True, num_images)):
         for shard, first in enumerate(range(0, total, clips_per_shard)):
             path = out / f"{'images-' if images else ''}{shard:05d}.tar"
@@ -220,7 +220,7 @@ def write_world(
             if not path.exists():
                 write_shard(path, _samples(first, count, images=images, seed=seed))
             paths.append(path)
-            written += count
+            samples += count
             if progress is not None:
-                progress(written, num_clips + num_images)
+                progress(samples, num_clips + num_images)
     return paths

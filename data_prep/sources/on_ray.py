@@ -48,10 +48,10 @@ class ShardSource(Datasource):
         """One task per shard, whatever parallelism Ray asks for: a tar is read front to back."""
         # What is staged is looked up here, once. A task that Ray repeats must give the same blocks
         # again, because Ray drops as many of them as it had before.
-        begun = set(self._staging.shards())
+        begun_shards = set(self._staging.shards())
         return [
             ReadTask(
-                partial(_read_blocks, job, self._config, self._numbers_to_skip(job, begun)),
+                partial(_read_blocks, job, self._config, self._numbers_to_skip(job, begun_shards)),
                 BlockMetadata(
                     num_rows=None, size_bytes=None, input_files=[job.source], exec_stats=None
                 ),
@@ -61,9 +61,9 @@ class ShardSource(Datasource):
             for job in self._jobs
         ]
 
-    def _numbers_to_skip(self, job: ShardJob, begun: set[str]) -> set[int]:
+    def _numbers_to_skip(self, job: ShardJob, begun_shards: set[str]) -> set[int]:
         # Most shards have nothing staged, and asking a store for each would take a request.
-        if job.encode and job.name not in begun:
+        if job.encode and job.name not in begun_shards:
             return set()
         return numbers_to_skip(self._staging, job)
 

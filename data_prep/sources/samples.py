@@ -86,6 +86,12 @@ def read_shard(
     which belong together). Where a tar ends too early, the sample that the cut went through has
     the problem `truncated_shard` and `summary.truncated` is set.
 
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "00000.tar"
+    >>> write_shard(path, [{"__key__": "a", "mp4": b"...", "txt": "A car."}])
+    >>> [(sample.key, sample.suffix, sample.caption) for sample in read_shard(str(path))]
+    [('a', 'mp4', 'A car.')]
+
     Args:
         source: path of a tar or folder, or URI of a tar.
         max_media_bytes: media over this many bytes are never read: problem `video_too_large`.

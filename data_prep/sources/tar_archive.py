@@ -92,10 +92,10 @@ class TarArchive:
 
     def _list(self, file: IO[bytes], listing: Listing) -> None:
         header = _header_class(listing)
-        opened: dict[str, Any] = {"fileobj": file, "mode": "r:", "tarinfo": header}
+        options: dict[str, Any] = {"fileobj": file, "mode": "r:", "tarinfo": header}
         if self.is_gzip:
-            opened |= {"fileobj": _Unpacked(file), "mode": "r|"}
-        with tarfile.open(**opened) as tar:
+            options |= {"fileobj": _Unpacked(file), "mode": "r|"}
+        with tarfile.open(**options) as tar:
             for member in tar:
                 # tarfile keeps a list of past members, which would grow with the shard.
                 tar.members = []  # type: ignore[attr-defined]
@@ -160,11 +160,11 @@ def _header_class(listing: Listing) -> type[tarfile.TarInfo]:
 
         @classmethod
         def fromtarfile(cls, tar: tarfile.TarFile) -> Header:
-            begun = tar.offset
+            start = tar.offset
             try:
                 header = super().fromtarfile(tar)
                 # An extended header may set the size anew.
-                if header.size < 0 or tar.offset <= begun:
+                if header.size < 0 or tar.offset <= start:
                     raise _INVALID_HEADER(f"a header claims {header.size} bytes")
             except (_TRUNCATED_HEADER, _INVALID_HEADER):
                 listing.truncated = True
@@ -208,22 +208,22 @@ class _Unpacked:
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self._packed = _Hashed(stream)
-        self._file = gzip.GzipFile(fileobj=cast("IO[bytes]", self._packed))
+        self._stream = _Hashed(stream)
+        self._file = gzip.GzipFile(fileobj=cast("IO[bytes]", self._stream))
         self._size_bytes = 0
 
     def read(self, size_bytes: int) -> bytes:
         data = self._file.read(size_bytes)
         self._size_bytes += len(data)
-        allowed = max(FREE_GROWTH_BYTES, MAX_GROWTH * self._packed.size_bytes)
+        allowed = max(FREE_GROWTH_BYTES, MAX_GROWTH * self._stream.size_bytes)
         if self._size_bytes > allowed:
             raise DecompressionBomb(
-                f"decompression bomb: {self._packed.size_bytes} bytes unpack to more than {allowed}"
+                f"decompression bomb: {self._stream.size_bytes} bytes unpack to more than {allowed}"
             )
         return data
 
     def hexdigest(self) -> str:
-        return self._packed.hexdigest()
+        return self._stream.hexdigest()
 
 
 class _Forward:
@@ -242,10 +242,10 @@ class _Forward:
             if self.place < offset:
                 return b""
             pieces = []
-            left = size_bytes
-            while left and (piece := self._take(left)):
+            remaining = size_bytes
+            while remaining and (piece := self._take(remaining)):
                 pieces.append(piece)
-                left -= len(piece)
+                remaining -= len(piece)
             return b"".join(pieces)
         except _BROKEN:
             return b""

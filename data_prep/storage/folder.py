@@ -66,12 +66,12 @@ class Folder(ABC):
 
     def __init__(self, location: Location) -> None:
         self.location = absolute(location)
-        self._opened: tuple[fs.FileSystem, str] | None = None
+        self._filesystem: tuple[fs.FileSystem, str] | None = None
 
     def _at(self, name: str = "") -> tuple[fs.FileSystem, str]:
-        if self._opened is None:
-            self._opened = filesystem_of(self.location)
-        filesystem, root = self._opened
+        if self._filesystem is None:
+            self._filesystem = filesystem_of(self.location)
+        filesystem, root = self._filesystem
         return filesystem, f"{root}/{name}" if name else root
 
     def where(self, name: str = "") -> str:
@@ -79,7 +79,7 @@ class Folder(ABC):
         return f"{shown(self.location)}/{name}" if name else shown(self.location)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_filesystem": None}
 
     def failing(self, action: str, name: str = "") -> AbstractContextManager[None]:
         """`data_prep.storage.location.failing` for a file of this folder."""

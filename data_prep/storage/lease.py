@@ -184,6 +184,16 @@ def hold_lease(folder: Folder, name: str, *, wait_s: float = 0.0) -> Iterator[Ca
     a word looks like a living one until it has been watched for a while: up to `LEASE_S`, whatever
     `wait_s` is.
 
+    >>> import tempfile
+    >>> from data_prep.storage.folder import LocalFolder
+    >>> folder = LocalFolder(tempfile.mkdtemp())
+    >>> with hold_lease(folder, "lock") as check:
+    ...     check()
+    ...     len(folder.names("lock"))
+    1
+    >>> folder.names("lock")
+    []
+
     Args:
         folder: the folder that the lock is in.
         name: name of the lock.

@@ -10,6 +10,7 @@ import pytest
 
 from data_prep.config import BucketConfig, PrepareConfig
 from data_prep.sources.moving_shapes import write_world
+from tests.data_prep.ray_cluster import running_cluster
 from tests.data_prep.s3_server import (
     CREDENTIALS,
     Store,
@@ -37,6 +38,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two shards of four clips and one of three images."""
     paths = write_world(tmp_path_factory.mktemp("world"), 8, 3, clips_per_shard=4, seed=5)
     return [str(path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray of two CPUs."""
+    with running_cluster():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from data_prep.captions.stage import CaptionStage
 from data_prep.clips.decode import DecodeStage
@@ -16,7 +17,7 @@ from data_prep.ledger.recaption import numbers_to_skip
 from data_prep.ledger.reuse import Reuse
 from data_prep.ledger.sink import SinkStage
 from data_prep.ledger.staging import Staging
-from data_prep.row import Row
+from data_prep.row import ROW_SCHEMA, Row
 from data_prep.run import (
     PrepareReport,
     RunFigures,
@@ -52,6 +53,13 @@ def finished_rows(plan: RunPlan, config: PrepareConfig) -> Iterator[Row]:
     finally:
         for stage in stages:
             stage.close()
+
+
+def decode_row(**values: Any) -> Row:
+    """A row of a video as the decoding stage takes it."""
+    row = dict.fromkeys(ROW_SCHEMA.names)
+    return {**row, "status": "", "number": 0, "shard": "s", "key": "k", "window": 0, "note": "",
+            "suffix": "mp4", "media": b"1", "metadata": "{}", **values}  # fmt: skip
 
 
 def prepare_locally(

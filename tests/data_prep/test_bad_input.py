@@ -123,8 +123,8 @@ def gzip_bomb(path: Path) -> None:
 
 
 def sparse(path: Path) -> None:
-    said = (b"GNU.sparse.major=1", b"GNU.sparse.minor=0", b"GNU.sparse.realsize=1099511627776")
-    records = b"".join(b"%d %s\n" % (len(text) + 4, text) for text in said)
+    fields = (b"GNU.sparse.major=1", b"GNU.sparse.minor=0", b"GNU.sparse.realsize=1099511627776")
+    records = b"".join(b"%d %s\n" % (len(text) + 4, text) for text in fields)
     path.write_bytes(
         header("x", len(records), tarfile.XHDTYPE) + records.ljust(512, b"\0")
         + header("s.mp4", 512) + b"9" * 512 + header("good.mp4", 0) + bytes(1024)
@@ -192,7 +192,7 @@ def prepare_all(config: PrepareConfig, codec: Path, root: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def done(config: PrepareConfig, codec_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def bad(config: PrepareConfig, codec_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     capped = config.model_copy(update={"caps": CapConfig(max_media_bytes=CAP_BYTES)})
     return prepare_all(capped, codec_dir, tmp_path_factory.mktemp("bad") / "in")
 
@@ -211,7 +211,7 @@ def slow(config: PrepareConfig, codec_dir: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.mark.parametrize("kind", TABLE)
 def test_the_run_records_what_the_table_says(kind: str, request: pytest.FixtureRequest) -> None:
-    run: Run = request.getfixturevalue("slow" if kind == "slow" else "done")
+    run: Run = request.getfixturevalue("slow" if kind == "slow" else "bad")
     shard = "media" if kind in MEDIA else kind
     own = [(row["status"], row["reason"]) for row in run.rows[shard] if row["key"] == kind]
     if TABLE[kind].status == "no row":
@@ -223,14 +223,14 @@ def test_the_run_records_what_the_table_says(kind: str, request: pytest.FixtureR
         assert len(own) == (2 if kind == "same_key" else 1)
 
 
-def test_what_is_bad_costs_its_neighbours_nothing(done: Run) -> None:
-    good = [row for rows in done.rows.values() for row in rows if row["key"] in ("good", "b")]
+def test_what_is_bad_costs_its_neighbours_nothing(bad: Run) -> None:
+    good = [row for rows in bad.rows.values() for row in rows if row["key"] in ("good", "b")]
     assert len(good) == 5
     assert {row["reason"] for row in good if row["status"] == "failed"} <= {"empty_video"}
 
 
-def test_nothing_is_written_outside_the_output(done: Run) -> None:
-    assert done.written == set()
+def test_nothing_is_written_outside_the_output(bad: Run) -> None:
+    assert bad.written == set()
 
 
 def test_every_kind_made_here_is_in_the_table_and_every_line_is_made() -> None:

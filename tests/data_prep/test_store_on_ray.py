@@ -17,8 +17,9 @@ from data_prep.storage.store import open_folder
 from pipeline.recipes import load_recipe
 from tests.data_prep.in_process import digests, prepare_locally
 from tests.data_prep.ledger.test_resuming import downloaded
+from tests.data_prep.ray_cluster import RAY_ENVIRONMENT
 from tests.data_prep.s3_server import Store
-from tests.data_prep.test_on_ray import RAY_ENVIRONMENT, ROOT
+from tests.places import ROOT
 
 
 def flowreel(*arguments: str) -> subprocess.Popen[str]:

@@ -14,7 +14,7 @@ import pytest
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
 
-from data_prep.captions.captioner import CaptionerUnavailable, Written
+from data_prep.captions.captioner import CaptionerUnavailable, CaptionResult
 from data_prep.captions.config import CaptionConfig
 from data_prep.captions.http import HttpCaptioner
 from data_prep.sources.moving_shapes import random_spec, render_clip
@@ -49,7 +49,7 @@ def settings(endpoint: Endpoint | str, **values: Any) -> CaptionConfig:
     return CaptionConfig.model_validate({**BASE, "endpoint": url, **values})
 
 
-def captions(config: CaptionConfig, clips: list[np.ndarray], seed: int = 0) -> list[Written]:
+def captions(config: CaptionConfig, clips: list[np.ndarray], seed: int = 0) -> list[CaptionResult]:
     captioner = HttpCaptioner(config, seed=seed)
     try:
         return captioner.caption_all(clips)
@@ -65,7 +65,7 @@ def test_a_request_is_a_chat_with_the_clips_frames_and_greedy_decoding(endpoint:
     config = settings(endpoint, prompt="What moves?", max_tokens=17)
     (written,) = captions(config, CLIPS[:1], seed=5)
     (body,) = endpoint.requests
-    assert written == Written(described(body))
+    assert written == CaptionResult(described(body))
     assert (body["model"], body["max_tokens"]) == ("some/vlm", 17)
     assert (body["temperature"], body["seed"]) == (0, 5)
     (message,) = body["messages"]
@@ -115,7 +115,7 @@ def test_retries_end_and_the_failure_is_recorded_for_that_clip_alone(endpoint: E
 
     endpoint.behave = behave
     written = captions(settings(endpoint, requests_in_flight=1), CLIPS)
-    assert written[0] == Written("", "endpoint_error: status 502")
+    assert written[0] == CaptionResult("", "endpoint_error: status 502")
     assert all(result.text for result in written[1:])
     assert endpoint.tries(bad[0]) == 4
 
@@ -148,7 +148,7 @@ def test_an_endpoint_that_stalls_or_drips_is_left_at_the_deadline(
 def test_an_answer_beyond_the_cap_is_not_read_to_its_end(endpoint: Endpoint) -> None:
     endpoint.behave = lambda e, r, body: completion("x" * 5_000_000)
     (written,) = captions(settings(endpoint, max_response_bytes=4096), CLIPS[:1])
-    assert written == Written("", "response_too_large: over 4096 bytes")
+    assert written == CaptionResult("", "response_too_large: over 4096 bytes")
     assert len(endpoint.requests) == 1
 
 
@@ -173,7 +173,7 @@ def test_nobody_there_is_a_failure_after_the_retries() -> None:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
         (written,) = captions(settings(url), CLIPS[:1])
-    assert written == Written("", "no_connection: ConnectError")
+    assert written == CaptionResult("", "no_connection: ConnectError")
 
 
 def test_the_key_is_sent_and_nowhere_else_to_be_seen(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,9 @@ from data_prep.captions.config import CaptionConfig
 from data_prep.captions.vllm import engine_row, vllm_gpus
 from data_prep.config import ConcurrencyConfig, PrepareConfig
 from data_prep.on_ray import prepare
-from data_prep.resources import ResourceError, asked_for, plan_resources
+from data_prep.resources import ResourceError, needed_concurrency, plan_resources
 from data_prep.row import ROW_SCHEMA
 from tests.data_prep.vlm_models import save_llava
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +136,7 @@ def test_without_vllm_or_a_gpu_it_says_what_is_missing(
     config = PrepareConfig(captioner=captioner)
     with pytest.raises(CaptionerUnavailable, match=r"pip install 'flowreel\[vllm\]'"):
         prepare(config, world, tmp_path, codec_dir)
-    wanted = asked_for(config.concurrency, vllm_gpus=vllm_gpus(captioner), encodes=False)
+    wanted = needed_concurrency(config.concurrency, vllm_gpus=vllm_gpus(captioner), encodes=False)
     assert wanted.captioner_gpus == 2
     with pytest.raises(ResourceError, match="need 2 GPUS and 0 are free"):
         plan_resources(2.0, 0.0, wanted)

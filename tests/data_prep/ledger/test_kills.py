@@ -22,7 +22,8 @@ import ray
 from data_prep.config import ConcurrencyConfig, PrepareConfig
 from data_prep.sources.moving_shapes import write_world
 from tests.data_prep.in_process import digests, prepare_locally
-from tests.data_prep.test_on_ray import RAY_ENVIRONMENT, ROOT
+from tests.data_prep.ray_cluster import RAY_ENVIRONMENT
+from tests.places import ROOT
 
 SEED = 20
 CLIPS, IMAGES, PER_SHARD = 96, 24, 15

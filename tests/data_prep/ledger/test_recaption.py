@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.captions.captioner import CaptionerUnavailable, Written
+from data_prep.captions.captioner import CaptionerUnavailable, CaptionResult
 from data_prep.captions.config import CaptionConfig
 from data_prep.captions.stage import CaptionStage
 from data_prep.clips.decode import DecodeStage
@@ -193,7 +193,7 @@ def test_a_clip_that_breaks_the_captioner_costs_its_own_caption_only(
     stage = CaptionStage(by_model)
     real = stage.captioner.caption_all
 
-    def breaks(clips: Sequence[np.ndarray]) -> list[Written]:
+    def breaks(clips: Sequence[np.ndarray]) -> list[CaptionResult]:
         if any(clip[0, 0, 0, 0] == 7 for clip in clips):
             raise RuntimeError("out of memory at 0x7f00")
         return real(clips)

@@ -182,9 +182,9 @@ class DecodeStage:
         )
         if filters.max_gap_s is None:
             return chosen
-        windows = without_gaps(timeline, chosen, filters.max_gap_s)
+        windows = without_gaps(timeline, chosen, bucket.fps, filters.max_gap_s)
         if not windows:
-            gap_s = max(timeline.largest_gap_s(w[0], w[-1]) for w in chosen)
+            gap_s = max(timeline.largest_gap_s(window, bucket.fps) for window in chosen)
             detail = f"{float(gap_s):.3f} s without a frame, over {filters.max_gap_s:g} s"
             raise _Dropped(Drop("gap", detail))
         return windows

@@ -62,9 +62,14 @@ class Timeline:
         step = int(steps[len(steps) // 2]) * self.time_base if len(steps) else Fraction(0)
         return 1 / step if step else None
 
-    def largest_gap_s(self, first: int, last: int) -> Fraction:
-        """The longest time from a frame to the next, between two places."""
-        inside = self.ticks[first : last + 1]
+    def largest_gap_s(self, window: Sequence[int], fps: float) -> Fraction:
+        """The longest time from a frame to the next while a window of frames is shown."""
+        first, last = window[0], window[-1]
+        step_s = 1 / exact_rate(fps)
+        end_s = int(self.ticks[first]) * self.time_base + (len(window) - 1) * step_s
+        # A window that ends between two frames runs into the time between them.
+        runs_on = end_s - int(self.ticks[last]) * self.time_base > step_s / 2
+        inside = self.ticks[first : last + (2 if runs_on else 1)]
         return int(np.diff(inside).max()) * self.time_base if len(inside) > 1 else Fraction(0)
 
 
@@ -178,8 +183,8 @@ def choose_windows(
 
 
 def without_gaps(
-    timeline: Timeline, windows: Sequence[list[int]], max_gap_s: float
+    timeline: Timeline, windows: Sequence[list[int]], fps: float, max_gap_s: float
 ) -> list[list[int]]:
     """The windows inside which no frame follows the one before it by more than so many seconds."""
     longest_s = exact_rate(max_gap_s)
-    return [w for w in windows if timeline.largest_gap_s(w[0], w[-1]) <= longest_s]
+    return [window for window in windows if timeline.largest_gap_s(window, fps) <= longest_s]

@@ -4,7 +4,8 @@ A shard is a tar or a folder of loose files. Read in this order:
 
     find.py           which shards a user's words name, their names, fingerprints of change
     listing.py        what lies in a shard, member by member; ShardError
-    tar_archive.py    a tar, plain or gzip, cut or damaged or hostile
+    tar_archive.py    a tar, plain or compressed, cut or damaged or hostile
+    unpacking.py      the tar inside a compressed shard
     loose_files.py    a folder of loose files
     archive.py        either of the two, by its path
     samples.py        members become samples; Panda-70M's oddities; tars are written

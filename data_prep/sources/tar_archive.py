@@ -1,4 +1,4 @@
-"""What lies in a tar shard, plain or gzip, whatever state the tar is in.
+"""What lies in a tar shard, plain or compressed, whatever state the tar is in.
 
 Listing comes first and reads headers only, so that the members of one sample may lie anywhere.
 Reading is one pass forward, which hashes all that it sees. Nothing is extracted, no link is
@@ -8,23 +8,24 @@ allows. Knows nothing of samples.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import tarfile
 import zlib
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from data_prep.sources.listing import DecompressionBomb, Listing, Member, ShardError
+from data_prep.sources.unpacking import (
+    BROKEN,
+    MAGIC_BYTES,
+    Hashed,
+    Unpacked,
+    compression_of,
+)
 from data_prep.storage.location import open_stream, shown
 
 MAX_MEMBERS = 5_000_000
-MAX_GROWTH = 100
-"""A gzip shard may unpack to this many times what was read of it (media hardly shrink at all)..."""
-FREE_GROWTH_BYTES = 64 * 2**20
-"""...once it has unpacked to more than this."""
 _HEADER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
-_BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+_BROKEN = (tarfile.TarError, zlib.error, *BROKEN)
 _TRUNCATED_HEADER = tarfile.TruncatedHeaderError  # type: ignore[attr-defined]
 _INVALID_HEADER = tarfile.InvalidHeaderError  # type: ignore[attr-defined]
 _LONG_HEADERS = (
@@ -72,7 +73,7 @@ class TarArchive:
         """Open the tar at a path or URI. Raises ShardError where that cannot be done."""
         self.source = source
         with open_shard(source, seekable=True) as file:
-            self.is_gzip = file.read(2) == b"\x1f\x8b"
+            self.compression = compression_of(file.read(MAGIC_BYTES))
         self._forward: _Forward | None = None
         self._random: IO[bytes] | None = None
 
@@ -91,46 +92,51 @@ class TarArchive:
         return listing
 
     def _list(self, file: IO[bytes], listing: Listing) -> None:
-        header = _header_class(listing)
-        options: dict[str, Any] = {"fileobj": file, "mode": "r:", "tarinfo": header}
-        if self.is_gzip:
-            options |= {"fileobj": _Unpacked(file), "mode": "r|"}
-        with tarfile.open(**options) as tar:
-            for member in tar:
-                # tarfile keeps a list of past members, which would grow with the shard.
-                tar.members = []  # type: ignore[attr-defined]
-                if member.isreg() and not member.issparse():
-                    listing.take(member.name, member.size, member.offset_data)
-                elif not member.isdir():
-                    listing.ignored += 1
-                if len(listing.members) + listing.ignored > MAX_MEMBERS:
-                    raise tarfile.ReadError(f"more than {MAX_MEMBERS} members")
+        """Archives may lie one after the other in a file (`cat a.tar b.tar`): all are listed."""
+        forward = Unpacked(file, self.compression) if self.compression else None
+        blocks: Any = _Blocks(forward) if forward is not None else file
+        while True:
+            header = _header_class(listing)
+            with tarfile.open(fileobj=blocks, mode="r:", tarinfo=header) as tar:
+                for member in tar:
+                    # tarfile keeps a list of past members, which would grow with the shard.
+                    tar.members = []  # type: ignore[attr-defined]
+                    if member.isreg() and not member.issparse():
+                        listing.take(member.name, member.size, member.offset_data)
+                    elif not member.isdir():
+                        listing.ignored += 1
+                    if len(listing.members) + listing.ignored > MAX_MEMBERS:
+                        raise tarfile.ReadError(f"more than {MAX_MEMBERS} members")
+            if not _goes_on(blocks):
+                return
 
     def read(self, member: Member, max_bytes: int) -> bytes | None:
         """The whole member; None over `max_bytes`; fewer bytes where the tar is cut."""
         if member.size_bytes > max_bytes:
             return None
         if self._forward is None:
-            self._forward = _Forward(open_shard(self.source), self.is_gzip)
+            self._forward = _Forward(open_shard(self.source), self.compression)
         if member.offset >= self._forward.place:
             return self._forward.read_at(member.offset, member.size_bytes)
         return self._read_back(member)
 
     def _read_back(self, member: Member) -> bytes:
         """A member that the forward pass has left behind."""
-        if self._random is None or self.is_gzip:
+        if self._random is None or self.compression:
             self._close_random()
             self._random = open_shard(self.source, seekable=True)
-        if self.is_gzip:
-            # A gzip stream has no way back: it is unpacked from the start again, dear but right.
-            return _Forward(self._random, True).read_at(member.offset, member.size_bytes)
+        if self.compression:
+            # A packed stream has no way back: it is unpacked from the start again, dear but right.
+            return _Forward(self._random, self.compression).read_at(
+                member.offset, member.size_bytes
+            )
         self._random.seek(member.offset)
         return self._random.read(member.size_bytes)
 
     def content_sha256(self) -> str:
         """Hex SHA-256 of the shard's whole content, most of which has been read by now."""
         if self._forward is None:
-            self._forward = _Forward(open_shard(self.source), self.is_gzip)
+            self._forward = _Forward(open_shard(self.source), self.compression)
         return self._forward.hexdigest()
 
     def close(self) -> None:
@@ -180,58 +186,66 @@ def _header_class(listing: Listing) -> type[tarfile.TarInfo]:
     return Header
 
 
-class _Hashed:
-    """A stream that hashes what is read from it, so that no second pass is needed."""
+class _Blocks:
+    """An unpacked stream as a file that goes forward only, but for the block read last."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: Unpacked) -> None:
         self._stream = stream
-        self._hash = hashlib.sha256()
-        self.size_bytes = 0
+        self._last = b""
+        self._place = 0
+        self._back = 0
 
     def read(self, size_bytes: int) -> bytes:
-        data = self._stream.read(size_bytes)
-        self._hash.update(data)
-        self.size_bytes += len(data)
+        """The next bytes; fewer only at the end."""
+        data = self._last[len(self._last) - self._back :][:size_bytes] if self._back else b""
+        self._back -= len(data)
+        while len(data) < size_bytes and (more := self._stream.read(size_bytes - len(data))):
+            data += more
+        self._last = data or self._last
+        self._place += len(data)
         return data
 
-    def hexdigest(self) -> str:
-        """Hex SHA-256 of the whole stream: what follows the archive's end is read too."""
-        while self.read(_CHUNK_BYTES):
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._place
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        """Skip forward, to the end at most; or back by no more than was read last."""
+        back = self._place - place
+        if 0 < back <= len(self._last) - self._back:
+            self._back, self._place = self._back + back, place
+        elif back > 0:
+            raise tarfile.ReadError("the tar's headers lead backwards")
+        while self._place < place and self.read(min(_CHUNK_BYTES, place - self._place)):
             pass
-        return self._hash.hexdigest()
+        return self._place
 
 
-class _Unpacked:
-    """The tar inside a gzip stream, as long as it grows like one.
+def _goes_on(blocks: Any) -> bool:
+    """Whether another archive follows the zeros that end one; stands before its header then."""
+    while block := blocks.read(tarfile.BLOCKSIZE):
+        if block.count(0) == len(block):
+            continue
+        blocks.seek(blocks.tell() - len(block))
+        return _is_header(block)
+    return False
 
-    Raises DecompressionBomb where more came out than `MAX_GROWTH` times what went in.
-    """
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = _Hashed(stream)
-        self._file = gzip.GzipFile(fileobj=cast("IO[bytes]", self._stream))
-        self._size_bytes = 0
-
-    def read(self, size_bytes: int) -> bytes:
-        data = self._file.read(size_bytes)
-        self._size_bytes += len(data)
-        allowed = max(FREE_GROWTH_BYTES, MAX_GROWTH * self._stream.size_bytes)
-        if self._size_bytes > allowed:
-            raise DecompressionBomb(
-                f"decompression bomb: {self._stream.size_bytes} bytes unpack to more than {allowed}"
-            )
-        return data
-
-    def hexdigest(self) -> str:
-        return self._stream.hexdigest()
+def _is_header(block: bytes) -> bool:
+    """Whether a block's checksum is that of a header; bytes after an archive may be anything."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 class _Forward:
     """One pass over a tar's bytes, unpacked; `place` is where it stands."""
 
-    def __init__(self, stream: IO[bytes], is_gzip: bool) -> None:
+    def __init__(self, stream: IO[bytes], compression: str) -> None:
         self._stream = stream
-        self._bytes: _Unpacked | _Hashed = _Unpacked(stream) if is_gzip else _Hashed(stream)
+        self._bytes = Unpacked(stream, compression) if compression else Hashed(stream)
         self.place = 0
 
     def read_at(self, offset: int, size_bytes: int) -> bytes:

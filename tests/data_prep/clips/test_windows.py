@@ -139,9 +139,10 @@ def test_windows_with_a_gap_are_left_out_and_the_rate_is_that_of_most_frames() -
     ticks = np.array([*range(50), *range(800, 850)], dtype=np.int64)
     timeline = Timeline(ticks, Fraction(1, 25))
     assert timeline.rate == 25
-    assert timeline.largest_gap_s(0, 99) == Fraction(751, 25)
-    windows = [[0, 10, 20], [40, 49, 50], [60, 70, 80]]
-    assert without_gaps(timeline, windows, 1.0) == [windows[0], windows[2]]
+    windows = [[0, 10, 20], [40, 49, 50], [49, 49, 49], [60, 70, 80]]
+    gaps = [timeline.largest_gap_s(window, 2.5) for window in windows]
+    assert gaps == [Fraction(1, 25), Fraction(751, 25), Fraction(751, 25), Fraction(1, 25)]
+    assert without_gaps(timeline, windows, 2.5, max_gap_s=1.0) == [windows[0], windows[3]]
 
 
 def test_a_rate_is_the_number_that_was_written() -> None:

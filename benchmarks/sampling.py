@@ -38,7 +38,7 @@ from flow.tokens import frame_sequence, patchify
 from flow.weights import import_released
 
 GUIDANCE = 2.5
-TRAINED = Path(__file__).resolve().parents[1] / "../shared/trained_small"
+TRAINED = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "trained_small"
 BLOCKS = (8, 16, 32, 64, 128, 256, 512)
 
 

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from flow.config import FlowConfig
 from flow.flow import FlowModel
-
-TRAINED = Path(
-    os.environ.get("FLOWREEL_TRAINED_SMALL")
-    or Path(__file__).resolve().parents[2] / "../shared/trained_small"
-)
 
 TINY = FlowConfig(
     latent_channels=4,

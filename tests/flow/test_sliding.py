@@ -17,7 +17,8 @@ from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, batch_noise
 from flow.sliding import Window, _settle, _settle_unseen, slide, suggest
 from flow.weights import import_released
-from tests.flow.models import TRAINED, randn, shaken, texts, tiny_model
+from tests.flow.models import randn, shaken, texts, tiny_model
+from tests.places import TRAINED_SMALL
 
 ORDERS = {"forward": (1, 1, 1, 2), "reverse": (1, 1, 2)}
 SPEC = SampleSpec(
@@ -226,13 +227,9 @@ def test_packed_pass_gives_the_plain_numbers() -> None:
         torch.testing.assert_close(packed.tokens_BLC, plain.tokens_BLC, atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(
-    not (TRAINED / "weights.pth").exists(),
-    reason=f"no trained small model in {TRAINED}; set FLOWREEL_TRAINED_SMALL",
-)
 def test_default_tolerance_meets_its_certificate_on_trained_weights() -> None:
-    model, _ = import_released(TRAINED / "weights.pth", TRAINED / "config.yaml")
-    case = load_file(TRAINED / "case.safetensors")
+    model, _ = import_released(TRAINED_SMALL / "weights.pth", TRAINED_SMALL / "config.yaml")
+    case = load_file(TRAINED_SMALL / "case.safetensors")
     text, null = case["text"][:1], case["text_null"][:1]
     spec = SampleSpec(num_frames=9, grid=(8, 8), guidance=2.5)
     stream = DeepStream(model.flow, text, null, spec, noise=lambda n: case["noise"][:1, n])

@@ -32,10 +32,10 @@ from flow.counters import Counters
 from flow.flow import DeepShallowFlow
 from flow.inverse import Inverter
 from flow.packed_weights import can_pack
+from flow.released_checkpoint import import_released
 from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream
 from flow.tokens import frame_sequence, patchify
-from flow.weights import import_released
 
 GUIDANCE = 2.5
 TRAINED = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "trained_small"

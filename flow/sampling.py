@@ -17,11 +17,12 @@ from einops import rearrange
 from torch import Tensor
 
 from flow.counters import Counters, Work
-from flow.flow import SHALLOW_TOLERANCE, DeepShallowFlow, FlowModel
+from flow.flow import DeepShallowFlow, FlowModel
 from flow.inverse import Inverter, Steps
 from flow.likelihood import FrameWindow
 from flow.sample_spec import SampleError, SampleSpec
 from flow.score import tweedie
+from flow.shallow import SHALLOW_TOLERANCE, shallow_inverse
 from flow.sliding import Window, slide
 from flow.tokens import frame_sequence, patchify
 
@@ -229,7 +230,8 @@ class FrameStream:
 
     def push(self, u_BTHWC: Tensor) -> list[Tensor]:
         """Take the next frame or frames; give the clean latent frames [B, C, h, w] now final, in order."""
-        x_BTCHW = self.model.flow.shallow_inverse(
+        x_BTCHW = shallow_inverse(
+            self.model.flow,
             u_BTHWC,
             tolerance=self.shallow_tolerance,
             sequential=self.sequential,

@@ -26,7 +26,6 @@ from flow.codec_factors import WAN_FACTORS, CodecFactors
 from flow.config import ConfigError, FlowConfig
 from flow.flow import FlowModel
 from flow.latent_convention import LatentConvention
-from flow.released_checkpoint import open_released
 from flow.tensor_files import (
     FORMAT,
     CheckpointError,
@@ -287,20 +286,3 @@ def load_model(
     for tensors in files.read(device, dtype, model.state_dict().keys()):
         model.load_state_dict(tensors, strict=False, assign=True)
     return model.requires_grad_(True).eval(), spec
-
-
-def import_released(
-    weights: str | Path,
-    config: str | Path,
-    text_dim: int | None = None,
-    cells_per_img_size: float | None = None,
-) -> tuple[FlowModel, FlowConfig]:
-    """A released `.pth` and its YAML -> (model on CPU in the checkpoint's dtype, configuration).
-
-    Arguments and errors are those of `open_released`; use that, and `write_model`, where the model is larger than memory.
-    """
-    released = open_released(weights, config, text_dim, cells_per_img_size)
-    with torch.device("meta"):
-        model = FlowModel(released.config)
-    model.load_state_dict({k: v.clone() for k, v in released.tensors.items()}, assign=True)
-    return model.requires_grad_(True).eval(), released.config

@@ -28,10 +28,11 @@ from torch import Tensor
 from flow.certificate import Certificate, certificate
 from flow.codec import VideoCodec
 from flow.counters import Counters, Work
-from flow.flow import SHALLOW_TOLERANCE, FlowModel
+from flow.flow import FlowModel
 from flow.prompt import format_prompt
 from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, FrameStream, frame_noise
+from flow.shallow import SHALLOW_TOLERANCE
 from flow.text import TextEncoder, build_text_encoder
 from flow.weights import ModelSpec, load_model
 from serving.config import Sampler

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flow.flow import FlowModel
+from flow.released_checkpoint import import_released
 from flow.sample_spec import SampleSpec
 from flow.sampling import sample
 from flow.tokens import patchify
-from flow.weights import import_released
 from tests.places import REFERENCE, ROOT
 
 LARGER = Path(os.environ.get("FLOWREEL_GOLDENS") or ROOT.parent / "shared" / "goldens")

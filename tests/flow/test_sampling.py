@@ -12,9 +12,9 @@ from torch import Tensor
 from flow.certificate import certificate
 from flow.counters import Counters
 from flow.flow import FlowModel
+from flow.released_checkpoint import import_released
 from flow.sample_spec import SampleError, SampleSpec
 from flow.sampling import DeepStream, FrameStream, batch_noise, frame_noise, sample
-from flow.weights import import_released
 from tests.flow.models import randn, texts, tiny_model
 from tests.places import TRAINED_SMALL
 

@@ -13,10 +13,10 @@ from flow.certificate import certificate
 from flow.flow import FlowModel
 from flow.inverse import Inverter
 from flow.packed_weights import can_pack
+from flow.released_checkpoint import import_released
 from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, batch_noise
 from flow.sliding import Window, _settle, _settle_unseen, slide, suggest
-from flow.weights import import_released
 from tests.flow.models import randn, shaken, texts, tiny_model
 from tests.places import TRAINED_SMALL
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flow.sampling import frame_noise, sample
+from flow.shallow import shallow_inverse
 from serving.config import Sampler
 from serving.on_ray import serve_model
 from serving.requests import FrameCountError, Generation, InvalidRequest
@@ -132,7 +133,7 @@ def test_a_given_image_is_the_first_frame_of_u(loaded: LoadedModel, picture: np.
     deep = DeepSession(loaded, request, first_u)
     assert deep.next().u == first_u
     # Undone through the shallow stack and without its noise, it is the image's own latent.
-    x_noisy = loaded.model.flow.shallow_inverse(first_u.unpack())
+    x_noisy = shallow_inverse(loaded.model.flow, first_u.unpack())
     noise = frame_noise(request.seed, 0, tuple(x_noisy.shape[2:]))
     assert loaded.codec is not None
     frame = torch.from_numpy(fit_image(picture, SIZE, SIZE))[None, None]

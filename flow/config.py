@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from flowreel.errors import FlowreelError
 
 TIME_FREQUENCIES = 8
-"""Rotary frequencies of the time axis; the other `head_dim/2 - 8` are shared by rows and columns."""
+"""Rotary frequencies of the time axis; rows and columns share the other `head_dim/2 - 8`."""
 
 MIN_SPATIAL_FREQUENCIES = 2
 """Rows and columns need at least one frequency each."""
@@ -52,7 +52,7 @@ class FlowConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     video: bool = True
-    """True: shallow blocks act inside one frame, "reverse" means inside a frame. False: one image."""
+    """True: shallow blocks act inside a frame, "reverse" means inside a frame. False: images."""
     latent_channels: int
     """Channels C of a latent cell."""
     patch_size: int = 1
@@ -66,9 +66,9 @@ class FlowConfig:
     deep_width: int
     """Width of the deep block; a multiple of head_dim."""
     head_dim: int
-    """Width D of one attention head; D/2 - 8 rotary frequencies (even, at least 2) are for space."""
+    """Width D of an attention head; D/2 - 8 rotary frequencies (even, at least 2) are for space."""
     layers_per_block: tuple[int, ...]
-    """Transformer layers of each block in the order data meets them; the last block is the deep one."""
+    """Transformer layers of each block, in the order data meets them; the deep block is last."""
     noise_std: float
     """Standard deviation σ of the noise that the modelled data carries, in latent units."""
     pos_len: float

@@ -1,10 +1,10 @@
 """The deep-shallow flow and the model that pairs it with its denoiser.
 
-Knows latents, tokens, orders and which block reads what. Knows nothing of prompts, seeds, training or
-how a block is inverted (`flow.inverse`, `flow.shallow`, `flow.sampling`).
+Knows latents, tokens, orders and which block reads what. Knows nothing of prompts, seeds, training
+or how a block is inverted (`flow.inverse`, `flow.shallow`, `flow.sampling`).
 
-Parameters are only touched inside `forward` of modules, as sharded weights need it; the other methods
-are for unsharded weights.
+Parameters are only touched inside `forward` of modules, as sharded weights need it; the other
+methods are for unsharded weights.
 
 Shapes: B batch, T latent frames, C channels, h, w latent cells, H, W tokens, N tokens of a frame,
 J text tokens, E text width (`flow.tokens` has the conventions).
@@ -131,7 +131,7 @@ class DeepShallowFlow(nn.Module):
         return u_BTHWC, total
 
     def deep_rope(self, grid: tuple[int, int], num_frames: int, text_BJE: Tensor | None) -> Rope:
-        """Turns of the deep block's places for a clip, after those of the text where it is given."""
+        """Turns of the deep block's places for a clip; a text's come first, where it is given."""
         text_len = 0 if text_BJE is None else text_BJE.shape[1]
         return self.ropes.get(grid, num_frames, text_len, like=self.deep.sos)
 
@@ -208,7 +208,7 @@ class FlowModel(nn.Module):
         self.denoiser = Denoiser(config) if config.denoiser else None
 
     def reset_parameters(self) -> None:
-        """Fresh start values everywhere, for a model built on the meta device and then allocated."""
+        """Fresh start values everywhere, for a model allocated after it was built on `meta`."""
         # Children first: a block then zeroes the projection that its child drew.
         for module in reversed([*self.modules()]):
             reset = getattr(module, "reset_parameters", None)

@@ -1,8 +1,9 @@
 """Released checkpoints: a `.pth` of tensors under their released names, and its YAML.
 
-The `.pth` is mapped rather than read: nothing is unpickled beyond tensors (`weights_only=True`), and no
-tensor's bytes are read before somebody asks for them. Knows the released names and file formats. Knows
-nothing of our model folders. Errors: `flow.tensor_files.CheckpointError`, `flow.config.ConfigError`.
+The `.pth` is mapped rather than read: nothing is unpickled beyond tensors (`weights_only=True`),
+and no tensor's bytes are read before somebody asks for them. Knows the released names and file
+formats. Knows nothing of our model folders. Errors: `flow.tensor_files.CheckpointError`,
+`flow.config.ConfigError`.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def import_released(
 ) -> tuple[FlowModel, FlowConfig]:
     """A released model on the CPU, in the checkpoint's dtype, and its configuration.
 
-    Arguments and errors are those of `open_released`. Where the model is larger than memory, use that
-    and `write_model`.
+    Arguments and errors are those of `open_released`. Where the model is larger than memory, use
+    that and `write_model`.
     """
     released = open_released(weights, config, text_dim, cells_per_img_size)
     with torch.device("meta"):
@@ -131,8 +132,8 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     if magic != _ZIP_MAGIC:
         raise CheckpointError(
             f"{path} is not a plain tensor checkpoint that can be mapped: it is no zip archive, "
-            "which torch.save writes since version 1.6. If it is an older one, write it again where "
-            f'memory allows: torch.save(torch.load({path.name!r}, map_location="cpu", '
+            "which torch.save writes since version 1.6. If it is an older one, write it again "
+            f'where memory allows: torch.save(torch.load({path.name!r}, map_location="cpu", '
             'weights_only=True), "new.pth")'
         )
     # A private mapping is charged against memory as if all of it were written, and one larger than

@@ -1,7 +1,8 @@
-"""The released configuration format: a YAML list of one-key `arguments`, the training ones among them.
+"""The released configuration format: a YAML list of one-key `arguments`.
 
-Knows the released keys and what they mean here (`docs/design.md`, "The model exactly"). Knows nothing
-of torch or weights. Errors: `flow.config.ConfigError`, one line with file, key, value and rule.
+Knows the released keys and what they mean here (`docs/design.md`, "The model exactly"). Knows
+nothing of torch or weights. Errors: `flow.config.ConfigError`, one line with file, key, value and
+rule.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 One convention for all of `flow`:
 
 - Latents are [B, T, C, h, w]: C channels of a latent cell, h rows and w columns of cells.
-- Tokens are [B, T, H, W, C]: a token is a square of p x p cells, so H = h/p, W = w/p, and it has p·p
-  times the channels of a cell, in the order row in patch, column in patch, channel.
+- Tokens are [B, T, H, W, C]: a token is a square of p x p cells, so H = h/p, W = w/p, and it has
+  p·p times the channels of a cell, in the order row in patch, column in patch, channel.
 - *Raster order* is frame, row, column. A block reads its frames in raster order or from the end.
 
 Released models have p = 1: a token is a cell. N = H·W tokens are a frame.

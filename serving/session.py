@@ -301,7 +301,7 @@ class DecoderSession:
             denoiser,
             shallow_tolerance=SHALLOW_TOLERANCE if loaded.sampler.tolerance else 0.0,
             sequential=request.schedule == "sequential",
-            windows=[*sample_spec(request, loaded).windows()],
+            windows=[*sample_spec(request, loaded).context_windows()],
         )
         self._codec = loaded.codec.stream()
         self._next_index = 0

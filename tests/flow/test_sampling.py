@@ -124,7 +124,7 @@ def test_resumed_stream_equals_the_uninterrupted_one(
 def test_long_video_restarts_from_its_context_as_a_new_video_would() -> None:
     model = tiny_model()
     spec = dataclasses.replace(SPEC, num_frames=8, window_frames=4, context_frames=2)
-    assert list(spec.windows()) == [(0, 0, 4), (2, 4, 6), (4, 6, 8)]
+    assert list(spec.context_windows()) == [(0, 0, 4), (2, 4, 6), (4, 6, 8)]
     whole = _frames(model, spec)
     text, null = texts(model)
     alone = dataclasses.replace(spec, num_frames=4, window_frames=None)

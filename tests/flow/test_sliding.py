@@ -16,7 +16,7 @@ from flow.packed_weights import can_pack
 from flow.released_checkpoint import import_released
 from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, batch_noise
-from flow.sliding import Window, _settle, _settle_unseen, slide, suggest
+from flow.sliding import SlidingWindow, _settle, _settle_unseen, slide, suggest
 from tests.flow.models import randn, shaken, texts, tiny_model
 from tests.places import TRAINED_SMALL
 
@@ -47,7 +47,7 @@ def _inverter(model: FlowModel, batch: int = 2, guidance: float = 2.0) -> Invert
 def _slide(
     inverter: Inverter, z: Tensor, until: int = LENGTH, size: int = 5, tolerance: float = 0.0
 ) -> int:
-    window = Window(size, cold=min(size, 3), columns=GRID[1], period=8)
+    window = SlidingWindow(size, cold=min(size, 3), columns=GRID[1], period=8)
     return inverter.solve(slide(inverter, z, 0, until, window, tolerance))
 
 
@@ -193,7 +193,7 @@ def test_a_token_whose_neighbour_is_not_a_number_is_not_accepted_as_it_stands() 
 def test_settling_seen_and_unseen_is_the_same(near: int) -> None:
     """With the prefix known on the host, by slices; without, by masks."""
     inverter, z = _inverter(_model()), randn(2, 8, 4)
-    carry = Window(8, cold=8, columns=GRID[1], period=8).carry_matrix(z)
+    carry = SlidingWindow(8, cold=8, columns=GRID[1], period=8).carry_matrix(z)
     inverter.tokens_BLC[:, :8] = randn(2, 8, 4, seed=1)
     inverter.evaluate(0, 8)
     exact = torch.addcmul(inverter.mu_BLC[:, :8], inverter.sigma_BLC[:, :8], z)

@@ -32,13 +32,13 @@ from flow.counters import Counters
 from flow.flow import DeepShallowFlow
 from flow.inverse import Inverter
 from flow.packed_weights import can_pack
+from flow.released_checkpoint import import_released
 from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream
 from flow.tokens import frame_sequence, patchify
-from flow.weights import import_released
 
 GUIDANCE = 2.5
-TRAINED = Path(__file__).resolve().parents[1] / "../shared/trained_small"
+TRAINED = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "trained_small"
 BLOCKS = (8, 16, 32, 64, 128, 256, 512)
 
 

@@ -1,6 +1,6 @@
 """Aspect ratios by name, and the sizes of buckets made from them. The one home of both.
 
-Knows the nine names that the released models were trained with; nothing of codecs or torch.
+Knows the nine names that the released models were trained with. Knows nothing of codecs or torch.
 """
 
 from __future__ import annotations

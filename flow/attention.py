@@ -1,9 +1,9 @@
 """Transformer layers and the three ways they attend: causal, frame-windowed, and from a cache.
 
-Knows nothing of flows, text or orders: it sees a sequence, its rotary turns and who may see whom. No mask
-of sequence × sequence is ever made: each way is a set of dense or causal products.
+Knows a sequence, its rotary turns and who may see whom. Knows nothing of flows, text or orders. No
+mask of sequence × sequence is ever made: each way is a set of dense or causal products.
 
-Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, W width.
+Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, M model width.
 """
 
 from __future__ import annotations
@@ -22,17 +22,25 @@ from flow.rope import Rope
 
 @dataclass(frozen=True)
 class FrameReach:
-    """Who sees whom in a sequence of `text` places followed by frames of `tokens` places.
+    """Who sees whom in a sequence of text places followed by frames of tokens.
 
-    Every query sees all text. A token of frame f sees frames f+1-window .. f+ahead; a text query
-    sees the first `text_frames` frames.
+    Every query sees all text. A token of frame f sees frames f + 1 - window .. f + ahead; a text
+    query sees the first `text_frames` frames.
+
+    >>> FrameReach(text=2, tokens=6, window=3, ahead=1, text_frames=0).frames_seen(4, num_frames=9)
+    range(2, 6)
     """
 
     text: int
+    """Text places."""
     tokens: int
+    """Tokens of a frame."""
     window: int
+    """Frames that a token sees up to its own, that one included."""
     ahead: int
+    """Frames that a token sees after its own."""
     text_frames: int
+    """First frames that a text place sees."""
 
     def frames_seen(self, frame: int, num_frames: int) -> range:
         """Frames that a token of `frame` sees in a clip of `num_frames`."""
@@ -41,7 +49,10 @@ class FrameReach:
 
 @lru_cache(maxsize=64)
 def _key_ranges(reach: FrameReach, num_frames: int) -> list[tuple[slice, slice]]:
-    """(queries, frame keys) slices over places, neighbours with the same keys joined."""
+    """(queries, frame keys) slices over places; neighbouring queries with the same keys are joined.
+
+    Joined, an unmasked clip is one product instead of one per frame.
+    """
     wanted = [(0, reach.text, 0, min(reach.text_frames, num_frames))] if reach.text else []
     for frame in range(num_frames):
         seen = reach.frames_seen(frame, num_frames)
@@ -68,6 +79,7 @@ def attend_frames(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, reach: FrameRe
     out = []
     for queries, keys in _key_ranges(reach, num_frames):
         if keys.start <= reach.text:
+            # Text and the frames it sees lie side by side: a slice, and no copy.
             k, v = k_BHSD[:, :, : keys.stop], v_BHSD[:, :, : keys.stop]
         else:
             k, v = (
@@ -81,10 +93,10 @@ def attend_frames(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, reach: FrameRe
 def attend_last(
     q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Causal attention where the L queries are the last L of the S places -> [B, H, L, D]; scale D^-0.5 by default.
+    """Causal attention [B, H, L, D] where the L queries are the last L of the S places.
 
-    Accelerators take the causal rule as such; the CPU kernel knows only the square one, so there the
-    L rows of the mask are made, once for all layers of a pass.
+    Accelerators take the causal rule as such. The CPU kernel knows only the square one, so there
+    the L rows of the mask are made, once for all layers of a pass. The scale is D^-0.5 by default.
     """
     length, places = q_BHLD.shape[2], k_BHSD.shape[2]
     if length in (1, places):
@@ -100,12 +112,17 @@ def attend_last(
 
 @lru_cache(maxsize=4)
 def _last_rows(length: int, places: int, dtype: torch.dtype) -> Tensor:
+    # The cache outlives the call: an inference tensor could not take part in a backward pass later.
     with torch.inference_mode(False):
         return torch.full((length, places), float("-inf"), dtype=dtype).triu(places - length + 1)
 
 
 class LayerCache:
-    """Rotated keys and values of one layer, allocated once: kv [2, B, H, S, D] in the compute dtype, k and v its halves."""
+    """Rotated keys and values of one layer, allocated once in the compute dtype.
+
+    `kv_2BHSD` is one tensor, so that both are written by one copy; `k_BHSD` and `v_BHSD` are its
+    halves. Keys are rotated once, when they are written.
+    """
 
     def __init__(self, batch: int, layer: TransformerLayer, places: int) -> None:
         attention = layer.attention
@@ -123,7 +140,11 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Pre-norm multi-head attention; one qkv product with bias, order q, k, v; scale head_dim^-0.5."""
+    """Pre-norm multi-head attention of `width` / `head_dim` heads.
+
+    One product with bias makes queries, keys and values, in this order, as the released weights
+    have it. The scale is head_dim^-0.5. Source: `docs/design.md`, "The model exactly".
+    """
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
@@ -132,34 +153,34 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def project(self, h_BLW: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, h_BLM: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both turned) and values, each [B, H, L, D]."""
-        qkv = self.qkv(self.norm(h_BLW)).unflatten(-1, (3, self.heads, self.head_dim))
+        qkv = self.qkv(self.norm(h_BLM)).unflatten(-1, (3, self.heads, self.head_dim))
         qk, v = qkv.split((2, 1), dim=2)
         q, k = rope.rotate(qk).unbind(2)
         return q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
 
     def merge(self, out_BHLD: Tensor) -> Tensor:
-        """Heads joined and projected -> [B, L, W]."""
+        """Heads joined and projected, [B, L, M]."""
         return self.proj(rearrange(out_BHLD, "b h l d -> b l (h d)"))
 
-    def forward(self, h_BLW: Tensor, rope: Rope, reach: FrameReach | None = None) -> Tensor:
+    def forward(self, h_BLM: Tensor, rope: Rope, reach: FrameReach | None = None) -> Tensor:
         """Attention over the whole sequence: causal, or by frames where `reach` says so."""
-        q, k, v = self.project(h_BLW, rope)
+        q, k, v = self.project(h_BLM, rope)
         if reach is None:
             return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return self.merge(attend_frames(q, k, v, reach))
 
-    def extend(self, h_BLW: Tensor, rope: Rope, cache: LayerCache, place: int) -> Tensor:
-        """Causal attention of places place .. place + L - 1 over all places before and among them."""
-        q, k, v = self.project(h_BLW, rope)
+    def extend(self, h_BLM: Tensor, rope: Rope, cache: LayerCache, place: int) -> Tensor:
+        """Causal attention of places place .. place + L - 1 over themselves and all before."""
+        q, k, v = self.project(h_BLM, rope)
         cache.write(place, k, v)
-        stop = place + h_BLW.shape[1]
+        stop = place + h_BLM.shape[1]
         return self.merge(attend_last(q, cache.k_BHSD[:, :, :stop], cache.v_BHSD[:, :, :stop]))
 
 
 class MLP(nn.Module):
-    """Pre-norm d -> 4d -> d with exact GELU."""
+    """Pre-norm width -> 4 width -> width with exact GELU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -167,27 +188,34 @@ class MLP(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, h_BLW: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(h_BLW))))
+    def forward(self, h_BLM: Tensor) -> Tensor:
+        """The layer's addition to h, [B, L, M]."""
+        return self.down(F.gelu(self.up(self.norm(h_BLM))))
 
 
 class TransformerLayer(nn.Module):
-    """h += attention(norm(h)); h += mlp(norm(h)). The unit that is sharded, compiled and checkpointed."""
+    """One pre-norm layer: h += attention(norm(h)); h += mlp(norm(h)).
+
+    It is the unit that is sharded, compiled and checkpointed.
+    """
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
         self.attention = Attention(width, head_dim)
         self.mlp = MLP(width)
 
-    def forward(self, h_BLW: Tensor, rope: Rope, reach: FrameReach | None = None) -> Tensor:
+    def forward(self, h_BLM: Tensor, rope: Rope, reach: FrameReach | None = None) -> Tensor:
         """The whole sequence: causal, or by frames where `reach` says so."""
-        h_BLW = h_BLW + self.attention(h_BLW, rope, reach)
-        return h_BLW + self.mlp(h_BLW)
+        h_BLM = h_BLM + self.attention(h_BLM, rope, reach)
+        return h_BLM + self.mlp(h_BLM)
 
-    def extend(self, h_BLW: Tensor, rope: Rope, cache: LayerCache, place: int) -> Tensor:
-        """Places place .. place + L - 1 of a causal sequence whose past is in `cache`; overwrites them there."""
-        h_BLW = h_BLW + self.attention.extend(h_BLW, rope, cache, place)
-        return h_BLW + self.mlp(h_BLW)
+    def extend(self, h_BLM: Tensor, rope: Rope, cache: LayerCache, place: int) -> Tensor:
+        """Places place .. place + L - 1 of a causal sequence whose past is in `cache`.
+
+        Their keys and values are written there, over what was at those places.
+        """
+        h_BLM = h_BLM + self.attention.extend(h_BLM, rope, cache, place)
+        return h_BLM + self.mlp(h_BLM)
 
 
 RMS_EPSILON = 1e-6
@@ -195,16 +223,18 @@ RMS_EPSILON = 1e-6
 
 
 class GainNorm(nn.Module):
-    """RMSNorm in fp32 (or wider) whose gain is 1 + weight."""
+    """RMSNorm in fp32 (or wider) whose gain is 1 + weight, as in the released weights."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
     def reset_parameters(self) -> None:
+        """Start with a gain of 1."""
         nn.init.zeros_(self.weight)
 
-    def forward(self, h_BLW: Tensor) -> Tensor:
-        wide = h_BLW.to(torch.promote_types(h_BLW.dtype, torch.float32))
+    def forward(self, h_BLM: Tensor) -> Tensor:
+        """h divided by its root mean square, times the gain, in the dtype of h."""
+        wide = h_BLM.to(torch.promote_types(h_BLM.dtype, torch.float32))
         gain = 1 + self.weight.to(wide.dtype)
-        return (F.rms_norm(wide, wide.shape[-1:], eps=RMS_EPSILON) * gain).to(h_BLW.dtype)
+        return (F.rms_norm(wide, wide.shape[-1:], eps=RMS_EPSILON) * gain).to(h_BLM.dtype)

@@ -1,9 +1,9 @@
 """One affine autoregressive block: value and log-determinant from one call.
 
-Knows tokens in the block's own order, and text in front of them. Does not know frames, grids, which
-order that is, or how to invert itself (`flow.inverse` does, with the pieces below).
+Knows tokens in the block's own order, and text in front of them. Knows nothing of frames, grids,
+which order that is, or inversion (`flow.inverse` inverts a block with the pieces below).
 
-Shapes: B batch, L tokens, C numbers per token, W width, J text tokens, E text width.
+Shapes: B batch, L tokens, C channels of a token, M model width, J text tokens, E text width.
 """
 
 from __future__ import annotations
@@ -21,11 +21,27 @@ SOFTPLUS_SHIFT = 0.541324854612918
 
 
 class AffineBlock(nn.Module):
-    """z_i = (s_i - mu_i(s_<i)) / sigma_i(s_<i) (arXiv 2511.20462, section 3).
+    """An affine autoregressive map of tokens s to tokens z, element by element.
 
-    A causal transformer reads [text, sos, s_1 .. s_{L-1}]; what it says at the place of s_{i-1} are mu and
-    sigma of s_i. log|det| = -log sigma per element. The affine arithmetic is fp32 (fp64 for fp64 models)
-    whatever the transformer computes in.
+        z_i = (s_i - mu_i) / sigma_i,   log|det| = -log sigma_i,   s_i = mu_i + sigma_i z_i
+
+    mu_i and sigma_i depend on s_1 .. s_{i-1} and the text: a causal transformer reads [text, sos,
+    s_1 .. s_{L-1}], and what it says at the place of s_{i-1} are mu and sigma of s_i. It says a and
+    mu; after the soft clip c·tanh(·/c), sigma = softplus(a + 0.5413), so that a = 0 gives 1 (models
+    without softplus: exp(a)). The affine arithmetic is fp32 (fp64 for fp64 models) whatever the
+    transformer computes in.
+
+    Source: arXiv 2511.20462; `docs/design.md`, "The model exactly".
+
+    >>> from flow.config import tiny
+    >>> from flow.rope import build_rope
+    >>> config = tiny()
+    >>> block = AffineBlock(config, index=0)
+    >>> rope = build_rope(head_dim=config.head_dim, pos_len=4.0, grid=(2, 3), num_frames=1)
+    >>> s_BLC = torch.randn(1, 6, config.token_dim)
+    >>> z_BLC, log_det_BLC = block(s_BLC, rope)  # a fresh block is the identity
+    >>> torch.allclose(z_BLC, s_BLC, atol=1e-6), bool(log_det_BLC.abs().max() < 1e-6)
+    (True, True)
     """
 
     def __init__(self, config: FlowConfig, index: int) -> None:
@@ -45,7 +61,7 @@ class AffineBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """This block's own start values: near the identity. Its submodules have their own."""
+        """This block's own start values, of the identity; its submodules have their own."""
         nn.init.normal_(self.sos, std=0.02)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
@@ -53,9 +69,12 @@ class AffineBlock(nn.Module):
     def forward(
         self, s_BLC: Tensor, rope: Rope, text_BJE: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens in this block's order -> (z_BLC, log_det_BLC), both fp32 or wider.
+        """(z, log|det| per element), both [B, L, C] and fp32 or wider.
 
-        `rope` has J + L places where text is given, else L.
+        Args:
+            s_BLC: tokens in this block's order.
+            rope: turns of J + L places where text is given, else of L.
+            text_BJE: text; ignored by a block that reads none.
         """
         mu, sigma = self.predict(s_BLC, rope, text_BJE)
         return (s_BLC - mu) / sigma, -sigma.log()
@@ -64,33 +83,33 @@ class AffineBlock(nn.Module):
         self, s_BLC: Tensor, rope: Rope, text_BJE: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """mu and sigma [B, L, C] of every token given the true tokens before it."""
-        h_BLW, text_len = self.read(s_BLC, text_BJE)
+        h_BLM, text_len = self.read(s_BLC, text_BJE)
         for layer in self.layers:
-            h_BLW = layer(h_BLW, rope)
-        return self.affine(h_BLW[:, text_len:])
+            h_BLM = layer(h_BLM, rope)
+        return self.affine(h_BLM[:, text_len:])
 
     def read(self, s_BLC: Tensor, text_BJE: Tensor | None = None) -> tuple[Tensor, int]:
-        """What the layers are given, [text, sos, s_1 .. s_{L-1}] embedded: ([B, J + L, W], J)."""
+        """What the layers are given: ([text, sos, s_1 .. s_{L-1}] embedded [B, J + L, M], J)."""
         start = self.sos.to(s_BLC.dtype).expand(len(s_BLC), -1, -1)
-        h_BLW = self.embed(torch.cat([start, s_BLC[:, :-1]], dim=1))
+        h_BLM = self.embed(torch.cat([start, s_BLC[:, :-1]], dim=1))
         if text_BJE is None or self.proj_txt is None:
-            return h_BLW, 0
-        return torch.cat([self.embed_text(text_BJE), h_BLW], dim=1), text_BJE.shape[1]
+            return h_BLM, 0
+        return torch.cat([self.embed_text(text_BJE), h_BLM], dim=1), text_BJE.shape[1]
 
     def embed(self, s_BLC: Tensor) -> Tensor:
-        """Tokens (sos among them) -> [B, L, W] in the compute dtype."""
+        """Tokens (sos among them) as hidden states [B, L, M] in the compute dtype."""
         return self.proj_in(s_BLC.to(self.proj_in.weight.dtype))
 
     def embed_text(self, text_BJE: Tensor) -> Tensor:
-        """Text tokens -> [B, J, W]; only for blocks that read text."""
+        """Text tokens as hidden states [B, J, M]; only for blocks that read text."""
         assert self.proj_txt is not None
         return self.proj_txt(text_BJE.to(self.proj_txt.weight.dtype))
 
-    def affine(self, h_BLW: Tensor) -> tuple[Tensor, Tensor]:
-        """Final hidden states -> (mu, sigma) [B, L, C], fp32 or wider."""
+    def affine(self, h_BLM: Tensor) -> tuple[Tensor, Tensor]:
+        """(mu, sigma) [B, L, C], fp32 or wider, of final hidden states."""
         if self.final_norm is not None:
-            h_BLW = self.final_norm(h_BLW)
-        out = self.proj_out(h_BLW)
+            h_BLM = self.final_norm(h_BLM)
+        out = self.proj_out(h_BLM)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         if self.soft_clip > 0:
             out = self.soft_clip * torch.tanh(out / self.soft_clip)

@@ -1,9 +1,15 @@
 """The frozen codec: a VAE between RGB frames and the latents that the flow models.
 
-The networks are diffusers' (imported only when a codec is loaded), at any size: for video the causal `AutoencoderKLWan` (the
-704.7M one of Wan2.2, or the tiny one that ships here), for images `AutoencoderKL` (the SD VAE). This file adds what the library
-leaves open: refusing frame counts that it would silently cut, causal caches that the caller owns, one digest for the same files
-wherever they come from, and the convention between codec latents and model latents.
+The networks are diffusers' (imported only when a codec is loaded), of any size: for video the
+causal `AutoencoderKLWan` (the one of Wan2.2 with 704.7M parameters, or the tiny one that ships
+here), for images `AutoencoderKL` (the SD VAE). This file adds what the library leaves open: it
+refuses frame counts that the library would silently cut, lets the caller own the causal caches,
+gives the same files one digest wherever they come from, and knows the convention between codec and
+model latents.
+
+Knows nothing of flows, texts or training. Errors: `flow.codec_factors.CodecError`.
+
+Shapes: B batch, T frames, C channels (3 of a frame: RGB), H, W pixels, h, w latent cells.
 """
 
 from __future__ import annotations
@@ -27,8 +33,10 @@ from flow.codec_factors import (
     factors_of,
 )
 from flow.latent_convention import LatentConvention
+from flowreel.files import replacing, write_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+VIDEO_CLASS = "AutoencoderKLWan"
 
 # diffusers has no types of its own, and its attributes are not torch's.
 Vae = Any
@@ -46,25 +54,40 @@ def _to_frames(signal_BCTHW: Tensor) -> Tensor:
 class VideoCodec:
     """A loaded codec for video; `ImageCodec` is its counterpart for single images.
 
-    Example: `codec = VideoCodec.load("pipeline/assets/tiny_codec")`, then `mean, logvar = codec.encode(frames)`.
+    Source: `docs/design.md`, "The model exactly", codec facts.
+
+    >>> codec = VideoCodec.load("pipeline/assets/tiny_codec")
+    >>> frames = torch.zeros(1, 5, 32, 48, 3, dtype=torch.uint8)  # [B, T, H, W, 3]
+    >>> mean, logvar = codec.encode(frames)
+    >>> mean.shape  # [B, T, C, h, w]
+    torch.Size([1, 2, 24, 2, 3])
+    >>> codec.decode(codec.convention.to_model(mean)).shape
+    torch.Size([1, 5, 32, 48, 3])
     """
 
     def __init__(self, vae: Vae, digest: str) -> None:
         config = vae.config
         self.vae = vae.eval().requires_grad_(False)
         self.digest = digest
+        """Digest of config and weights: equal files have equal ones, wherever they come from."""
         self.factors = factors_of(dict(config))
+        """Pixels per latent cell and video frames per latent frame."""
         self.latent_channels = int(config.z_dim)
         self.convention = LatentConvention(tuple(config.latents_mean), tuple(config.latents_std))
 
     @staticmethod
     def load(source: str | Path, device: str | torch.device = "cpu") -> VideoCodec:
-        """The codec in a folder, or in its folder `vae`, or of a hub id such as `Wan-AI/Wan2.2-TI2V-5B-Diffusers`.
+        """The codec of a folder or of a hub id, with its weights in fp32.
 
-        What `config.json` calls its class decides whether it is an `ImageCodec`. Weights are held in fp32.
+        What `config.json` calls its class decides whether it is an `ImageCodec`.
+
+        Args:
+            source: a folder that holds the codec, itself or in a folder `vae`, or a hub id such as
+                `Wan-AI/Wan2.2-TI2V-5B-Diffusers`.
+            device: where the weights go.
 
         Raises:
-            CodecError: nothing there, a class that is no codec here, or weights that do not fit their config.
+            CodecError: nothing is there, the class is no codec here, or the weights do not fit.
         """
         folder = _codec_folder(source)
         from safetensors.torch import load_file
@@ -73,14 +96,16 @@ class VideoCodec:
         config = json.loads(config_bytes)
         with torch.device("meta"):
             vae = build_vae(config)
-        found = load_file(folder / WEIGHTS_NAME)
-        # Copied even where they are fp32 already: the file may be written over while its codec lives (`train-codec`).
-        weights = {_current_name(k): v.to(torch.float32, copy=True) for k, v in found.items()}
+        stored = load_file(folder / WEIGHTS_NAME)
+        # Copied even where they are fp32 already: `train-codec` may write over the file while its
+        # codec lives.
+        weights = {_current_name(k): v.to(torch.float32, copy=True) for k, v in stored.items()}
         try:
             vae.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise CodecError(f"the weights in {folder} do not fit its config: {error}") from error
         assert not any(tensor.is_meta for tensor in chain(vae.parameters(), vae.buffers()))
+        # One digest of both files: `flowreel.values.sha256_of` takes one.
         digest = hashlib.sha256(config_bytes)
         with (folder / WEIGHTS_NAME).open("rb") as file:
             while chunk := file.read(1 << 24):
@@ -90,6 +115,7 @@ class VideoCodec:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.vae.parameters()).device
 
     def _check_frames(self, frames_BTHWC: Tensor) -> None:
@@ -99,26 +125,33 @@ class VideoCodec:
             or frames_BTHWC.shape[-1] != 3
         ):
             raise CodecError(
-                f"frames must be uint8 [B, T, H, W, 3], got {frames_BTHWC.dtype} {list(frames_BTHWC.shape)}"
+                f"frames must be uint8 [B, T, H, W, 3], "
+                f"got {frames_BTHWC.dtype} {list(frames_BTHWC.shape)}"
             )
         self.factors.latent_frames(frames_BTHWC.shape[1])
         self.factors.grid(*frames_BTHWC.shape[2:4])
 
     @torch.inference_mode()
     def encode(self, frames_BTHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior moments, in codec units.
+        """Mean and log-variance of the posterior, in codec units.
 
         Args:
-            frames_BTHWC: uint8 [B, 4k+1, H, W, 3].
+            frames_BTHWC: uint8 [B, 4k+1, H, W, 3], values 0 to 255.
 
         Returns:
-            mean and log-variance, fp32 [B, k+1, C, H/16, W/16].
+            mean and log-variance, fp32 [B, k+1, C, H/16, W/16] (4 and 16: see `factors`).
+
+        Raises:
+            CodecError: another type, or a frame count or size that the codec cannot take whole.
         """
         self._check_frames(frames_BTHWC)
         return self._moments(_to_signal(frames_BTHWC.to(self.device)))
 
     def _moments(self, signal_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """One frame, then four by four: the causal cache is here and not in the module, so threads may share a codec."""
+        """The moments, one frame first and then four by four (`factors.time`).
+
+        The causal cache is here and not in the module, so that threads may share a codec.
+        """
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
         vae, step = self.vae, self.factors.time
@@ -131,7 +164,7 @@ class VideoCodec:
         return _split_moments(vae.quant_conv(torch.cat(hidden, dim=2)), "b c t h w -> b t c h w")
 
     def decode(self, x_BTCHW: Tensor) -> Tensor:
-        """uint8 frames [B, 4T-3, H, W, 3] of model latents; the stream run to its end."""
+        """uint8 frames [B, 4T-3, H, W, 3] of model latents [B, T, C, h, w]: a whole `stream`."""
         stream = self.stream()
         return torch.cat([stream.push(x_BCHW) for x_BCHW in x_BTCHW.unbind(1)], dim=1)
 
@@ -141,9 +174,10 @@ class VideoCodec:
 
 
 class CodecStream:
-    """Decodes latent frames one by one; equal, bit for bit, to decoding them together.
+    """Decodes latent frames one by one; the result is, bit for bit, that of decoding all at once.
 
-    All causal state is in this object, none in the codec's module, so many streams may share one codec.
+    All causal state is in this object, none in the codec's module, so many streams may share one
+    codec.
     """
 
     def __init__(self, codec: VideoCodec) -> None:
@@ -161,7 +195,7 @@ class CodecStream:
         signal = vae.post_quant_conv(
             rearrange(codec_latent, "b t c h w -> b c t h w").to(self._codec.device)
         )
-        # `first_chunk` reaches the residual shortcuts only when given by name, as the library does.
+        # By name, as the library does: given by place, `first_chunk` misses the residual shortcuts.
         out = vae.decoder(signal, feat_cache=self._cache, feat_idx=[0], first_chunk=self._first)
         if vae.config.patch_size is not None:
             out = unpatchify(out, patch_size=vae.config.patch_size)
@@ -170,7 +204,10 @@ class CodecStream:
 
 
 class ImageCodec(VideoCodec):
-    """A codec for single images: a video of one frame, without time. The SD VAE's, 8 pixels to a cell and 4 channels."""
+    """A codec for single images: a video of one frame, without time.
+
+    The SD VAE has 8 pixels to a cell and 4 channels.
+    """
 
     def __init__(self, vae: Vae, digest: str) -> None:
         config = vae.config
@@ -202,7 +239,7 @@ class ImageCodec(VideoCodec):
 
 
 class ImageStream(CodecStream):
-    """`CodecStream` of an image codec: a frame in, a frame out, no state."""
+    """`CodecStream` of an image codec: it takes a frame, gives a frame and keeps no state."""
 
     def __init__(self, codec: ImageCodec) -> None:
         self._codec = codec
@@ -218,11 +255,10 @@ class ImageStream(CodecStream):
         return _to_frames(vae.decoder(latent).float()[:, :, None])
 
 
-VIDEO_CLASS = "AutoencoderKLWan"
-
-
 def build_vae(config: dict[str, Any]) -> Vae:
-    """An `AutoencoderKLWan` (where the config names no class) or `AutoencoderKL` with random weights from its config.
+    """The network of a codec's config, with random weights.
+
+    A config that names no class is an `AutoencoderKLWan`'s.
 
     Raises:
         CodecError: the config is of another class, or has values the class refuses.
@@ -240,7 +276,10 @@ def build_vae(config: dict[str, Any]) -> Vae:
 
 
 def _codec_folder(source: str | Path) -> Path:
-    """Where a codec's config and weights lie; those of a hub id are fetched, or taken from the hub's local cache."""
+    """Where a codec's config and weights lie.
+
+    Those of a hub id are fetched, or taken from the hub's local cache.
+    """
     folder = Path(source)
     if not folder.is_dir():
         folder = _from_hub(str(source))
@@ -261,7 +300,8 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except OSError as error:
         raise CodecError(
-            f"unknown codec {name!r}: no such folder, and no hub gave it ({str(error).splitlines()[0]})"
+            f"unknown codec {name!r}: no such folder, and no hub gave it "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -270,7 +310,7 @@ _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def _current_name(name: str) -> str:
-    """The SD VAE's published files still call the parts of an attention by their first names.
+    """The name that the library reads: the SD VAE's published files use older ones for attention.
 
     >>> _current_name("encoder.mid_block.attentions.0.proj_attn.bias")
     'encoder.mid_block.attentions.0.to_out.0.bias'
@@ -279,26 +319,29 @@ def _current_name(name: str) -> str:
 
 
 def _empty_cache(network: nn.Module) -> list[Any]:
-    """The causal state of a Wan encoder or decoder before its first frame: a place for each causal convolution."""
+    """The causal state of a Wan encoder or decoder before its first frame.
+
+    It has a place for each causal convolution.
+    """
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
     return [None for module in network.modules() if isinstance(module, WanCausalConv3d)]
 
 
 def _split_moments(moments: Tensor, order: str) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance, fp32; the log-variance kept within the library's own bounds."""
+    """Mean and log-variance in fp32; the log-variance stays within the library's own bounds."""
     mean, logvar = (rearrange(half.float(), order) for half in moments.chunk(2, dim=1))
     return mean, logvar.clamp(-30.0, 20.0)
 
 
 def save_codec(vae: Vae, out: Path, *, half: bool = True) -> None:
-    """Write `config.json` and safetensors (fp16 where `half`) to the folder `out`."""
+    """Write `config.json` and safetensors (fp16 where `half`) to a folder, each file whole."""
     from safetensors.torch import save_file
 
-    out.mkdir(parents=True, exist_ok=True)
     config = {k: v for k, v in dict(vae.config).items() if not k.startswith("_")}
     config["_class_name"] = type(vae).__name__
     dtype = torch.float16 if half else torch.float32
     weights = {k: v.detach().to(dtype).contiguous().cpu() for k, v in vae.state_dict().items()}
-    save_file(weights, out / WEIGHTS_NAME)
-    (out / CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    with replacing(out / WEIGHTS_NAME) as partial:
+        save_file(weights, partial)
+    write_json(out / CONFIG_NAME, config)

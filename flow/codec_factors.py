@@ -1,9 +1,10 @@
 """How much smaller latents are than video: a codec's factors in space and time, and frame counts.
 
-The one home of both facts. Whoever needs them takes them from a codec (`VideoCodec.factors`), from a
-model's `VideoSpec.factors`, or from a codec's `config.json` (`read_factors`). Knows nothing of torch.
+The one home of both facts. Whoever needs them takes them from a codec (`VideoCodec.factors`), from
+a model's `VideoSpec.factors`, or from a codec's `config.json` (`read_factors`). Knows nothing of
+torch.
 
-    CodecError(FlowreelError, ValueError)    see `flow.codec`
+    CodecError(FlowreelError, ValueError)    a codec that cannot be loaded, or what it cannot take
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""What a flow is made of, in numbers: `FlowConfig`, its rules, its presets, and released YAML files.
+"""What a flow is made of, in numbers: `FlowConfig`, its rules and its presets.
 
-Knows the names and limits of every structural choice. Does not know torch, training, prompts or files
-other than the released configuration format (a YAML list of one-key `arguments`).
+Knows the names and limits of every structural choice, and which facts a model's prompt states
+(`flow.prompt` writes them). Knows nothing of torch, files or training. The released YAML format is
+read in `flow.released_yaml`.
 
-    ValueError
-    └── ConfigError    a key that is unknown, missing, of the wrong kind or out of range
+    ConfigError(FlowreelError, ValueError)    a key that is unknown, missing, of the wrong kind
+                                              or out of range
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from flow.codec_factors import SD_FACTORS, WAN_FACTORS
 from flowreel.errors import FlowreelError
 
 TIME_FREQUENCIES = 8
-"""Rotary frequencies spent on time; the other `head_dim/2 - 8` are shared by rows and columns."""
+"""Rotary frequencies of the time axis; rows and columns share the other `head_dim/2 - 8`."""
 
 MIN_SPATIAL_FREQUENCIES = 2
+"""Rows and columns need at least one frequency each."""
 
 Lookahead = Literal["every", "once", "none"]
 LOOKAHEADS: tuple[Lookahead, ...] = ("every", "once", "none")
@@ -34,20 +34,29 @@ class ConfigError(FlowreelError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """Structure of one deep-shallow flow and its denoiser (arXiv 2511.20462, sections 3 and 4).
+    """Structure of one deep-shallow flow and its denoiser.
 
-    Every field is checked when the object is made; `ConfigError` names the key, the value and the rule.
-    pydantic can hold this class inside a recipe (unknown keys are refused there too).
+    Every field is checked when the object is made; `ConfigError` names the key, the value and the
+    rule. pydantic can hold this class inside a recipe (unknown keys are refused there too).
+
+    Source: arXiv 2511.20462; the released keys that these fields come from are listed in
+    `docs/design.md`, "The model exactly".
+
+    >>> config = tiny(latent_channels=8)
+    >>> config.token_dim, config.num_blocks, config.reversed_order(0)
+    (8, 4, True)
+    >>> FlowConfig.from_dict(config.to_dict()) == config
+    True
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     video: bool = True
-    """True: shallow blocks act inside one frame, "reverse" means inside a frame. False: one image."""
+    """True: shallow blocks act inside a frame, "reverse" means inside a frame. False: images."""
     latent_channels: int
     """Channels C of a latent cell."""
     patch_size: int = 1
-    """Side p of the square of latent cells that makes one token of p·p·C numbers."""
+    """Side p of the square of latent cells that makes one token of p·p·C channels."""
     text_len: int
     """Text tokens J, padding included."""
     text_dim: int
@@ -57,15 +66,15 @@ class FlowConfig:
     deep_width: int
     """Width of the deep block; a multiple of head_dim."""
     head_dim: int
-    """Width D of one attention head; D/2 - 8 rotary frequencies are left for space (even, at least 2)."""
+    """Width D of an attention head; D/2 - 8 rotary frequencies (even, at least 2) are for space."""
     layers_per_block: tuple[int, ...]
-    """Transformer layers of each block in the order data meets them; the last block is the deep one."""
+    """Transformer layers of each block, in the order data meets them; the deep block is last."""
     noise_std: float
-    """Standard deviation of the noise the modelled data carries, in latent units."""
+    """Standard deviation σ of the noise that the modelled data carries, in latent units."""
     pos_len: float
-    """What the diagonal-mean side of the token grid is scaled to in rotary positions (pt_seq_len)."""
+    """What sqrt(H·W), the side of the token grid, is scaled to in rotary positions (pt_seq_len)."""
     softplus: bool = True
-    """True: sigma = softplus(a + 0.5413), False: sigma = exp(a)."""
+    """True: sigma = softplus(a + 0.5413). False: sigma = exp(a)."""
     final_norm: bool = True
     """An RMSNorm with gain 1 + weight before each output projection."""
     soft_clip: float = 4.0
@@ -79,9 +88,9 @@ class FlowConfig:
     denoiser_text: bool = True
     """The denoiser reads text."""
     denoiser_window: int = 10
-    """Frame f sees frames f+1-window and later, in frames."""
+    """Frames that the denoiser looks back: frame f sees frames f + 1 - window and later."""
     denoiser_lookahead: Lookahead = "once"
-    """Which denoiser layers see one frame ahead: every one, the first ("once"), or none."""
+    """Which denoiser layers see one frame ahead: "every" one, the first ("once"), or "none"."""
     prompt_fps: bool = False
     """The prompt template mentions frames per second."""
     prompt_aspect: bool = False
@@ -131,7 +140,7 @@ class FlowConfig:
 
     @property
     def token_dim(self) -> int:
-        """Numbers in one token, p·p·C."""
+        """Channels of one token: p·p times those of a latent cell."""
         return self.patch_size**2 * self.latent_channels
 
     @property
@@ -144,19 +153,24 @@ class FlowConfig:
         return block % 2 == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` gives the same object back."""
+        """The fields as plain JSON types; `from_dict` gives the same object back."""
         fields = dataclasses.asdict(self)
         fields["layers_per_block"] = list(self.layers_per_block)
         return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> FlowConfig:
-        """The configuration that `to_dict` wrote; `ConfigError` for unknown or missing keys."""
+        """The configuration that `to_dict` wrote.
+
+        Raises:
+            ConfigError: an unknown or missing key, or a value that breaks a rule.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         if unknown:
             raise ConfigError(
-                f"unknown key {unknown[0]!r} in a flow configuration; known keys: {', '.join(sorted(known))}"
+                f"unknown key {unknown[0]!r} in a flow configuration; "
+                f"known keys: {', '.join(sorted(known))}"
             )
         needed = [
             field.name
@@ -165,24 +179,13 @@ class FlowConfig:
         ]
         if needed:
             raise ConfigError(
-                f"a flow configuration needs {needed[0]!r}; it has only: {', '.join(sorted(fields))}"
+                f"a flow configuration needs {needed[0]!r}; "
+                f"it has only: {', '.join(sorted(fields))}"
             )
         values = dict(fields)
         if isinstance(values["layers_per_block"], list):
             values["layers_per_block"] = tuple(values["layers_per_block"])
         return cls(**values)
-
-    @classmethod
-    def from_released_yaml(
-        cls, path: str | Path, text_dim: int, cells_per_img_size: float | None = None
-    ) -> FlowConfig:
-        """Read the released format: a YAML list of one-key `arguments` (training arguments are ignored).
-
-        `cells_per_img_size` divides `img_size`; it only matters where `pt_seq_len` is absent. By default, a YAML that names
-        its `vae` counts pixels (16 per cell in a video model, 8 in an image model), one that does not counts cells. Structure
-        that this code fixes (`seq_order`, `nvp`, ...) is refused when it is set to anything else.
-        """
-        return _from_released(cls, Path(path), text_dim, cells_per_img_size)
 
 
 _POSITIVE = (
@@ -204,7 +207,7 @@ def _require(config: FlowConfig, key: str, holds: bool, rule: str) -> None:
 
 
 def _check_kinds(config: FlowConfig) -> None:
-    """Refuse values of the wrong Python type, so that "4" or 2.5 layers fail here and not in torch."""
+    """Refuse values of the wrong Python type: "4" or 2.5 layers fail here and not in torch."""
     kinds = {"bool": (bool,), "int": (int,), "float": (int, float), "Lookahead": (str,)}
     for field in dataclasses.fields(config):
         value, annotation = getattr(config, field.name), str(field.type)
@@ -216,127 +219,6 @@ def _check_kinds(config: FlowConfig) -> None:
             if annotation != "bool":
                 fits = fits and not isinstance(value, bool)
         _require(config, field.name, fits, f"of type {annotation}")
-
-
-# Released keys whose value is fixed in this code, with the values that mean what it does.
-_FIXED_RELEASED: dict[str, tuple[object, ...]] = {
-    "seq_order": ("L2R",),
-    "nvp": (1, True),
-    "rope": (1, True),
-    "sos": (1, True),
-    "adaln": (0, False),
-    "cond_top_only": (1, True),
-}
-
-
-@dataclass(frozen=True)
-class ReleasedNotes:
-    """What a released YAML says beside the structure; None where it is silent.
-
-    vae: codec's hub id; later_frame_scale: factor on latent frames after the first; text: text encoder's hub id; num_frames,
-    fps: of the training videos (1 frame and 0 fps where it trains on images); img_size: side of a square of the trained area,
-    in pixels where the YAML names a vae.
-    """
-
-    vae: str | None
-    later_frame_scale: float
-    text: str | None
-    num_frames: int
-    fps: float
-    img_size: int | None
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> ReleasedNotes:
-        """`ConfigError` where `vae` ("ID" or "ID:SCALE") or `vid_size` ("FRAMES:FPS") cannot be read."""
-        given = _released_arguments(Path(path))
-        vae, _, scale = str(given.get("vae") or "").partition(":")
-        size = given.get("vid_size")
-        frames, _, fps = ("1:0" if size in (None, "none") else str(size)).partition(":")
-        try:
-            return cls(
-                vae=vae or None,
-                later_frame_scale=float(scale or 1.0),
-                text=given.get("text"),
-                num_frames=int(frames),
-                fps=float(fps),
-                img_size=given.get("img_size"),
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"{path}: vae = {given.get('vae')!r}, vid_size = {size!r}: expected ID:SCALE and FRAMES:FPS ({error})"
-            ) from error
-
-
-def _released_arguments(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path} as YAML: {' '.join(str(error).split())}") from error
-    rows = document.get("arguments") if isinstance(document, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(
-            f"{path}: expected a list of one-key maps under `arguments`, the released format"
-        )
-    return {key: value for row in rows for key, value in row.items()}
-
-
-def _from_released(
-    cls: type[FlowConfig], path: Path, text_dim: int, cells: float | None
-) -> FlowConfig:
-    given = _released_arguments(path)
-    for key, allowed in _FIXED_RELEASED.items():
-        if key in given and given[key] not in allowed:
-            raise ConfigError(f"{path}: {key} = {given[key]!r}: only {allowed[0]!r} is supported")
-    missing = [
-        key
-        for key in ("channel_size", "channels", "layers_per_block", "txt_size", "noise_std")
-        if key not in given
-    ]
-    if missing:
-        raise ConfigError(f"{path}: released key {missing[0]!r} is missing")
-    layers = given["layers_per_block"]
-    layers = [int(n) for n in (layers.split() if isinstance(layers, str) else layers)]
-    if "blocks" in given and int(given["blocks"]) != len(layers):
-        raise ConfigError(
-            f"{path}: blocks = {given['blocks']!r} but layers_per_block has {len(layers)} entries"
-        )
-    denoiser = bool(given.get("learnable_self_denoiser", 0))
-    if denoiser and given.get("temporal_causal", 2) != 2:
-        raise ConfigError(
-            f"{path}: temporal_causal = {given['temporal_causal']!r}: only 2 (one frame ahead) is supported"
-        )
-    patch = int(given.get("patch_size", 1))
-    if "pt_seq_len" not in given and "img_size" not in given:
-        raise ConfigError(f"{path}: one of pt_seq_len and img_size is needed")
-    video = bool(given.get("shallow_block_local", 0))
-    if cells is None:
-        cells = ((WAN_FACTORS if video else SD_FACTORS).space) if given.get("vae") else 1
-    pos_len = given.get("pt_seq_len") or given["img_size"] / cells / patch
-    return cls(
-        video=video,
-        latent_channels=int(given["channel_size"]),
-        patch_size=patch,
-        text_len=int(given["txt_size"]),
-        text_dim=text_dim,
-        shallow_width=int(given["channels"]),
-        deep_width=int(given.get("top_block_channels") or given["channels"]),
-        head_dim=int(given.get("head_dim", 64)),
-        layers_per_block=tuple(layers),
-        noise_std=float(given["noise_std"]),
-        pos_len=float(pos_len),
-        softplus=bool(given.get("use_softplus", 0)),
-        final_norm=bool(given.get("use_final_norm", 0)),
-        soft_clip=float(given.get("soft_clip", 0)),
-        denoiser=denoiser,
-        denoiser_text=bool(given.get("conditional_denoiser", 0)),
-        denoiser_window=int(given.get("denoiser_window", 10)),
-        denoiser_lookahead="every",
-        prompt_fps=bool(given.get("fps_cond", 0)),
-        prompt_aspect=bool(given.get("mix_aspect", 0)),
-        prompt_noise=bool(given.get("cond_noise_level", 0)),
-    )
 
 
 def video_7b() -> FlowConfig:
@@ -378,5 +260,23 @@ def image_3b() -> FlowConfig:
     )
 
 
+def tiny(**changes: Any) -> FlowConfig:
+    """A video model for examples and tests: 4 blocks of width 32; any field may be changed."""
+    fields: dict[str, Any] = {
+        "latent_channels": 4,
+        "text_len": 6,
+        "text_dim": 16,
+        "shallow_width": 32,
+        "deep_width": 32,
+        "head_dim": 32,
+        "layers_per_block": (1, 1, 1, 2),
+        "noise_std": 0.3,
+        "pos_len": 4.0,
+        "denoiser": True,
+        "denoiser_layers": 2,
+    }
+    return FlowConfig(**(fields | changes))
+
+
 PRESETS = {"video-7b": video_7b, "image-3b": image_3b}
-"""Configurations by name; call the value."""
+"""The released models' configurations by name; call the value."""

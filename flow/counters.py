@@ -1,4 +1,7 @@
-"""What sampling took: `Work` of one solver, `Counters` of one video. Knows numbers; computes nothing of a model."""
+"""What sampling took: the `Work` of one solver, the `Counters` of one video.
+
+Knows numbers. Knows nothing of torch or models.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,24 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Work:
-    """What a solver did. `iterations`: passes through the transformer; `evaluations`: token positions in
-    them (a guided pair counts once); `prefilled`: known positions read in to start or restart."""
+    """What a solver did.
+
+    >>> work = Work(iterations=2, evaluations=64)
+    >>> earlier = work.copy()
+    >>> work.add(Work(iterations=1, evaluations=32))
+    >>> work.since(earlier)
+    Work(iterations=1, evaluations=32, prefilled=0)
+    """
 
     iterations: int = 0
+    """Passes through the transformer."""
     evaluations: int = 0
+    """Token positions in those passes; a guided pair counts once."""
     prefilled: int = 0
+    """Known positions (text, context) read in to start or restart."""
 
     def copy(self) -> Work:
+        """The numbers as they stand."""
         return Work(self.iterations, self.evaluations, self.prefilled)
 
     def add(self, other: Work) -> None:
@@ -34,15 +47,16 @@ class Work:
 
 @dataclass
 class Counters:
-    """What sampling took: the deep block frame by frame as this stream made them, the shallow blocks in all."""
+    """What sampling a video took: the deep block frame by frame, the shallow blocks in all."""
 
     per_frame: list[Work] = field(default_factory=list)
-    """The deep block's work, one entry per frame."""
+    """The deep block's work, one entry per frame that this stream made."""
     seconds: list[float] = field(default_factory=list, compare=False)
-    """From the start of a frame to its end, the time in which others shared its passes included."""
+    """From the start of a frame to its end; time in which others shared its passes is included."""
     tokens_per_frame: int = 0
+    """Tokens of a frame."""
     shallow: list[Work] = field(default_factory=list)
-    """Work of each shallow block, the first block of the flow first; all frames of a call count as one pass."""
+    """Work of each shallow block, in the order of the flow; all frames of a call are one pass."""
 
     @property
     def iterations(self) -> int:

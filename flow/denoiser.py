@@ -1,12 +1,17 @@
 """The causal denoiser s_φ of flow-score matching, for whole clips and as a stream.
 
-Knows latents, text and who may look how far ahead. Does not know the flow, its score or the denoising step's scale.
+Knows latents, text and who may look how far ahead. Knows nothing of the flow's blocks, its score or
+the scale of the denoising step.
 
-Look-ahead (DESIGN section 3): "every" layer sees one frame ahead (released weights: frame f then depends on
-frames up to f + layers, and text on frames 0 and 1); "once", in the first layer only, and text sees text only, so
-the latency is one frame; "none".
+Look-ahead (`docs/design.md`, "The model exactly", denoiser):
 
-Shapes: B batch, T frames, C channels, N tokens per frame, J text tokens, E text width, W width.
+- "every" layer sees one frame ahead, as released weights need it. Frame f then depends on frames up
+  to f + layers, and text on frames 0 and 1.
+- "once", in the first layer only, and text sees text only: the latency is one frame.
+- "none": no layer looks ahead.
+
+Shapes: B batch, T frames, C channels, h, w latent cells, H, W tokens, N tokens of a frame, L tokens
+of a sequence, J text tokens, E text width, M model width.
 """
 
 from __future__ import annotations
@@ -23,7 +28,24 @@ from flow.tokens import patchify, unpatchify
 
 
 class Denoiser(nn.Module):
-    """s_φ(x_noisy, text): the σ/0.3-scaled negative score of the smoothed data (arXiv 2511.20462, section 4)."""
+    """s_φ(x_noisy, text), the negative score of smoothed data in the scale of a denoising step.
+
+        s_φ ≈ -(σ² / 0.3) ∇ log p(x_noisy),   x = x_noisy - 0.3 s_φ(x_noisy)
+
+    A pre-norm transformer without a causal mask reads the tokens themselves, in raster order and
+    with the text in front.
+
+    Source: arXiv 2511.20462, flow-score matching; `docs/design.md`, "The model exactly", denoiser.
+
+    >>> from flow.config import tiny
+    >>> denoiser = Denoiser(tiny())
+    >>> x_noisy, text = torch.randn(1, 3, 4, 2, 2), torch.randn(1, 6, 16)
+    >>> s = denoiser(x_noisy, text)
+    >>> stream = denoiser.stream(text)
+    >>> frames = [*stream.push(x_noisy[:, 0]), *stream.push(x_noisy[:, 1])]
+    >>> len(frames), torch.allclose(frames[0], s[:, 0], atol=1e-5)  # one frame of latency
+    (1, True)
+    """
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -40,30 +62,30 @@ class Denoiser(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as "nothing to remove"; submodules have their own start values."""
+        """Start with s = 0, nothing to remove; submodules have their own start values."""
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x: Tensor, text_BJE: Tensor | None = None) -> Tensor:
-        """Noisy latents [B,T,C,H,W] (an image [B,C,H,W] too) -> s of the same shape, fp32 or wider."""
+        """s of noisy latents [B, T, C, h, w] or images [B, C, h, w]: their shape, fp32 or wider."""
         x_BTCHW = x.unsqueeze(1) if x.dim() == 4 else x
         u_BTHWC = patchify(x_BTCHW, self.config.patch_size)
         num_frames, rows, columns = u_BTHWC.shape[1:4]
-        h_BLW = self.embed(rearrange(u_BTHWC, "b t h w c -> b (t h w) c"))
+        h_BLM = self.embed(rearrange(u_BTHWC, "b t h w c -> b (t h w) c"))
         text_len = 0
         if text_BJE is not None and self.proj_txt is not None:
             text_len = text_BJE.shape[1]
-            h_BLW = torch.cat([self.embed_text(text_BJE), h_BLW], dim=1)
+            h_BLM = torch.cat([self.embed_text(text_BJE), h_BLM], dim=1)
         rope = self.ropes.get((rows, columns), num_frames, text_len, like=self.proj_in.weight)
         for index, layer in enumerate(self.layers):
-            h_BLW = layer(h_BLW, rope, self.reach(index, text_len, rows * columns))
-        s_BLC = self.read_out(h_BLW[:, text_len:])
+            h_BLM = layer(h_BLM, rope, self.reach(index, text_len, rows * columns))
+        s_BLC = self.read_out(h_BLM[:, text_len:])
         s_BTHWC = rearrange(s_BLC, "b (t h w) c -> b t h w c", t=num_frames, h=rows)
         # Sharding hooks refuse a view as a root's output.
         return unpatchify(s_BTHWC, self.config.patch_size).reshape(x.shape).clone()
 
     def reach(self, layer: int, text_len: int, tokens: int) -> FrameReach:
-        """Who sees whom in layer `layer`."""
+        """Who sees whom in layer `layer`, with `tokens` tokens in a frame."""
         mode = self.config.denoiser_lookahead
         ahead = 1 if mode == "every" or (mode == "once" and layer == 0) else 0
         return FrameReach(
@@ -79,24 +101,28 @@ class Denoiser(nn.Module):
         return DenoiserStream(self, text_BJE)
 
     def embed(self, u_BLC: Tensor) -> Tensor:
-        """Tokens -> [B, L, W] in the compute dtype."""
+        """Tokens as hidden states [B, L, M] in the compute dtype."""
         return self.proj_in(u_BLC.to(self.proj_in.weight.dtype))
 
     def embed_text(self, text_BJE: Tensor) -> Tensor:
-        """Text tokens -> [B, J, W]; only where the denoiser reads text."""
+        """Text tokens as hidden states [B, J, M]; only where the denoiser reads text."""
         assert self.proj_txt is not None
         return self.proj_txt(text_BJE.to(self.proj_txt.weight.dtype))
 
-    def read_out(self, h_BLW: Tensor) -> Tensor:
-        """Final hidden states -> s tokens [B, L, C], fp32 or wider."""
+    def read_out(self, h_BLM: Tensor) -> Tensor:
+        """s as tokens [B, L, C], fp32 or wider, of final hidden states."""
         if self.final_norm is not None:
-            h_BLW = self.final_norm(h_BLW)
-        out = self.proj_out(h_BLW)
+            h_BLM = self.final_norm(h_BLM)
+        out = self.proj_out(h_BLM)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
 class _RingCache:
-    """Keys and values of one denoiser layer: text for good, and the last `slots` frames."""
+    """Keys and values of one denoiser layer: text for good, and the last `slots` frames.
+
+    A frame takes the place of the one `slots` before it. Attention does not care in which order
+    keys lie, because their positions are turned into them.
+    """
 
     def __init__(
         self, attention: Attention, batch: int, text_len: int, tokens: int, slots: int
@@ -104,26 +130,29 @@ class _RingCache:
         like = attention.qkv.weight
         places = text_len + slots * tokens
         shape = (batch, attention.heads, places, attention.head_dim)
+        # Two tensors, keys and values.
         self.kv = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2)]
         self.text_len, self.tokens, self.slots = text_len, tokens, slots
         self.newest = -1
 
     def write_text(self, k_BHJD: Tensor, v_BHJD: Tensor) -> None:
+        """Put the text's keys and values in front."""
         for cache, value in zip(self.kv, (k_BHJD, v_BHJD), strict=True):
             cache[:, :, : self.text_len] = value
 
     def write(self, frame: int, k_BHND: Tensor, v_BHND: Tensor) -> None:
+        """Put a frame's keys and values in its slot; it is the newest from now on."""
         for cache, value in zip(self.kv, (k_BHND, v_BHND), strict=True):
             cache[:, :, self._place(frame)] = value
         self.newest = frame
 
     def read(self, oldest: int) -> list[Tensor]:
-        """Text and frames `oldest` .. newest, in any order: positions are in the keys."""
-        held = min(self.newest + 1, self.slots)
-        wanted = self.newest - oldest + 1
-        assert wanted <= held, "a frame that has left the cache"
-        if wanted == held:
-            return [cache[:, :, : self.text_len + held * self.tokens] for cache in self.kv]
+        """Text and frames `oldest` .. newest, in any order."""
+        num_cached = min(self.newest + 1, self.slots)
+        num_frames = self.newest - oldest + 1
+        assert num_frames <= num_cached, "a frame that has left the cache"
+        if num_frames == num_cached:
+            return [cache[:, :, : self.text_len + num_cached * self.tokens] for cache in self.kv]
         places = [slice(0, self.text_len), *map(self._place, range(oldest, self.newest + 1))]
         return [torch.cat([cache[:, :, place] for place in places], dim=2) for cache in self.kv]
 
@@ -133,10 +162,11 @@ class _RingCache:
 
 
 class DenoiserStream:
-    """The denoiser over a video that arrives frame by frame; time positions go on for as long as it does.
+    """The denoiser over a video that arrives frame by frame; time positions go on with it.
 
-    "none" answers at once, "once" one frame later, "every" only at `finish` (it needs the whole clip).
-    Frames are [B, C, h, w]; outputs are s frames of the same shape, in order.
+    With the look-ahead "none" a frame's output comes at once, with "once" one frame later, with
+    "every" only at `finish`, since it needs the whole clip. Frames are [B, C, h, w]; outputs are
+    frames of s of the same shape, in order.
     """
 
     def __init__(self, denoiser: Denoiser, text_BJE: Tensor | None = None) -> None:
@@ -152,18 +182,18 @@ class DenoiserStream:
 
     @torch.no_grad()
     def push(self, x_BCHW: Tensor) -> list[Tensor]:
-        """Take the next noisy frame; give the outputs that are now final (none or one)."""
+        """Take the next noisy frame; give the outputs that are now final: none or one."""
         if self.mode == "every":
             self._clip.append(x_BCHW)
             return []
         u_BTHWC = patchify(x_BCHW.unsqueeze(1), self.denoiser.config.patch_size)
         if not self._caches:
             self._start(u_BTHWC)
-        h_BNW = self.denoiser.embed(rearrange(u_BTHWC, "b t h w c -> b (t h w) c"))
+        h_BNM = self.denoiser.embed(rearrange(u_BTHWC, "b t h w c -> b (t h w) c"))
         rope = self._rope(1, 0, self.next_frame)
-        q, k, v = self._attention(0).project(h_BNW, rope)
+        q, k, v = self._attention(0).project(h_BNM, rope)
         self._caches[0].write(self.next_frame, k, v)
-        arrived = (h_BNW, q, rope)
+        arrived = (h_BNM, q, rope)
         self.next_frame += 1
         if self.mode == "none":
             return [self._answer(self.next_frame - 1, *arrived)]
@@ -172,7 +202,7 @@ class DenoiserStream:
 
     @torch.no_grad()
     def finish(self) -> list[Tensor]:
-        """No frame follows: give the outputs still owed."""
+        """Say that no frame follows; give the outputs still owed."""
         if self._clip:
             clip, self._clip = torch.stack(self._clip, dim=1), []
             return list(self.denoiser(clip, self.text).unbind(1))
@@ -209,26 +239,30 @@ class DenoiserStream:
         ]
         if self.text is None:
             return
-        h_BJW, rope = self.denoiser.embed_text(self.text), self._rope(0, text_len, 0)
+        h_BJM, rope = self.denoiser.embed_text(self.text), self._rope(0, text_len, 0)
         for index, cache in enumerate(self._caches):
             layer = self._layer(index)
-            q, k, v = layer.attention.project(h_BJW, rope)
+            q, k, v = layer.attention.project(h_BJM, rope)
             cache.write_text(k, v)
-            h_BJW = h_BJW + layer.attention.merge(scaled_dot_product_attention(q, k, v))
-            h_BJW = h_BJW + layer.mlp(h_BJW)
+            h_BJM = h_BJM + layer.attention.merge(scaled_dot_product_attention(q, k, v))
+            h_BJM = h_BJM + layer.mlp(h_BJM)
 
-    def _answer(self, frame: int, h_BNW: Tensor, q_BHND: Tensor, rope: Rope) -> Tensor:
-        """s of `frame`, whose queries of the first layer are given; the caches hold what it may see."""
+    def _answer(self, frame: int, h_BNM: Tensor, q_BHND: Tensor, rope: Rope) -> Tensor:
+        """s of `frame`, whose queries of the first layer are given.
+
+        The first layer's cache holds the frame already, and with "once" the next one too: that is
+        all the look-ahead there is.
+        """
         oldest = max(0, frame + 1 - self.window)
         for index, cache in enumerate(self._caches):
             layer = self._layer(index)
             if index > 0:
-                q_BHND, k, v = layer.attention.project(h_BNW, rope)
+                q_BHND, k, v = layer.attention.project(h_BNM, rope)
                 cache.write(frame, k, v)
             k, v = cache.read(oldest)
             attended = scaled_dot_product_attention(q_BHND, k, v)
-            h_BNW = h_BNW + layer.attention.merge(attended)
-            h_BNW = h_BNW + layer.mlp(h_BNW)
-        s_BNC = self.denoiser.read_out(h_BNW)
+            h_BNM = h_BNM + layer.attention.merge(attended)
+            h_BNM = h_BNM + layer.mlp(h_BNM)
+        s_BNC = self.denoiser.read_out(h_BNM)
         s_BTHWC = rearrange(s_BNC, "b (t h w) c -> b t h w c", t=1, h=self._grid[0])
         return unpatchify(s_BTHWC, self.denoiser.config.patch_size).squeeze(1)

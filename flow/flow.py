@@ -1,17 +1,19 @@
 """The deep-shallow flow and the model that pairs it with its denoiser.
 
-Knows latents, tokens, orders and which block reads what. Does not know prompts, seeds, sampling schedules
-of the deep block (`flow.sampling`) or training. Parameters are only touched inside `forward` of modules; the other
-methods are for sampling with unsharded weights.
+Knows latents, tokens, orders and which block reads what. Knows nothing of prompts, seeds, training
+or how a block is inverted (`flow.inverse`, `flow.shallow`, `flow.sampling`).
 
-Shapes: B batch, T latent frames, C channels (of a latent, or of a token where H, W are the token grid),
-N tokens per frame, J text tokens, E text width.
+Parameters are only touched inside `forward` of modules, as sharded weights need it; the other
+methods are for unsharded weights.
+
+Shapes: B batch, T latent frames, C channels, h, w latent cells, H, W tokens, N tokens of a frame,
+J text tokens, E text width (`flow.tokens` has the conventions).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,48 +22,69 @@ from torch import Tensor, nn
 
 from flow.block import AffineBlock
 from flow.config import FlowConfig
-from flow.counters import Work
 from flow.denoiser import Denoiser
-from flow.inverse import invert_block
 from flow.rope import Rope, RopeCache
-from flow.tokens import frame_sequence, patchify, unpatchify
+from flow.tokens import block_order, frame_sequence, patchify, raster_order
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 """½ ln 2π: what a dimension of the standard normal prior adds to -log p whatever its value."""
 
 DENOISE_STEP = 0.3
-"""x = x_noisy - DENOISE_STEP · s: the scale the denoiser's target is expressed in (DESIGN section 3)."""
+"""The scale in which the denoiser's target is expressed: x = x_noisy - DENOISE_STEP · s.
 
-SHALLOW_TOLERANCE = 1e-10
-"""Default stop of the shallow sweeps: relative squared change, per frame."""
+See `docs/design.md`, "The model exactly". Whoever needs the number imports it from here.
+"""
 
 
 class FlowOutput(NamedTuple):
     """What one forward pass of the flow says; a tuple so that sharding hooks find its tensors.
 
-    z_BTHWC: prior tokens; log_det_BTHWC: log|det| per element, summed over blocks; block_log_det: the same for
-    each block. All in raster order, fp32 or wider.
+    All tensors are in raster order and fp32 or wider.
     """
 
     z_BTHWC: Tensor
+    """Prior tokens: standard normal under the model."""
     log_det_BTHWC: Tensor
+    """log|det| of the Jacobian per element, summed over blocks."""
     block_log_det: list[Tensor]
+    """The same for each block."""
 
     def nats(self) -> Tensor:
         """Negative log-density per element [B, T, H, W, C], without the constant ½ ln 2π."""
         return 0.5 * self.z_BTHWC.square() - self.log_det_BTHWC
 
     def loss(self) -> Tensor:
-        """Mean of `nats`: nats per dimension. Its floor for data smoothed by σ is ½ + ln σ on average."""
+        """Mean of `nats`: nats per dimension.
+
+        On data smoothed with noise of standard deviation σ it is at least ½ + ln σ on average.
+        """
         return self.nats().mean()
 
     def log_prob(self) -> Tensor:
-        """Log-density of every video in nats [B], fp64, with the constant: -½ ln 2π of each dimension."""
+        """Log-density of every video in nats [B], fp64, ½ ln 2π of each dimension included."""
         return -(self.nats().double() + LOG_SQRT_2PI).flatten(1).sum(1)
 
 
 class DeepShallowFlow(nn.Module):
-    """f_D ∘ f_S of arXiv 2511.20462: shallow blocks inside frames, then one deep block over all of them."""
+    """f_D ∘ f_S: shallow blocks inside frames, then one deep block over all frames and the text.
+
+        u = f_S(x),  z = f_D(u; text),  log p(x) = log N(z; 0, I) + Σ_blocks log|det|
+
+    Source: arXiv 2511.20462, global-local architecture; `docs/design.md`, "The model exactly".
+
+    >>> from flow.config import tiny
+    >>> from flow.shallow import shallow_inverse
+    >>> flow = DeepShallowFlow(tiny()).double()
+    >>> for parameter in flow.parameters():  # a fresh flow is the identity
+    ...     _ = torch.nn.init.normal_(parameter, std=0.1)
+    >>> x = torch.randn(2, 3, 4, 2, 5, dtype=torch.float64)  # [B, T, C, h, w]
+    >>> text = torch.randn(2, 6, 16, dtype=torch.float64)  # [B, J, E]
+    >>> out = flow(x, text)
+    >>> out.z_BTHWC.shape, out.log_prob().shape
+    (torch.Size([2, 3, 2, 5, 4]), torch.Size([2]))
+    >>> torch.allclose(shallow_inverse(flow, flow.shallow_forward(x), tolerance=0.0), x)
+    True
+    """
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -77,97 +100,51 @@ class DeepShallowFlow(nn.Module):
         return self.config.reversed_order(self.config.num_blocks - 1)
 
     def forward(self, x: Tensor, text_BJE: Tensor | None = None) -> FlowOutput:
-        """Latents [B,T,C,H,W] (images: [B,C,H,W] too) and text -> z, log-determinants.
+        """z and log-determinants of latents [B, T, C, h, w] (images: [B, C, h, w] too) and text.
 
         Differentiable in parameters and in x: x.grad of the mean loss times x.numel() is -∇ log p.
         Without text the deep block reads tokens only; text is ignored where the model reads none.
         """
-        stages = [*self._stages(self.tokens(x), text_BJE)]
+        results = [*self._block_results(self.tokens(x), text_BJE)]
         # Sharding hooks refuse views among a root's outputs.
-        log_dets = [log_det.clone() for _, log_det in stages]
-        return FlowOutput(stages[-1][0].clone(), torch.stack(log_dets).sum(0), log_dets)
+        log_dets = [log_det.clone() for _, log_det in results]
+        return FlowOutput(results[-1][0].clone(), torch.stack(log_dets).sum(0), log_dets)
 
     def block_outputs(self, x: Tensor, text_BJE: Tensor | None = None) -> list[Tensor]:
-        """Tokens [B,T,H,W,C] before the first block and after each one, in raster order."""
+        """Tokens [B, T, H, W, C] before the first block and after each one, in raster order."""
         u_BTHWC = self.tokens(x)
-        return [u_BTHWC, *(u for u, _ in self._stages(u_BTHWC, text_BJE))]
+        return [u_BTHWC, *(u for u, _ in self._block_results(u_BTHWC, text_BJE))]
 
     def shallow_forward(self, x: Tensor) -> Tensor:
-        """Latents -> u, the tokens between shallow stack and deep block [B,T,H,W,C]."""
+        """u of latents: the tokens [B, T, H, W, C] between shallow stack and deep block."""
         return self.shallow_stack(self.tokens(x))[0]
 
     def shallow_stack(self, u_BTHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent tokens of any frames -> (u, log|det| per element), both [B,T,H,W,C] in raster order."""
+        """(u, log|det| per element) of latent tokens, both [B, T, H, W, C] in raster order.
+
+        The frames may be any: the shallow blocks never look from one to another.
+        """
         total = torch.zeros_like(u_BTHWC)
         for index in range(len(self.shallow)):
-            u_BTHWC, log_det = self._shallow_stage(index, u_BTHWC)
+            u_BTHWC, log_det = self._shallow_block(index, u_BTHWC)
             total = total + log_det
         return u_BTHWC, total
 
-    @torch.no_grad()
-    def shallow_inverse(
-        self,
-        u_BTHWC: Tensor,
-        *,
-        tolerance: float = SHALLOW_TOLERANCE,
-        sequential: bool = False,
-        work: Sequence[Work] | None = None,
-    ) -> Tensor:
-        """u -> latents [B,T,C,H,W], all frames as one batch; every frame meets the tolerance.
-
-        work: one for each shallow block, to which what it took is added.
-        """
-        u = u_BTHWC
-        grid, batch = _grid(u), u.shape[0]
-        for index in range(len(self.shallow) - 1, -1, -1):
-            flipped = self.config.reversed_order(index)
-            z_BNC = rearrange(_oriented(u, flipped), "b t n c -> (b t) n c")
-            block, rope = self.shallow[index], self._frame_rope(grid)
-            assert isinstance(block, AffineBlock)
-            s_BNC = invert_block(
-                block,
-                z_BNC,
-                rope,
-                tolerance=tolerance,
-                sequential=sequential,
-                work=None if work is None else work[index],
-            )
-            u = _restored(rearrange(s_BNC, "(b t) n c -> b t n c", b=batch), grid, flipped)
-        return unpatchify(u, self.config.patch_size)
-
     def deep_rope(self, grid: tuple[int, int], num_frames: int, text_BJE: Tensor | None) -> Rope:
-        """Turns of the deep block's places for a clip, after text where it is given."""
+        """Turns of the deep block's places for a clip; a text's come first, where it is given."""
         text_len = 0 if text_BJE is None else text_BJE.shape[1]
         return self.ropes.get(grid, num_frames, text_len, like=self.deep.sos)
 
-    def _frame_rope(self, grid: tuple[int, int]) -> Rope:
+    def frame_rope(self, grid: tuple[int, int]) -> Rope:
+        """Turns of a shallow block's places: those of a single frame."""
         return self.ropes.get(grid, 1, 0, like=self.deep.sos)
 
-    def _stages(self, u: Tensor, text_BJE: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens and log-determinants [B,T,H,W,C] after each block."""
-        for index in range(len(self.shallow)):
-            u, log_det = self._shallow_stage(index, u)
-            yield u, log_det
-        grid, num_frames = _grid(u), u.shape[1]
-        text_BJE = text_BJE if self.config.deep_text else None
-        s_BLC = frame_sequence(u, self.deep_reversed)
-        pair = self.deep(s_BLC, self.deep_rope(grid, num_frames, text_BJE), text_BJE)
-        z, log_det = (rearrange(y, "b (t n) c -> b t n c", t=num_frames) for y in pair)
-        yield (
-            _restored(z, grid, self.deep_reversed),
-            _restored(log_det, grid, self.deep_reversed),
-        )
-
-    def _shallow_stage(self, index: int, u: Tensor) -> tuple[Tensor, Tensor]:
-        """One shallow block on all frames as one batch."""
-        grid, batch, flipped = _grid(u), u.shape[0], self.config.reversed_order(index)
-        s_BNC = rearrange(_oriented(u, flipped), "b t n c -> (b t) n c")
-        pair = self.shallow[index](s_BNC, self._frame_rope(grid))
-        z, log_det = (rearrange(y, "(b t) n c -> b t n c", b=batch) for y in pair)
-        return _restored(z, grid, flipped), _restored(log_det, grid, flipped)
-
     def tokens(self, x: Tensor) -> Tensor:
-        """Checked and patchified latents; an image becomes a clip of one frame."""
+        """Checked and patchified latents [B, T, H, W, C]; an image becomes a clip of one frame.
+
+        Raises:
+            ValueError: latents that do not fit the model; the message names shape and rule.
+        """
         config = self.config
         x_BTCHW = x.unsqueeze(1) if x.dim() == 4 else x
         p = config.patch_size
@@ -185,25 +162,44 @@ class DeepShallowFlow(nn.Module):
             raise ValueError(f"latents of shape {shape}: an image model takes one frame")
         return patchify(x_BTCHW, p)
 
+    def _block_results(self, u: Tensor, text_BJE: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and log-determinants [B, T, H, W, C] after each block."""
+        for index in range(len(self.shallow)):
+            u, log_det = self._shallow_block(index, u)
+            yield u, log_det
+        grid, num_frames = _grid(u), u.shape[1]
+        text_BJE = text_BJE if self.config.deep_text else None
+        s_BLC = frame_sequence(u, self.deep_reversed)
+        pair = self.deep(s_BLC, self.deep_rope(grid, num_frames, text_BJE), text_BJE)
+        z, log_det = (rearrange(y, "b (t n) c -> b t n c", t=num_frames) for y in pair)
+        yield (
+            raster_order(z, grid, self.deep_reversed),
+            raster_order(log_det, grid, self.deep_reversed),
+        )
+
+    def _shallow_block(self, index: int, u: Tensor) -> tuple[Tensor, Tensor]:
+        """One shallow block on all frames as one batch."""
+        grid, batch, flipped = _grid(u), u.shape[0], self.config.reversed_order(index)
+        s_BNC = rearrange(block_order(u, flipped), "b t n c -> (b t) n c")
+        pair = self.shallow[index](s_BNC, self.frame_rope(grid))
+        z, log_det = (rearrange(y, "(b t) n c -> b t n c", b=batch) for y in pair)
+        return raster_order(z, grid, flipped), raster_order(log_det, grid, flipped)
+
 
 def _grid(u_BTHWC: Tensor) -> tuple[int, int]:
     return u_BTHWC.shape[2], u_BTHWC.shape[3]
 
 
-def _oriented(u_BTHWC: Tensor, flipped: bool) -> Tensor:
-    """Frames of tokens [B,T,N,C] in a block's order."""
-    u_BTNC = rearrange(u_BTHWC, "b t h w c -> b t (h w) c")
-    return u_BTNC.flip(2) if flipped else u_BTNC
-
-
-def _restored(u_BTNC: Tensor, grid: tuple[int, int], flipped: bool) -> Tensor:
-    """The inverse of `_oriented`."""
-    u_BTNC = u_BTNC.flip(2) if flipped else u_BTNC
-    return rearrange(u_BTNC, "b t (h w) c -> b t h w c", h=grid[0])
-
-
 class FlowModel(nn.Module):
-    """A flow and, where configured, its denoiser: what a checkpoint holds."""
+    """A flow and, where configured, its denoiser: what a checkpoint holds.
+
+    >>> from flow.config import tiny
+    >>> model = FlowModel(tiny())
+    >>> x_noisy = torch.randn(1, 3, 4, 2, 2)
+    >>> s = model.denoiser(x_noisy)
+    >>> bool((model.denoise(x_noisy, s) == x_noisy).all())  # a fresh denoiser finds no noise
+    True
+    """
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -212,7 +208,7 @@ class FlowModel(nn.Module):
         self.denoiser = Denoiser(config) if config.denoiser else None
 
     def reset_parameters(self) -> None:
-        """Fresh start values everywhere, for a model built on the meta device and then allocated."""
+        """Fresh start values everywhere, for a model allocated after it was built on `meta`."""
         # Children first: a block then zeroes the projection that its child drew.
         for module in reversed([*self.modules()]):
             reset = getattr(module, "reset_parameters", None)
@@ -221,5 +217,8 @@ class FlowModel(nn.Module):
 
     @staticmethod
     def denoise(x_noisy: Tensor, s: Tensor) -> Tensor:
-        """One denoising step, x_noisy - 0.3 s, which is Tweedie's x + σ² ∇ log p."""
+        """One denoising step, x_noisy - 0.3 s, which is Tweedie's x + σ² ∇ log p.
+
+        Source: arXiv 2511.20462, flow-score matching.
+        """
         return x_noisy - DENOISE_STEP * s

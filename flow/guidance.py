@@ -1,6 +1,7 @@
 """Classifier-free guidance of an affine autoregressive step: two Gaussians in, one out.
 
-Knows formulas only. The two come from one batch of two (text, null text) through the deep block.
+Knows formulas only. The two Gaussians come from one batch through the deep block, whose first half
+read the text and whose second half the null text.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 def guide(
     mu_text: Tensor, sigma_text: Tensor, mu_null: Tensor, sigma_null: Tensor, weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Guided mean and scale of every element, same shape as given (DESIGN section 3; arXiv 2511.20462).
+    """Guided mean and scale of every element, of the shape given.
 
     The product of powers p_text^(1+w) / p_null^w of two Gaussians, tempered by
     s = min(sigma_text / sigma_null, 1)^2 so that the result is always a Gaussian:
@@ -19,8 +20,11 @@ def guide(
         sigma = sigma_text / sqrt(1 + w - w s)
         mu    = ((1 + w) mu_text - w s mu_null) / (1 + w - w s)
 
+    Source: `docs/design.md`, "The model exactly", guidance.
+
     >>> import torch
-    >>> mu, sigma = guide(torch.tensor(2.0), torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0), 3.0)
+    >>> one = torch.tensor(1.0)
+    >>> mu, sigma = guide(mu_text=2 * one, sigma_text=one, mu_null=one, sigma_null=one, weight=3.0)
     >>> float(mu), float(sigma)
     (5.0, 1.0)
     """
@@ -32,7 +36,13 @@ def guide(
 
 
 def guide_pair(mu_2B: Tensor, sigma_2B: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """The same for a batch whose first half read the text and whose second half the null text."""
+    """`guide` for a batch whose first half read the text and whose second half the null text.
+
+    >>> import torch
+    >>> mu, sigma = guide_pair(torch.tensor([[2.0], [1.0]]), torch.ones(2, 1), weight=3.0)
+    >>> mu, sigma
+    (tensor([[5.]]), tensor([[1.]]))
+    """
     mu_text, mu_null = mu_2B.chunk(2)
     sigma_text, sigma_null = sigma_2B.chunk(2)
     return guide(mu_text, sigma_text, mu_null, sigma_null, weight)

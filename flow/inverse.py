@@ -1,18 +1,21 @@
-"""Solving s_i = mu_i(s_<i) + sigma_i(s_<i) z_i for one affine block: token by token or by Jacobi sweeps of blocks
-(`flow.sliding` has the third schedule).
+"""Solving s_i = mu_i(s_<i) + sigma_i(s_<i) z_i for one affine block, sequentially or by Jacobi.
 
-Knows one block, its key-value cache and guidance. Does not know frames, orders, streams or seeds: tokens
-come in the block's own order, and a caller says which stretch of them to solve.
+Knows one block, its key-value cache and guidance. Knows nothing of frames, orders, streams or
+seeds: tokens come in the block's own order, and a caller says which of them to solve next.
+`flow.sliding` has the third schedule.
 
-A schedule is a generator: it yields the stretch of places that it wants evaluated next, and finds mu and sigma filled in
-when it goes on. So one pass may serve one inverter (`Inverter.solve`) or many (`flow.stream_batch`).
+A schedule is a generator. It yields the places that it wants evaluated next, and finds mu and sigma
+filled in when it goes on. So one pass may serve one inverter (`Inverter.solve`) or many
+(`flow.stream_batch`).
 
-The system is triangular: after k sweeps of a stretch its first k tokens are exactly right, whatever the start
-values, so sweep k leaves them out. A place is *fresh* when its keys and values were computed from the final
-value of its token; `Inverter` never lets a later stretch read a place that is not.
+The system is triangular: after k sweeps the first k tokens are exactly right, whatever the start
+values, so sweep k leaves them out. A place is *fresh* when its keys and values were computed from
+the final value of its token; `Inverter` never lets a later token read a place that is not.
 
-Shapes: B batch, L tokens of the longest sequence, C numbers per token, J text tokens, E text width. Place 0
-holds sos and place i token i, so that place i says mu and sigma of token i + 1.
+Source: arXiv 2511.20462, video-aware Jacobi iteration; `docs/design.md`, "Sampling".
+
+Shapes: B batch, L tokens of the longest sequence, C channels, J text tokens, E text width, M model
+width. Place 0 holds sos and place i token i, so that place i says mu and sigma of token i + 1.
 """
 
 from __future__ import annotations
@@ -29,18 +32,43 @@ from flow.guidance import guide_pair
 from flow.packed_weights import PackedBlock, can_pack
 from flow.rope import Rope
 
-Steps = Generator[tuple[int, int], None, int]
-"""Yields (start, stop): the places to evaluate next. Returns the number of iterations."""
+Places = tuple[int, int]
+"""(start, stop) of the places to evaluate next: start .. stop - 1."""
+
+Steps = Generator[Places, None, int]
+"""A schedule: it yields the places to evaluate next and returns the number of iterations."""
 
 
 class Inverter:
     """One block being inverted for B sequences at once, its cache allocated once.
 
-    block: AffineBlock; rope: turns of J + L places; text_BJE: what it reads, None for none; null_BJE: the null
-    text, given exactly when `guidance` > 0: the pair then runs as one batch of two.
-    tokens_BLC, mu_BLC, sigma_BLC hold what has been solved, what it was last computed from. Schedules read and write
-    them, `solved` and `fresh` (how many first tokens are final, how many first places are fresh), and `guessed` and
-    `evaluated` (how many have a value, final or not; how many have mu and sigma).
+    Schedules read and write these:
+
+    - `tokens_BLC`: the tokens, final or not. `mu_BLC`, `sigma_BLC`: what each was last computed
+      from.
+    - `solved`: how many first tokens are final. `fresh`: how many first places are fresh.
+    - `guessed`: how many first tokens have a value, final or not. `evaluated`: how many have mu and
+      sigma.
+
+    Args:
+        block: the block to invert.
+        rope: turns of J + L places.
+        batch: B.
+        text_BJE: what the block reads; None for none.
+        null_BJE: the null text, given exactly when `guidance` > 0; the pair then runs as one batch
+            of two.
+        guidance: weight w of `flow.guidance`.
+
+    >>> from flow.config import tiny
+    >>> from flow.flow import DeepShallowFlow
+    >>> flow = DeepShallowFlow(tiny())
+    >>> inverter = Inverter(flow.deep, flow.deep_rope((2, 2), 1, None), batch=1)
+    >>> inverter.restart()
+    >>> z_BLC = torch.randn(1, 4, 4)
+    >>> inverter.solve(inverter.sequential(z_BLC)), inverter.solved
+    (4, 4)
+    >>> torch.allclose(inverter.tokens_BLC, z_BLC, atol=1e-5)  # a fresh block is the identity
+    True
     """
 
     def __init__(
@@ -86,48 +114,51 @@ class Inverter:
         self._packed: PackedBlock | None = None
         self._may_pack = True
 
-    def _run(self, h_BLW: Tensor, place: int) -> Tensor:
-        """Hidden states of places (text included) place .. through all layers, written to the caches."""
-        rope = self.rope.slice(place, place + h_BLW.shape[1])
+    def _through_layers(self, h_BLM: Tensor, place: int) -> Tensor:
+        """Hidden states of places place .. (text included) after all layers; fills the caches."""
+        rope = self.rope.slice(place, place + h_BLM.shape[1])
         for layer, cache in zip(self.block.layers, self.caches, strict=True):
-            h_BLW = layer.extend(h_BLW, rope, cache, place)  # type: ignore[operator]
-        return h_BLW
+            h_BLM = layer.extend(h_BLM, rope, cache, place)  # type: ignore[operator]
+        return h_BLM
 
-    def _affine(self, h_BLW: Tensor) -> tuple[Tensor, Tensor]:
-        mu, sigma = self.block.affine(h_BLW)
+    def _affine(self, h_BLM: Tensor) -> tuple[Tensor, Tensor]:
+        mu, sigma = self.block.affine(h_BLM)
         return guide_pair(mu, sigma, self.guidance) if self.pair else (mu, sigma)
 
     def embed(self, start: int, stop: int) -> Tensor:
-        """What the layers read at places start .. stop - 1 [B or 2 B, L, W]."""
+        """What the layers read at places start .. stop - 1: [B, L, M], or [2 B, L, M] of a pair."""
         s_BLC = self._inputs[:, start:stop]
         return self.block.embed(torch.cat([s_BLC, s_BLC]) if self.pair else s_BLC)
 
     @torch.no_grad()
     def restart(self, known_BLC: Tensor | None = None) -> None:
-        """Forget everything and read the text and the known first tokens in one parallel pass."""
+        """Forget everything, and read the text and the known first tokens in one parallel pass."""
         known = 0 if known_BLC is None else known_BLC.shape[1]
         if known_BLC is not None and known:
             self.tokens_BLC[:, :known] = known_BLC
-        h_BLW = None if self.text is None else self.block.embed_text(self.text)
+        h_BLM = None if self.text is None else self.block.embed_text(self.text)
         if known:
             tokens = self.embed(0, known)
-            h_BLW = tokens if h_BLW is None else torch.cat([h_BLW, tokens], dim=1)
-        if h_BLW is not None:
-            h_BLW = self._run(h_BLW, 0)
-            self.work.prefilled += h_BLW.shape[1]
-        if known and h_BLW is not None:
-            mu, sigma = self._affine(h_BLW[:, self.text_len :])
+            h_BLM = tokens if h_BLM is None else torch.cat([h_BLM, tokens], dim=1)
+        if h_BLM is not None:
+            h_BLM = self._through_layers(h_BLM, 0)
+            self.work.prefilled += h_BLM.shape[1]
+        if known and h_BLM is not None:
+            mu, sigma = self._affine(h_BLM[:, self.text_len :])
             self.mu_BLC[:, :known], self.sigma_BLC[:, :known] = mu, sigma
         self.solved = self.fresh = self.guessed = self.evaluated = known
 
     @torch.no_grad()
     def evaluate(self, start: int, stop: int) -> None:
-        """One pass over places start .. stop - 1: mu and sigma of tokens start + 1 .. stop (1-based)."""
+        """One pass over places start .. stop - 1: mu and sigma of tokens start + 1 .. stop.
+
+        Tokens count from 1 here; theirs are `mu_BLC[:, start:stop]` and `sigma_BLC[:, start:stop]`.
+        """
         place = self.text_len + start
         if self._packed is not None and stop - start <= self._packed.rows:
             mu, sigma = self._packed.predict(self._inputs[:, start:stop], self.rope, place)
         else:
-            mu, sigma = self.block.affine(self._run(self.embed(start, stop), place))
+            mu, sigma = self.block.affine(self._through_layers(self.embed(start, stop), place))
         self.put(start, stop, mu, sigma)
 
     def put(self, start: int, stop: int, mu: Tensor, sigma: Tensor) -> None:
@@ -140,12 +171,19 @@ class Inverter:
         self.work.evaluations += stop - start
 
     def use_packed(self, rows: int) -> None:
-        """Take packed weights for passes of at most `rows` places, where this build of torch has them; 0: never."""
+        """Use packed weights for passes of at most `rows` places; with 0, never.
+
+        Without effect where this build of torch does not have them
+        (`flow.packed_weights.can_pack`).
+        """
         self._may_pack = rows > 0 and can_pack(self.block)
         self._packed = PackedBlock(self.block, self.caches, rows) if self._may_pack else None
 
     def expect(self, rows: int) -> None:
-        """Many passes of at most `rows` places will follow: packs weights where nobody has decided that yet."""
+        """Say that many passes of at most `rows` places will follow.
+
+        Weights are then packed, unless `use_packed` has decided that already.
+        """
         if self._packed is None and self._may_pack:
             self.use_packed(rows)
 
@@ -160,14 +198,14 @@ class Inverter:
             self.evaluate(start, stop)
 
     def refresh(self) -> Steps:
-        """Make every solved place fresh, so that what follows depends on the solved tokens alone."""
+        """Make every solved place fresh: what follows then depends on the solved tokens alone."""
         if self.fresh < self.solved:
             yield self.fresh, self.solved
             self.fresh = self.solved
         return 0
 
     def sequential(self, z_BLC: Tensor) -> Steps:
-        """Solve the next L tokens one by one: the reference every other schedule is held to."""
+        """Solve the next L tokens one by one: the reference for every other schedule."""
         yield from self.refresh()
         for i in range(z_BLC.shape[1]):
             place = self.solved
@@ -180,43 +218,49 @@ class Inverter:
     def jacobi(self, z_BLC: Tensor, start_BLC: Tensor, tolerance: float) -> Steps:
         """Solve the next L tokens together from start values; returns the number of sweeps.
 
-        Stops when, in every sequence, the squared change of a sweep is at most `tolerance` times the squared
-        tokens of the stretch, or after L sweeps, when all is exact. The stop flag is read every `look_every` sweeps; more
-        sweeps only make the result better.
+        A sweep is s ← mu(s) + sigma(s) z of all L tokens at once. It stops when, in every sequence,
+        the squared change of a sweep is at most `tolerance` times the squared tokens, or after L
+        sweeps, when all is exact. The stop flag is read every `look_every` sweeps; more sweeps only
+        make the result better.
         """
         first, count = self.solved, z_BLC.shape[1]
         stop = first + count
         self.tokens_BLC[:, first:stop] = start_BLC
-        stretch = self.tokens_BLC[:, first:stop]
+        block = self.tokens_BLC[:, first:stop]
         sweeps = 0
         while sweeps < count:
-            done = first + sweeps
-            # Settled tokens leave the sweep; at tolerance 0 they stay, so that all sweeps round alike.
-            low = done if tolerance > 0 else first
-            # The first sweep also repairs what the stretch before left unfresh: no pass of its own.
+            exact = first + sweeps
+            # Exact tokens leave the sweep; at tolerance 0 they stay, so that all sweeps round
+            # alike.
+            low = exact if tolerance > 0 else first
+            # The first sweep also repairs what the block before left unfresh: no pass of its own.
             yield min(self.fresh, low), stop
-            self.fresh = max(self.fresh, done + 1)
+            self.fresh = max(self.fresh, exact + 1)
             active = self.tokens_BLC[:, low:stop]
             new = self.mu_BLC[:, low:stop] + self.sigma_BLC[:, low:stop] * z_BLC[:, low - first :]
             change = (new - active).square().sum(dim=(1, 2))
             active.copy_(new)
             sweeps += 1
             if sweeps % self.look_every == 0 or sweeps == count:
-                size = stretch.square().sum(dim=(1, 2))
-                still, settled = _read_flags(change, size, tolerance)
-                if still:
+                size = block.square().sum(dim=(1, 2))
+                unchanged, converged = _read_flags(change, size, tolerance)
+                if unchanged:
+                    # The last pass read the final tokens: nothing is left to repair.
                     self.fresh = stop
-                if settled:
+                if converged:
                     break
         self.solved = stop
         return sweeps
 
 
 def _read_flags(change_B: Tensor, size_B: Tensor, tolerance: float) -> tuple[bool, bool]:
-    """(nothing changed at all, every sequence within tolerance); NaN is neither. One host read."""
+    """(nothing changed at all, every sequence within tolerance); NaN is neither.
+
+    Both come in one transfer: each waits for the device.
+    """
     flags = torch.stack([(change_B == 0).all(), (change_B <= tolerance * size_B).all()])
-    still, settled = flags.tolist()
-    return bool(still), bool(settled)
+    unchanged, converged = flags.tolist()
+    return bool(unchanged), bool(converged)
 
 
 def invert_block(
@@ -228,9 +272,10 @@ def invert_block(
     sequential: bool = False,
     work: Work | None = None,
 ) -> Tensor:
-    """Whole sequences through the inverse of a block that reads no text -> tokens [B, L, C].
+    """Tokens [B, L, C] of whole sequences z, through the inverse of a block that reads no text.
 
-    Jacobi starts at z itself, sweeps the whole length, and is exact at tolerance 0. What it took is added to `work`.
+    Jacobi starts at z itself, sweeps the whole length, and is exact at tolerance 0. What it took is
+    added to `work`.
     """
     inverter = Inverter(block, rope, batch=len(z_BLC))
     inverter.restart()

@@ -1,6 +1,6 @@
-"""Between codec latents and model latents: which statistics, whose noise, and what later frames are scaled by.
+"""Between codec latents and model latents: statistics, posterior noise, the scale of later frames.
 
-Knows numbers and shapes; no codec.
+Knows numbers and shapes. Knows nothing of networks.
 
 Shapes: B batch, T latent frames, C channels, h, w latent cells.
 """
@@ -21,15 +21,16 @@ from flow.codec_factors import CodecError
 class LatentConvention:
     """How codec moments become the latents the flow models, and back.
 
-    `x = ((mean − m)/s + noise) · scale_f`, scale 1 for the first frame and `later_frame_scale` after it. Three are in use:
-    models that we train take the plain standardised mean (the defaults); `released`, of the released video models, has
-    `noise = exp(½ logvar)·ε`, not divided by s; `diffusers`, what that library's pipelines take, divides it too.
+        x = ((mean - m) / s + noise) · scale
 
-    Attributes:
-        mean, std: m and s per channel, in codec units; empty stands for the codec's own.
-        later_frame_scale: factor on latent frames after the first.
-        posterior_noise: whether the posterior is sampled.
-        noise_over_std: whether its noise is divided by s.
+    The scale is 1 for the first frame and `later_frame_scale` after it. Three conventions are in
+    use:
+
+    - Models that we train take the plain standardised mean: the defaults, without noise.
+    - `released`, of the released video models, has noise = exp(½ logvar)·ε, not divided by s.
+    - `diffusers`, what that library's pipelines take, divides the noise by s too.
+
+    Source: `docs/design.md`, "The model exactly", codec facts.
 
     >>> released = LatentConvention.released((0.0,), (4.0,))
     >>> one = torch.ones(1, 2, 1, 1, 1)
@@ -38,15 +39,21 @@ class LatentConvention:
     """
 
     mean: tuple[float, ...] = ()
+    """m per channel, in codec units; empty stands for the codec's own."""
     std: tuple[float, ...] = ()
+    """s per channel, in codec units; empty stands for the codec's own."""
     later_frame_scale: float = 1.0
+    """Factor on latent frames after the first."""
     posterior_noise: bool = False
+    """The posterior is sampled; False takes its mean."""
     noise_over_std: bool = False
+    """The posterior's noise is divided by s."""
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
             raise CodecError(
-                f"latent statistics need as many means as stds, all stds positive; got {len(self.mean)} means, stds {self.std}"
+                "latent statistics need as many means as stds, all stds positive; "
+                f"got {len(self.mean)} means, stds {self.std}"
             )
 
     @classmethod
@@ -56,7 +63,7 @@ class LatentConvention:
         std: tuple[float, ...] = (),
         later_frame_scale: float = 0.6,
     ) -> LatentConvention:
-        """What the released video models were trained on (DESIGN section 3, codec facts)."""
+        """What the released video models were trained on."""
         return cls(mean, std, later_frame_scale, posterior_noise=True)
 
     @classmethod
@@ -94,8 +101,16 @@ class LatentConvention:
         logvar_BTCHW: Tensor | None = None,
         noise_BTCHW: Tensor | None = None,
     ) -> Tensor:
-        """Model latents [B, T, C, h, w] of codec moments; `noise_BTCHW` is standard normal, needed where the convention
-        samples the posterior."""
+        """Model latents [B, T, C, h, w] of codec moments of the same shape.
+
+        Args:
+            mean_BTCHW: posterior mean, in codec units.
+            logvar_BTCHW, noise_BTCHW: posterior log-variance and standard normal noise; needed
+                where the convention samples the posterior.
+
+        Raises:
+            CodecError: either is missing, or the statistics are of another number of channels.
+        """
         mean, std = self._statistics(mean_BTCHW)
         x_BTCHW = (mean_BTCHW - mean) / std
         if self.posterior_noise:
@@ -108,13 +123,20 @@ class LatentConvention:
         return x_BTCHW * self._frame_scale(x_BTCHW, first_frame=True)
 
     def from_model(self, x_BTCHW: Tensor, first_frame: bool = True) -> Tensor:
-        """Codec latents [B, T, C, h, w] of model latents; `first_frame` says whether frame 0 here is the video's first."""
+        """Codec latents [B, T, C, h, w] of model latents: `to_model` undone, noise left in.
+
+        Args:
+            x_BTCHW: model latents.
+            first_frame: whether frame 0 here is the first of its video.
+        """
         mean, std = self._statistics(x_BTCHW)
         return x_BTCHW / self._frame_scale(x_BTCHW, first_frame) * std + mean
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LatentConvention:
+        """The convention that `to_dict` wrote."""
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})

@@ -1,15 +1,17 @@
-"""How likely a flow finds latents: log-densities by video, frame and token, over noise draws, in bounded memory.
+"""How likely a flow finds latents: log-densities by video, frame and token, in bounded memory.
 
-Two names, kept apart everywhere (DESIGN section 3; arXiv 2511.20462, section 3):
+Two names are kept apart everywhere (`docs/design.md`, "The model exactly", loss):
 
-- `nll`, the negative log-likelihood: -log p of a normalised density, ½ ln 2π of every dimension included.
-  `log_prob` is its negative, as in `torch.distributions`. Bits per dimension are usually quoted of this one.
-- `loss`, what training minimises: the same without that constant. For data that carries Gaussian noise of
-  standard deviation σ its mean per dimension is at least ½ + ln σ (`noise_floor`).
+- `nll`, the negative log-likelihood: -log p of a normalised density, ½ ln 2π of every dimension
+  included. `log_prob` is its negative, as in `torch.distributions`. Bits per dimension are usually
+  quoted of this one.
+- `loss`, what training minimises: the same without that constant. For data that carries Gaussian
+  noise of standard deviation σ its mean per dimension is at least ½ + ln σ (`noise_floor`).
 
-Knows the flow's blocks and clips of latents. Does not know prompts, codecs or files.
+Knows the flow's blocks and clips of latents. Knows nothing of prompts, codecs or files.
 
-Shapes: D noise draws, B batch, T latent frames, H, W tokens, C numbers per token, J text tokens, E text width.
+Shapes: K noise draws, B batch, T latent frames, h, w latent cells, H, W tokens, L tokens of a
+sequence, C channels, J text tokens, E text width, M model width.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor
 from flow.attention import TransformerLayer
 from flow.flow import LOG_SQRT_2PI, DeepShallowFlow
 from flow.rope import Rope
+from flow.sample_spec import ContextWindow
 from flow.tokens import frame_sequence
 from flowreel.errors import FlowreelError, FlowreelWarning
 
@@ -43,12 +46,9 @@ CHUNK_TOKENS = 2048
 FLOOR_ERRORS = 4.0
 """Standard errors under the noise floor at which a mean is taken for a fault and not for chance."""
 
-FrameWindow = tuple[int, int, int]
-"""(first frame in sight, first new frame, end), as `SampleSpec.windows` gives them."""
-
 
 class LikelihoodError(FlowreelError, ValueError):
-    """A likelihood that is asked for in an unknown way; the message names the value and the rule."""
+    """A likelihood asked for in a way that cannot be; the message names the value and the rule."""
 
 
 class NoiseFloorWarning(FlowreelWarning):
@@ -59,12 +59,12 @@ class NoiseFloorWarning(FlowreelWarning):
 class Likelihood:
     """How likely a flow finds clips, token by token.
 
-    loss_BTHW: ½z² - Σ log|det| of each token in raster order, summed over its numbers: nats without ½ ln 2π, fp64.
-    There may be axes before B, as the draws of `noisy_likelihood`. token_dim: numbers per token.
+        loss = ½ z² - Σ_blocks log|det|,   nll = loss + ½ ln 2π   (of every dimension)
 
-    A frame's value is the conditional log-density of that frame given the frames before it (and the text), exactly,
-    as no frame moves an earlier one. A token's value is its share of its frame's: inside a frame the blocks read
-    in different orders, so it is no conditional density by itself.
+    A frame's value is exactly the conditional log-density of that frame given the frames before it
+    (and the text), since no frame moves an earlier one. A token's value is its share of its
+    frame's: inside a frame the blocks read in different orders, so it is no conditional density by
+    itself.
 
     >>> clip = Likelihood(torch.zeros(1, 2, 1, 3), token_dim=4)
     >>> clip.loss("frame").tolist(), round(float(clip.nll("video", "bits_per_dim")), 4)
@@ -72,7 +72,12 @@ class Likelihood:
     """
 
     loss_BTHW: Tensor
+    """½z² - Σ log|det| of each token in raster order, summed over its channels: nats, fp64.
+
+    There may be axes before B, such as the draws of `noisy_likelihood`.
+    """
     token_dim: int
+    """Channels of a token."""
 
     def loss(self, per: Per = "video", unit: Unit = "nats_per_dim") -> Tensor:
         """Training loss, ½ ln 2π left out: [..., B], [..., B, T] or [..., B, T, H, W]."""
@@ -87,7 +92,7 @@ class Likelihood:
         return -self.nll(per, "nats")
 
     def dims(self, per: Per = "video") -> int:
-        """Numbers in one video, frame or token."""
+        """Dimensions of one video, frame or token."""
         if per not in _AXES:
             raise LikelihoodError(f"per = {per!r}: must be one of {', '.join(_AXES)}")
         return self.token_dim * math.prod(self.loss_BTHW.shape[axis] for axis in _AXES[per])
@@ -109,16 +114,16 @@ class Estimate(NamedTuple):
     standard_error: Tensor
 
 
-def over_draws(values_D: Tensor) -> Estimate:
+def over_draws(values_K: Tensor) -> Estimate:
     """Mean and standard error over the first axis.
 
     >>> over_draws(torch.tensor([1.0, 3.0]))
     Estimate(mean=tensor(2.), standard_error=tensor(1.))
     """
-    mean, draws = values_D.mean(0), len(values_D)
+    mean, draws = values_K.mean(0), len(values_K)
     if draws < 2:
         return Estimate(mean, torch.full_like(mean, math.nan))
-    return Estimate(mean, values_D.std(0, correction=1) / math.sqrt(draws))
+    return Estimate(mean, values_K.std(0, correction=1) / math.sqrt(draws))
 
 
 @torch.no_grad()
@@ -128,30 +133,48 @@ def likelihood(
     text_BJE: Tensor | None = None,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
-    windows: Sequence[FrameWindow] | None = None,
+    windows: Sequence[ContextWindow] | None = None,
 ) -> Likelihood:
-    """Log-densities of latents [B,T,C,h,w] (images: [B,C,h,w] too) as they are: x carries its noise already.
+    """Log-densities of latents as they are: x carries its noise already.
 
-    The same numbers as `flow(x, text)`, whatever the chunk. Memory beyond the weights: the activations of a chunk,
-    and of the clip five tensors [B, J + L, W] of the deep block (hidden states; queries, keys, values and output of one
-    attention), whatever its depth. For unsharded weights.
+    They are the numbers of `flow(x, text)`, whatever the chunk. Memory beyond the weights: the
+    activations of a chunk, and of the whole clip five tensors [B, J + L, M] of the deep block
+    (hidden states; queries, keys, values and output of one attention), whatever its depth. For
+    unsharded weights.
 
-    chunk_tokens: tokens in one pass; shallow blocks take whole frames, at least one. windows: how a video longer
-    than the trained length is seen, see `SampleSpec.windows`; each frame then is conditioned on what its window
-    shows of the past, as when it is sampled. By default the deep block sees all frames at once.
+    Args:
+        flow: the flow.
+        x: latents [B, T, C, h, w], or images [B, C, h, w].
+        text_BJE: text; None for none.
+        chunk_tokens: tokens in one pass; shallow blocks take whole frames, at least one.
+        windows: the context windows through which a video longer than the trained length is seen
+            (`SampleSpec.context_windows`). Each frame then is conditioned on what its window shows
+            of the past, as when it is sampled. By default the deep block sees all frames at once.
 
-    Raises: LikelihoodError for windows or chunks that cannot be; ValueError for latents that do not fit the flow.
+    Raises:
+        LikelihoodError: windows or chunks that cannot be.
+        ValueError: latents that do not fit the flow.
+
+    >>> from flow.config import tiny
+    >>> flow = DeepShallowFlow(tiny())
+    >>> x = torch.randn(1, 3, 4, 2, 2)
+    >>> clip = likelihood(flow, x)
+    >>> clip.nll("frame", "bits_per_dim").shape
+    torch.Size([1, 3])
+    >>> torch.allclose(clip.log_prob(), flow(x).log_prob())
+    True
     """
     if chunk_tokens < 1:
         raise LikelihoodError(f"chunk_tokens = {chunk_tokens}: must be at least 1")
     x_BTHWC = flow.tokens(x)
     num_frames, tokens = x_BTHWC.shape[1], x_BTHWC.shape[2] * x_BTHWC.shape[3]
-    stack = [
+    shallow_parts = [
         flow.shallow_stack(part) for part in x_BTHWC.split(max(1, chunk_tokens // tokens), dim=1)
     ]
-    u_BTHWC = torch.cat([u for u, _ in stack], dim=1)
-    shallow_BTHW = torch.cat([log_det.double().sum(-1) for _, log_det in stack], dim=1)
-    del stack
+    u_BTHWC = torch.cat([u for u, _ in shallow_parts], dim=1)
+    shallow_BTHW = torch.cat([log_det.double().sum(-1) for _, log_det in shallow_parts], dim=1)
+    # Two whole clips that the deep block has no room for.
+    del shallow_parts
     deep = [
         _deep_loss(flow, u_BTHWC[:, start:end], text_BJE, chunk_tokens)[:, new - start :]
         for start, new, end in checked_windows(windows, num_frames)
@@ -162,18 +185,18 @@ def likelihood(
 def _deep_loss(
     flow: DeepShallowFlow, u_BTHWC: Tensor, text_BJE: Tensor | None, chunk: int
 ) -> Tensor:
-    """½z² - log|det| of the deep block, summed over each token's numbers: [B, T, H, W] in raster order, fp64."""
+    """½z² - log|det| of the deep block summed over channels: [B, T, H, W], raster order, fp64."""
     block, (num_frames, rows, columns) = flow.deep, u_BTHWC.shape[1:4]
     text_BJE = text_BJE if flow.config.deep_text else None
     s_BLC = frame_sequence(u_BTHWC, flow.deep_reversed)
     rope = flow.deep_rope((rows, columns), num_frames, text_BJE)
-    h_BLW, text_len = block.read(s_BLC, text_BJE)
+    h_BLM, text_len = block.read(s_BLC, text_BJE)
     for layer in block.layers:
-        _pass_layer(layer, h_BLW, rope, chunk)  # type: ignore[arg-type]
+        _pass_layer(layer, h_BLM, rope, chunk)  # type: ignore[arg-type]
     loss = []
     for low in range(0, s_BLC.shape[1], chunk):
         part = slice(low, low + chunk)
-        mu, sigma = block.affine(h_BLW[:, text_len:][:, part])
+        mu, sigma = block.affine(h_BLM[:, text_len:][:, part])
         z = (s_BLC[:, part] - mu) / sigma
         loss.append((0.5 * z.square() + sigma.log()).double().sum(-1))
     loss_BTN = rearrange(torch.cat(loss, dim=1), "b (t n) -> b t n", t=num_frames)
@@ -181,32 +204,40 @@ def _deep_loss(
     return rearrange(loss_BTN, "b t (h w) -> b t h w", h=rows)
 
 
-def _pass_layer(layer: TransformerLayer, h_BLW: Tensor, rope: Rope, chunk: int) -> None:
-    """`layer(h_BLW, rope)`, in place: products by chunks of places, one causal attention, which makes no scores."""
-    attention, places = layer.attention, h_BLW.shape[1]
+def _pass_layer(layer: TransformerLayer, h_BLM: Tensor, rope: Rope, chunk: int) -> None:
+    """`layer(h_BLM, rope)` in place: products by chunks of places, and one causal attention.
+
+    Attention is one call of the fused kernel, which never holds the logits of all places at once.
+    (Letters here are those of `flow.attention`: H heads, S places, D head_dim.)
+    """
+    attention, places = layer.attention, h_BLM.shape[1]
     parts = [slice(low, min(low + chunk, places)) for low in range(0, places, chunk)]
-    shape = (len(h_BLW), attention.heads, places, attention.head_dim)
-    q_BHSD, k_BHSD, v_BHSD = (h_BLW.new_empty(shape) for _ in range(3))
+    shape = (len(h_BLM), attention.heads, places, attention.head_dim)
+    q_BHSD, k_BHSD, v_BHSD = (h_BLM.new_empty(shape) for _ in range(3))
     for part in parts:
-        turned = attention.project(h_BLW[:, part], rope.slice(part.start, part.stop))
+        turned = attention.project(h_BLM[:, part], rope.slice(part.start, part.stop))
         q_BHSD[:, :, part], k_BHSD[:, :, part], v_BHSD[:, :, part] = turned
     out_BHSD = F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, is_causal=True)
     for part in parts:
-        h_BPW = h_BLW[:, part] + attention.merge(out_BHSD[:, :, part])
-        h_BLW[:, part] = h_BPW + layer.mlp(h_BPW)
+        h_BPM = h_BLM[:, part] + attention.merge(out_BHSD[:, :, part])
+        h_BLM[:, part] = h_BPM + layer.mlp(h_BPM)
 
 
 def checked_windows(
-    windows: Sequence[FrameWindow] | None, num_frames: int
-) -> Sequence[FrameWindow]:
-    """The windows, one of all frames by default; every frame must be new in exactly one of them."""
+    windows: Sequence[ContextWindow] | None, num_frames: int
+) -> Sequence[ContextWindow]:
+    """The context windows; by default one of all frames.
+
+    Raises:
+        LikelihoodError: a frame is not new in exactly one of them, in order.
+    """
     if windows is None:
-        return [(0, 0, num_frames)]
-    made = [frame for _, new, end in windows for frame in range(new, end)]
-    if made != [*range(num_frames)] or any(start > new for start, new, _ in windows):
+        return [ContextWindow(0, 0, num_frames)]
+    new_frames = [frame for _, new, end in windows for frame in range(new, end)]
+    if new_frames != [*range(num_frames)] or any(start > new for start, new, _ in windows):
         raise LikelihoodError(
-            f"windows = {list(windows)}: must make each of the {num_frames} frames once, in order,"
-            " as SampleSpec.windows() does"
+            f"windows = {[tuple(window) for window in windows]}: must make each of the "
+            f"{num_frames} frames once, in order, as SampleSpec.context_windows() does"
         )
     return windows
 
@@ -214,9 +245,10 @@ def checked_windows(
 def draw_noise(
     seed: int, draw: int, shape_TCHW: Sequence[int], *, purpose: str = "noise"
 ) -> Tensor:
-    """Standard normal noise [T, C, h, w] of one draw, fp32 on CPU: frame n's from (seed, draw, n) alone.
+    """Standard normal noise [T, C, h, w] of one draw, fp32 on the CPU.
 
-    `purpose` separates streams, such as a codec's posterior noise from the σ-noise.
+    Frame n's noise comes from (seed, draw, n) alone. `purpose` keeps kinds of noise apart, such as
+    a codec's posterior noise and the σ-noise.
     """
     frames = []
     for n in range(shape_TCHW[0]):
@@ -235,14 +267,26 @@ def noisy_likelihood(
     draws: int,
     seed: int = 0,
     chunk_tokens: int = CHUNK_TOKENS,
-    windows: Sequence[FrameWindow] | None = None,
+    windows: Sequence[ContextWindow] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Likelihood:
-    """Log-densities of x + σ·ε for `draws` seeded draws of ε: a `Likelihood` with an axis D in front.
+    """Log-densities of x + σ·ε for seeded draws of ε: a `Likelihood` with an axis K in front.
 
-    clean: latents [B,T,C,h,w] without the noise, or a function from a draw's number to them (where they
-    are themselves drawn from a codec's posterior). σ is the model's `noise_std`. All videos of a batch get the
-    same ε, so that each scores what it would alone. Mean ± standard error: `over_draws(result.loss())`.
+    σ is the model's `noise_std`. All videos of a batch get the same ε, so that each has the
+    likelihood that it would have alone. Mean and standard error are `over_draws(result.loss())`.
+
+    Args:
+        flow: the flow.
+        clean: latents [B, T, C, h, w] without the noise, or a function from a draw's number to them
+            (where they are themselves drawn from a codec's posterior).
+        text_BJE: text; None for none.
+        draws: number of draws, at least 1.
+        seed: of all draws.
+        chunk_tokens, windows: as in `likelihood`.
+        progress: called with (draws made, draws in all).
+
+    Raises:
+        LikelihoodError: no draws, or what `likelihood` refuses.
     """
     if draws < 1:
         raise LikelihoodError(f"draws = {draws}: must be at least 1")
@@ -252,18 +296,19 @@ def noisy_likelihood(
         shape_TCHW = x.shape[1:] if x.dim() == 5 else (1, *x.shape[1:])
         noise = draw_noise(seed, draw, shape_TCHW).reshape(x.shape[1:]).to(x)
         x_noisy = x + flow.config.noise_std * noise
-        scored = likelihood(flow, x_noisy, text_BJE, chunk_tokens=chunk_tokens, windows=windows)
-        losses.append(scored.loss_BTHW)
+        of_draw = likelihood(flow, x_noisy, text_BJE, chunk_tokens=chunk_tokens, windows=windows)
+        losses.append(of_draw.loss_BTHW)
         if progress is not None:
             progress(draw + 1, draws)
-    return Likelihood(torch.stack(losses), scored.token_dim)
+    return Likelihood(torch.stack(losses), of_draw.token_dim)
 
 
 def noise_floor(sigma: float) -> float:
     """½ + ln σ in nats per dimension: the least mean loss on data that carries Gaussian noise of σ.
 
-    It is the entropy of the noise without ½ ln 2π (DESIGN section 3). By Gibbs' inequality it holds for every single
-    clip, known by heart or not, as long as the noise is fresh.
+    It is the entropy of the noise without ½ ln 2π. By Gibbs' inequality it holds for every single
+    clip, known by heart or not, as long as the noise is fresh. Source: `docs/design.md`, "The model
+    exactly", loss.
 
     >>> round(noise_floor(0.3), 3)
     -0.704
@@ -274,11 +319,17 @@ def noise_floor(sigma: float) -> float:
 def check_noise_floor(
     mean_loss: float, standard_error: float, sigma: float, *, num_elements: int, what: str
 ) -> bool:
-    """Whether a mean loss (nats/dim, ½ ln 2π left out) is clearly under the floor; if so, warn with the likely causes.
+    """Whether a mean loss is clearly under the noise floor; if so, warn with the likely causes.
 
-    standard_error: over noise draws, nan where there is but one. num_elements: noise numbers in the mean, all
-    draws together: a flow that knew the data exactly would be sqrt(½ / num_elements) off by chance, so fewer
-    draws than an error can be told from never raise a false alarm. what: what was scored, for the message.
+    A flow that knew the data exactly would be sqrt(½ / num_elements) off by chance. No smaller
+    error is believed, so that too few draws to tell an error from never raise a false alarm.
+
+    Args:
+        mean_loss: nats per dimension, ½ ln 2π left out.
+        standard_error: of it over noise draws; nan where there is but one.
+        sigma: standard deviation σ of the noise.
+        num_elements: noise numbers in the mean, all draws together.
+        what: what the mean is of, for the message.
     """
     by_chance = math.sqrt(0.5 / num_elements)
     error = by_chance if math.isnan(standard_error) else max(standard_error, by_chance)
@@ -287,11 +338,12 @@ def check_noise_floor(
     if not mean_loss < floor - FLOOR_ERRORS * error:
         return False
     warnings.warn(
-        f"{what}: mean loss {mean_loss:.4f} nats/dim is {(floor - mean_loss) / error:.0f} standard errors under the "
-        f"noise floor ½ + ln σ = {floor:.4f} (σ = {sigma:g}), which no density can be. Likely causes: the latents carry "
-        "no noise, or less than σ (noise_std, latent convention or scale differ from those of training); the "
-        "model saw this very noise in training (same seed); or its log-density is wrong (a block sees the token it "
-        "predicts, a log-determinant is off)",
+        f"{what}: mean loss {mean_loss:.4f} nats/dim is {(floor - mean_loss) / error:.0f} standard "
+        f"errors under the noise floor ½ + ln σ = {floor:.4f} (σ = {sigma:g}), which no density "
+        "can be. Likely causes: the latents carry no noise, or less than σ (noise_std, latent "
+        "convention or scale differ from those of training); the model saw this very noise in "
+        "training (same seed); or its log-density is wrong (a block sees the token it predicts, a "
+        "log-determinant is off)",
         NoiseFloorWarning,
         stacklevel=3,
     )

@@ -1,7 +1,7 @@
 """The prompt as a model reads it: the template, and the one function that fills it for a clip.
 
-Training, serving, sampling and likelihood all call `prompt_for`, so that a clip reads alike wherever
-it is met. Knows nothing of text encoders, torch or files.
+Training, serving, sampling and likelihood all call `prompt_for`, so that a clip reads alike
+wherever it is met. Knows nothing of text encoders, torch or files.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def prompt_for(
 ) -> str:
     """What a model of this configuration reads for one clip, in training and everywhere else.
 
-    One frame is an image, whoever asks for it; a shape is called by the nearest of the names that the
-    released models know.
+    One frame is an image, whoever asks for it; a shape is called by the nearest of the names that
+    the released models know.
 
     Args:
         num_frames: video frames of the whole clip; 1 is an image.

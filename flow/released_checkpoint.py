@@ -1,7 +1,9 @@
-"""Released checkpoints: a `.pth` of tensors under their released names and a YAML, mapped rather than read.
+"""Released checkpoints: a `.pth` of tensors under their released names, and its YAML.
 
-Knows the released names and file formats. Nothing is unpickled beyond tensors (`weights_only=True`), and no tensor's bytes are
-read before somebody asks for them. Does not know our model folders.
+The `.pth` is mapped rather than read: nothing is unpickled beyond tensors (`weights_only=True`),
+and no tensor's bytes are read before somebody asks for them. Knows the released names and file
+formats. Knows nothing of our model folders. Errors: `flow.tensor_files.CheckpointError`,
+`flow.config.ConfigError`.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flow.config import FlowConfig, ReleasedNotes
+from flow.config import FlowConfig
 from flow.flow import FlowModel
+from flow.released_yaml import ReleasedNotes, read_notes, read_structure
 from flow.tensor_files import CheckpointError, check_shapes
 
 _IGNORED = re.compile(r"(^|\.)(var|attn_mask|feat_rope\..*)$")
@@ -35,15 +38,13 @@ _ZIP_MAGIC = b"PK\x03\x04"
 
 @dataclass(frozen=True)
 class Released:
-    """A released checkpoint that fits its configuration.
-
-    tensors: by our names, in our order, still on disk: mapped from the file, so only to be read, for as long as it is left alone.
-    notes: what the YAML says beside the structure.
-    """
+    """A released checkpoint that fits its configuration."""
 
     config: FlowConfig
     tensors: Mapping[str, Tensor]
+    """By our names, in our order, still on disk: only to be read, while the file is left alone."""
     notes: ReleasedNotes
+    """What the YAML says beside the structure."""
 
 
 def open_released(
@@ -54,8 +55,11 @@ def open_released(
 ) -> Released:
     """Map a released `.pth` and hold every tensor against its YAML; reads names and shapes only.
 
-    `text_dim` is read from the weights where they have a text projection. `cells_per_img_size`: see
-    `FlowConfig.from_released_yaml`.
+    Args:
+        weights: the `.pth`.
+        config: its YAML.
+        text_dim: width of a text token; read from the weights where they have a text projection.
+        cells_per_img_size: see `flow.released_yaml.read_structure`.
 
     Raises:
         CheckpointError: not such a file, or tensors that do not fit, all of them in one message.
@@ -71,24 +75,43 @@ def open_released(
         )
     if not widths and text_dim is None:
         raise CheckpointError(f"{weights} has no text projection: pass text_dim")
-    found = FlowConfig.from_released_yaml(config, text_dim or widths.pop(), cells_per_img_size)
+    structure = read_structure(config, text_dim or widths.pop(), cells_per_img_size)
     layers = {int(m[1]) for name in given if (m := _DENOISER_LAYER.match(name))}
-    if found.denoiser and layers:
-        found = dataclasses.replace(found, denoiser_layers=max(layers) + 1)
+    if structure.denoiser and layers:
+        # The YAML does not say how deep the denoiser is.
+        structure = dataclasses.replace(structure, denoiser_layers=max(layers) + 1)
     with torch.device("meta"):
-        needed = FlowModel(found).state_dict()
-    names = {name: released_name(name, found.num_blocks) for name in needed}
+        needed = FlowModel(structure).state_dict()
+    names = {name: released_name(name, structure.num_blocks) for name in needed}
     check_shapes(
         {names[name]: tuple(value.shape) for name, value in needed.items()},
         {name: tuple(value.shape) for name, value in given.items()},
         str(weights),
     )
     tensors = {ours: given[theirs] for ours, theirs in names.items()}
-    return Released(found, tensors, ReleasedNotes.from_yaml(config))
+    return Released(structure, tensors, read_notes(config))
+
+
+def import_released(
+    weights: str | Path,
+    config: str | Path,
+    text_dim: int | None = None,
+    cells_per_img_size: float | None = None,
+) -> tuple[FlowModel, FlowConfig]:
+    """A released model on the CPU, in the checkpoint's dtype, and its configuration.
+
+    Arguments and errors are those of `open_released`. Where the model is larger than memory, use
+    that and `write_model`.
+    """
+    released = open_released(weights, config, text_dim, cells_per_img_size)
+    with torch.device("meta"):
+        model = FlowModel(released.config)
+    model.load_state_dict({k: v.clone() for k, v in released.tensors.items()}, assign=True)
+    return model.requires_grad_(True).eval(), released.config
 
 
 def released_name(name: str, num_blocks: int) -> str:
-    """What a tensor of `FlowModel` is called in a released checkpoint.
+    """The name in a released checkpoint of a tensor of `FlowModel`.
 
     >>> released_name("flow.deep.layers.0.mlp.up.weight", 6)
     'blocks.5.attn_blocks.0.mlp.main.0.weight'
@@ -108,12 +131,14 @@ def _mapped(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no checkpoint at {path}") from error
     if magic != _ZIP_MAGIC:
         raise CheckpointError(
-            f"{path} is not a plain tensor checkpoint that can be mapped: it is no zip archive, which torch.save writes since"
-            " version 1.6. If it is an older one, write it again where memory allows: "
-            f'torch.save(torch.load({path.name!r}, map_location="cpu", weights_only=True), "new.pth")'
+            f"{path} is not a plain tensor checkpoint that can be mapped: it is no zip archive, "
+            "which torch.save writes since version 1.6. If it is an older one, write it again "
+            f'where memory allows: torch.save(torch.load({path.name!r}, map_location="cpu", '
+            'weights_only=True), "new.pth")'
         )
-    # A private mapping is charged against memory as if all of it were written, and one larger than that is refused; a shared one
-    # is not, but needs a file that may be written to. Nobody writes: see `Released`.
+    # A private mapping is charged against memory as if all of it were written, and one larger than
+    # that is refused. A shared one is not, but needs a file that may be written to. Nobody writes:
+    # see `Released.tensors`.
     flags = mmap.MAP_SHARED if os.access(path, os.W_OK) else mmap.MAP_PRIVATE
     try:
         with torch.serialization.set_default_mmap_options(flags):
@@ -128,6 +153,7 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     if strange:
         kind = type(loaded[strange[0]]).__name__
         raise CheckpointError(
-            f"{path} is not a map of names to tensors: {strange[0]!r} is a {kind}; save the state dict alone"
+            f"{path} is not a map of names to tensors: {strange[0]!r} is a {kind}; "
+            "save the state dict alone"
         )
     return loaded

@@ -1,8 +1,10 @@
-"""Rotary positions on three axes (row, column, time), as DESIGN section 3 fixes them.
+"""Rotary positions on three axes: row, column, time.
 
-Knows angles and how to turn vectors by them. Does not know attention, orders or caches.
+Knows angles and how to turn vectors by them (`docs/design.md`, "The model exactly", rotary
+positions). Knows nothing of attention, orders or key-value caches.
 
-Shapes: L places, B batch, H heads, D head_dim (a place's D/2 angles: rows, columns, time).
+Shapes: B batch, L places, N any middle axes, H heads, D head_dim, A = D/2 angles of a place (those
+of rows, columns and time, in this order).
 """
 
 from __future__ import annotations
@@ -16,19 +18,27 @@ from torch import Tensor
 from flow.config import TIME_FREQUENCIES
 
 BASE = 10000.0
+"""Wavelengths of an axis run from 2π nearly to 2π times this."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """Turns of L places. An opaque object on purpose: mixed-precision hooks that cast every tensor
-    argument of a layer must leave these fp32 numbers alone.
+    """Turns of L places, in fp32 (fp64 for fp64 models).
 
-    cos_LA, sin_LA: [L, D/2] in fp32 (fp64 for fp64 models).
+    An opaque object on purpose: mixed-precision hooks that cast every tensor argument of a layer
+    must leave these numbers alone.
+
+    >>> rope = build_rope(head_dim=32, pos_len=4.0, grid=(2, 2), num_frames=1)
+    >>> x_BLHD = torch.randn(1, 4, 2, 32)
+    >>> turned = rope.rotate(x_BLHD)
+    >>> torch.allclose(turned.norm(dim=-1), x_BLHD.norm(dim=-1), atol=1e-5)
+    True
     """
 
     cos_LA: Tensor
     sin_LA: Tensor
-    turn_LA: Tensor  # cos + i·sin, complex
+    turn_LA: Tensor
+    """cos + i·sin, complex."""
 
     def __len__(self) -> int:
         return self.cos_LA.shape[0]
@@ -38,14 +48,15 @@ class Rope:
         return Rope(self.cos_LA[start:stop], self.sin_LA[start:stop], self.turn_LA[start:stop])
 
     def rotate(self, x_BLNHD: Tensor) -> Tensor:
-        """Turn adjacent pairs (e0, e1) -> (e0 cos - e1 sin, e0 sin + e1 cos); any middle axes.
+        """Turn adjacent pairs: (e0, e1) becomes (e0 cos - e1 sin, e0 sin + e1 cos).
 
-        Axis 1 is the place, the last the head dimension; shape and dtype are kept, arithmetic is fp32 or wider.
-        One complex product does it five times faster than four real ones on a CPU; half precision
-        and the compiler take the real path, which they fuse.
+        Axis 1 is the place and the last one the head dimension. Shape and dtype are kept;
+        arithmetic is fp32 or wider.
         """
         places = (slice(None), *(None,) * (x_BLNHD.dim() - 3))
         pairs = x_BLNHD.unflatten(-1, (-1, 2))
+        # On a CPU one complex product is five times faster than four real ones. Half precision and
+        # the compiler take the real path, which they fuse.
         if pairs.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
             turned = torch.view_as_complex(pairs) * self.turn_LA[places]
             return torch.view_as_real(turned).flatten(-2).to(x_BLNHD.dtype)
@@ -66,18 +77,29 @@ def build_rope(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Rope:
-    """Turns for `text_len` text places followed by `num_frames` frames of `grid` = (rows, columns) tokens.
+    """Turns for text places, followed by frames of tokens in raster order.
 
-    Row and column of a token sit at index / sqrt(rows·columns) · pos_len, its time is the frame index
-    (from `first_frame`); text token j sits at row 0, column 0, time j / text_len · pos_len.
-    fp32 angles are rounded just as in the released models' tables: where a block's sigma is small, exact angles
-    would move z by more than all other rounding together.
+    Row and column of a token sit at index / sqrt(rows·columns) · pos_len, and its time is the frame
+    index. Text token j sits at row 0, column 0, time j / text_len · pos_len. With n = D/2 - 8, rows
+    and columns each have the frequencies 10000^(-2k/n), k < n/2; time has 10000^(-k/8), k < 8.
+
+    fp32 angles are rounded just as in the released models' tables: where a block's sigma is small,
+    exact angles would move z by more than all other rounding together.
+
+    Args:
+        head_dim: D.
+        pos_len: what the side of the token grid is scaled to.
+        grid: rows and columns of tokens.
+        num_frames: frames.
+        text_len: text places in front of them.
+        first_frame: frame index of the first frame.
+        device, dtype: of the turns; at least fp32.
     """
     rows, columns = grid
     wide = torch.promote_types(dtype, torch.float32)
 
     def steps(count: int, first: int = 0) -> Tensor:
-        """Made on the CPU, so that all devices turn alike."""
+        # On the CPU, so that all devices turn alike.
         return torch.arange(first, first + count, dtype=wide, device="cpu")
 
     root = math.sqrt(rows * columns)
@@ -106,7 +128,7 @@ def build_rope(
 
 
 class RopeCache:
-    """The few tables a model keeps using, by their arguments; holds no parameters."""
+    """The few tables that a model keeps using, by their arguments; it holds no parameters."""
 
     def __init__(self, head_dim: int, pos_len: float, size: int = 16) -> None:
         self._fixed = {"head_dim": head_dim, "pos_len": pos_len}
@@ -121,7 +143,7 @@ class RopeCache:
         like: Tensor,
         first_frame: int = 0,
     ) -> Rope:
-        """The table for these places on the device of `like`, fp64 where `like` is, else fp32."""
+        """The turns of these places on the device of `like`; fp64 where `like` is, else fp32."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         key = (grid, num_frames, text_len, first_frame, like.device, dtype)
         rope = self._tables.get(key)
@@ -137,6 +159,7 @@ class RopeCache:
                     device=like.device,
                     dtype=dtype,
                 )
+            # The oldest one makes room: a long run meets many shapes, each only for a while.
             if len(self._tables) >= self._size:
                 self._tables.pop(next(iter(self._tables)))
             self._tables[key] = rope

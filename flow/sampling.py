@@ -1,9 +1,13 @@
-"""From noise to latents: the deep block frame by frame, then shallow inverse and denoiser, as two streams.
+"""From noise to latents: the deep block frame by frame, then shallow inverse and denoiser.
 
-Knows seeds, frames, windows and schedules. Does not know prompts, codecs, sessions or where
-the streams run: `sample` is the two of them in one loop.
+The two halves are streams, `DeepStream` and `FrameStream`, so that they may run in different places
+at the same time; `sample` is the two of them in one loop. Knows seeds, frames, context windows and
+schedules. Knows nothing of prompts, codecs, sessions or where the streams run.
 
-Shapes: B batch, T latent frames, C channels, h, w latent cells, H, W tokens, J text tokens, E text width.
+Source: `docs/design.md`, "Sampling".
+
+Shapes: B batch, T latent frames, C channels, h, w latent cells, H, W tokens, N tokens of a frame, J
+text tokens, E text width.
 """
 
 from __future__ import annotations
@@ -17,20 +21,27 @@ from einops import rearrange
 from torch import Tensor
 
 from flow.counters import Counters, Work
-from flow.flow import SHALLOW_TOLERANCE, DeepShallowFlow, FlowModel
+from flow.flow import DeepShallowFlow, FlowModel
 from flow.inverse import Inverter, Steps
-from flow.likelihood import FrameWindow
-from flow.sample_spec import SampleError, SampleSpec
+from flow.sample_spec import ContextWindow, SampleError, SampleSpec
 from flow.score import tweedie
-from flow.sliding import Window, slide
+from flow.shallow import SHALLOW_TOLERANCE, shallow_inverse
+from flow.sliding import SlidingWindow, slide
 from flow.tokens import frame_sequence, patchify
 
 Noise = Callable[[int], Tensor]
-"""Frame index -> prior noise of that frame as a latent [B, C, h, w]."""
+"""Prior noise of a frame, by its number, as a latent [B, C, h, w]."""
 
 
 def frame_noise(seed: int, n: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise of frame n, from (seed, n) alone: fp32 on CPU, of `shape` (a latent frame [C, h, w])."""
+    """Standard normal noise of frame n from (seed, n) alone, fp32 on the CPU.
+
+    A session resumed anywhere, or sampled with another schedule or in another batch, sees the same
+    noise. `shape` is that of a latent frame, [C, h, w].
+
+    >>> torch.equal(frame_noise(7, 3, (4, 2, 2)), frame_noise(7, 3, (4, 2, 2)))
+    True
+    """
     digest = hashlib.sha256(f"flowreel noise {seed} {n}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(tuple(shape), generator=generator)
@@ -42,11 +53,30 @@ def batch_noise(seeds: Sequence[int], shape: Sequence[int]) -> Noise:
 
 
 class DeepStream:
-    """The deep block's inverse, one frame per call (arXiv 2511.20462; DESIGN section 4).
+    """The deep block's inverse, one frame u per call.
 
-    text_BJE, null_BJE: what it reads (null_BJE only with guidance). first_frame_u [B,1,H,W,C]: a given frame 0, from
-    `flow.shallow_forward`. emitted: frames u made before, to resume from (the given one included); the stream then
-    goes on as if uninterrupted. noise: prior noise by frame, `frame_noise(spec.seed, n)` by default.
+    Source: arXiv 2511.20462; `docs/design.md`, "Sampling".
+
+    Args:
+        flow: the flow; only its deep block is used.
+        text_BJE, null_BJE: what the deep block reads; null_BJE only with guidance.
+        spec: what to sample and how.
+        first_frame_u: a given frame 0, tokens [B, 1, H, W, C] from `flow.shallow_forward`.
+        emitted: frames u made before, the given one included; the stream then goes on as if it had
+            not been interrupted.
+        noise: prior noise by frame; `frame_noise(spec.seed, n)` by default.
+
+    Raises:
+        SampleError: size, frames or batch do not fit the model.
+
+    >>> from flow.config import tiny
+    >>> flow = DeepShallowFlow(tiny())
+    >>> stream = DeepStream(flow, None, None, SampleSpec(num_frames=3, grid=(2, 2)))
+    >>> frames = []
+    >>> while not stream.done:
+    ...     frames.append(stream.next_frame())
+    >>> len(frames), frames[0].shape
+    (3, torch.Size([1, 1, 2, 2, 4]))
     """
 
     def __init__(
@@ -81,13 +111,13 @@ class DeepStream:
         text_BJE = text_BJE if config.deep_text else None
         self.inverter = Inverter(
             flow.deep,
-            flow.deep_rope(self._grid, spec.window, text_BJE),
+            flow.deep_rope(self._grid, spec.frames_per_window, text_BJE),
             batch=batch,
             text_BJE=text_BJE,
             null_BJE=null_BJE if config.deep_text else None,
             guidance=spec.guidance if config.deep_text else 0.0,
         )
-        # Frames from the start of the window on: what a restart reads.
+        # Frames from the start of the context window on: what a restart reads.
         self._window_start = spec.window_start(min(self.frame_index, spec.num_frames - 1))
         self._recent = list(emitted[self._window_start :])
         self._restarted = False
@@ -96,7 +126,7 @@ class DeepStream:
 
     @property
     def done(self) -> bool:
-        """All frames have been made."""
+        """Whether all frames have been made."""
         return self.frame_index >= self.spec.num_frames
 
     def next_frame(self) -> Tensor:
@@ -122,7 +152,7 @@ class DeepStream:
         return u_BTHWC
 
     def steps(self) -> Steps:
-        """What solving the next frame takes, pass by pass; see `flow.inverse`. Then `emit` has it."""
+        """The schedule of the next frame, pass by pass (see `flow.inverse`); `emit` then has it."""
         n, spec, inverter, tokens = self.frame_index, self.spec, self.inverter, self._tokens
         self._begun = time.perf_counter()
         if self.done:
@@ -137,20 +167,23 @@ class DeepStream:
             return (yield from inverter.sequential(z_BNC))
         if spec.schedule == "sliding":
             return (yield from self._slide(n, first, z_BNC))
-        block, start_BNC, sweeps = spec.block_size, z_BNC, 0
+        size, start_BNC, sweeps = spec.block_size, z_BNC, 0
         if first:
             # Fresh mu and sigma are a function of the frames alone: a resumed stream starts alike.
             yield from inverter.refresh()
             before = slice(first - tokens, first)
             start_BNC = inverter.mu_BLC[:, before] + inverter.sigma_BLC[:, before] * z_BNC
-            block *= spec.later_block_factor
-        for low in range(0, tokens, block):
-            part = slice(low, min(low + block, tokens))
+            size *= spec.later_block_factor
+        for low in range(0, tokens, size):
+            part = slice(low, min(low + size, tokens))
             sweeps += yield from inverter.jacobi(z_BNC[:, part], start_BNC[:, part], spec.tolerance)
         return sweeps
 
     def _prior(self, n: int) -> Tensor:
-        """Noise of frame n as tokens [B, N, C] in the block's order; a window that runs on asks for a frame twice."""
+        """Noise of frame n as tokens [B, N, C] in the block's order.
+
+        A sliding window that runs on asks for a frame twice; the last two are remembered.
+        """
         if n not in self._priors:
             noise = patchify(self._noise(n).unsqueeze(1), self.flow.config.patch_size)
             z_BNC = frame_sequence(noise, self.flow.deep_reversed).to(self.inverter.tokens_BLC)
@@ -158,10 +191,13 @@ class DeepStream:
         return self._priors[n]
 
     def _slide(self, n: int, first: int, z_BNC: Tensor) -> Steps:
+        """The sliding schedule of frame n; its window may run on into the frame after it."""
         spec, after = self.spec, n + 1
         goes_on = after < spec.num_frames and spec.window_start(after) == self._window_start
         tolerance = spec.token_tolerance if first else spec.cold_token_tolerance
-        window = Window(spec.slide_tokens, spec.cold_slide_tokens, self._grid[1], self._tokens)
+        window = SlidingWindow(
+            spec.slide_tokens, spec.cold_slide_tokens, self._grid[1], self._tokens
+        )
         return slide(
             self.inverter,
             torch.cat([z_BNC, self._prior(after)], dim=1) if goes_on else z_BNC,
@@ -172,7 +208,7 @@ class DeepStream:
         )
 
     def _enter_window(self, n: int) -> None:
-        """Read text and known frames where a stream, or its next window, begins."""
+        """Read text and known frames where the stream, or its next context window, begins."""
         start = self.spec.window_start(n)
         if self._restarted and start == self._window_start:
             return
@@ -193,13 +229,32 @@ def _batch_of(*tensors: Tensor | None) -> int:
 
 
 class FrameStream:
-    """Shallow inverse and denoiser over a video that arrives as u frames.
+    """Shallow inverse and denoiser over a video that arrives as frames u.
 
-    denoiser "learned" runs the model's denoiser (its stream keeps its own caches, so outputs may come later); "score"
-    goes forward and backward through the flow, which takes the whole clip: all frames come at `finish`; "none" gives
-    the noisy latents the flow models.
+    There are three ways to denoise:
 
-    windows: for "score" of a video longer than the deep block's window, `SampleSpec.windows` of how it was made.
+    - "learned" runs the model's denoiser. Its stream keeps its own caches, so outputs may come
+      later.
+    - "score" goes forward and backward through the flow (`flow.score`), which takes the whole clip:
+      all frames come at `finish`.
+    - "none" gives the noisy latents that the flow models.
+
+    Args:
+        model: the model; its deep block is used by "score" only.
+        text_BJE: what denoiser and score read.
+        denoiser: "learned", "score" or "none".
+        shallow_tolerance: of the shallow inverse, see `flow.shallow`.
+        sequential: invert the shallow blocks token by token.
+        windows: for "score", the context windows in which the video was made.
+
+    Raises:
+        SampleError: an unknown way, or a model without the denoiser asked for.
+
+    >>> from flow.config import tiny
+    >>> frames = FrameStream(FlowModel(tiny()), None)
+    >>> u_BTHWC = torch.randn(1, 1, 2, 2, 4)
+    >>> len(frames.push(u_BTHWC)), len(frames.push(u_BTHWC)), len(frames.finish())
+    (0, 1, 1)
     """
 
     def __init__(
@@ -210,7 +265,7 @@ class FrameStream:
         *,
         shallow_tolerance: float = SHALLOW_TOLERANCE,
         sequential: bool = False,
-        windows: Sequence[FrameWindow] | None = None,
+        windows: Sequence[ContextWindow] | None = None,
     ) -> None:
         if denoiser not in ("learned", "score", "none"):
             raise SampleError(f"denoiser = {denoiser!r}: must be 'learned', 'score' or 'none'")
@@ -228,8 +283,9 @@ class FrameStream:
         self._noisy: list[Tensor] = []
 
     def push(self, u_BTHWC: Tensor) -> list[Tensor]:
-        """Take the next frame or frames; give the clean latent frames [B, C, h, w] now final, in order."""
-        x_BTCHW = self.model.flow.shallow_inverse(
+        """Take the next frame or frames; give the latents [B, C, h, w] now final, in order."""
+        x_BTCHW = shallow_inverse(
+            self.model.flow,
             u_BTHWC,
             tolerance=self.shallow_tolerance,
             sequential=self.sequential,
@@ -246,7 +302,7 @@ class FrameStream:
         return out
 
     def finish(self) -> list[Tensor]:
-        """No frame follows: the clean latent frames still owed."""
+        """Say that no frame follows; give the latent frames still owed."""
         if self._stream is not None:
             return self._clean(self._stream.finish())
         if not self._noisy:
@@ -271,11 +327,24 @@ def sample(
     noise: Noise | None = None,
     counters: Counters | None = None,
 ) -> Tensor:
-    """Latents [B, T, C, h, w] of one video (or of a batch, with `noise`).
+    """Latents [B, T, C, h, w] of one video, or of a batch with `noise`.
 
-    first_frame [B, 1, C, h, w]: a given first latent frame, already carrying the model's noise. `counters` is
-    filled with what it took. Tolerance 0 makes the shallow blocks exact too. denoiser: "learned", "score" or "none", see
-    `FrameStream`.
+    Args:
+        model: the model. text_BJE, null_BJE: what it reads; null_BJE only with guidance. spec: what
+        to sample and how; tolerance 0 makes the shallow blocks exact too. first_frame: a given
+        first latent frame [B, 1, C, h, w], which carries the model's noise already. denoiser:
+        "learned", "score" or "none", see `FrameStream`. noise: prior noise by frame;
+        `frame_noise(spec.seed, n)` by default. counters: filled with what it took.
+
+    Raises:
+        SampleError: what `DeepStream` and `FrameStream` refuse.
+
+    >>> from flow.config import tiny
+    >>> model = FlowModel(tiny())
+    >>> text_BJE, null_BJE = torch.randn(2, 1, 6, 16)
+    >>> spec = SampleSpec(num_frames=3, grid=(2, 5), guidance=2.5, seed=1)
+    >>> sample(model, text_BJE, null_BJE, spec).shape
+    torch.Size([1, 3, 4, 2, 5])
     """
     with torch.no_grad():
         first_u = None if first_frame is None else model.flow.shallow_forward(first_frame)
@@ -286,11 +355,14 @@ def sample(
         denoiser,
         shallow_tolerance=SHALLOW_TOLERANCE if spec.tolerance else 0.0,
         sequential=spec.schedule == "sequential",
-        windows=[*spec.windows()],
+        windows=[*spec.context_windows()],
     )
     # Nobody waits for the first frame here, so the shallow blocks take all frames as one batch.
     u_BTHWC = torch.cat([deep.next_frame() for _ in range(spec.num_frames)], dim=1)
     out = frames.push(u_BTHWC) + frames.finish()
     if counters is not None:
-        vars(counters).update(vars(deep.counters) | {"shallow": frames.work})
+        counters.per_frame = deep.counters.per_frame
+        counters.seconds = deep.counters.seconds
+        counters.tokens_per_frame = deep.counters.tokens_per_frame
+        counters.shallow = frames.work
     return torch.stack(out, dim=1)

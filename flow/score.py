@@ -1,10 +1,14 @@
-"""The score ∇ log p of a flow, and denoising by it: one forward and one backward, no network of its own.
+"""The score ∇ log p of a flow, and denoising by it: one forward and one backward pass.
 
-The baseline that the paper holds its learned denoiser against (arXiv 2511.20462, ablation of denoisers; DESIGN
-section 3). Knows the flow and whole clips. Does not know streams: the gradient of later frames' density reaches
-earlier ones, so nothing is final before the last frame is there.
+This is the baseline that the paper holds its learned denoiser against (arXiv 2511.20462, ablation
+of denoisers; `docs/design.md`, "The model exactly"). Knows the flow and whole clips. Knows nothing
+of streams: the gradient of later frames' density reaches earlier ones, so nothing is final before
+the last frame is there.
 
-Shapes: B batch, T latent frames, H, W tokens, C numbers per token, J text tokens, E text width.
+*Score* always means this gradient; how likely a video is, is its likelihood (`flow.likelihood`).
+
+Shapes: B batch, T latent frames, h, w latent cells, H, W tokens, C channels, L tokens of a
+sequence, J text tokens, E text width, M model width.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flow.flow import DeepShallowFlow
-from flow.likelihood import CHUNK_TOKENS, FrameWindow, checked_windows
+from flow.likelihood import CHUNK_TOKENS, checked_windows
+from flow.sample_spec import ContextWindow
 from flow.tokens import frame_sequence, unpatchify
 
 
@@ -25,12 +30,24 @@ def score(
     x: Tensor,
     text_BJE: Tensor | None = None,
     *,
-    windows: Sequence[FrameWindow] | None = None,
+    windows: Sequence[ContextWindow] | None = None,
 ) -> Tensor:
-    """∇ₓ log p(x | text), of the shape of latents x [B,T,C,h,w] (images: [B,C,h,w] too), fp32 or wider.
+    """∇ₓ log p(x | text) of latents, of their shape and in fp32 or wider.
 
-    Memory: the deep block's layers are recomputed in the backward one by one, shallow blocks a few frames at a time.
-    windows: as in `flow.likelihood.likelihood`. Parameters get no gradients. For unsharded weights.
+    Memory: the deep block's layers are recomputed in the backward one by one, and the shallow
+    blocks take a few frames at a time. Parameters get no gradients. For unsharded weights.
+
+    Args:
+        flow: the flow.
+        x: latents [B, T, C, h, w], or images [B, C, h, w].
+        text_BJE: text; None for none.
+        windows: context windows, as in `flow.likelihood.likelihood`.
+
+    >>> from flow.config import tiny
+    >>> flow = DeepShallowFlow(tiny())  # fresh, so that x is standard normal under it
+    >>> x = torch.randn(1, 2, 4, 2, 2)
+    >>> torch.allclose(score(flow, x), -x, atol=1e-5)
+    True
     """
     # A caller's inference mode would forbid the backward, and its tensors can take no part in one.
     with torch.inference_mode(False), torch.no_grad():
@@ -56,11 +73,14 @@ def tweedie(
     x_noisy: Tensor,
     text_BJE: Tensor | None = None,
     *,
-    windows: Sequence[FrameWindow] | None = None,
+    windows: Sequence[ContextWindow] | None = None,
 ) -> Tensor:
-    """The mean of the clean latents given the noisy ones, x_noisy + σ² ∇ log p(x_noisy) (Tweedie's formula).
+    """The mean of the clean latents given the noisy ones, by Tweedie's formula.
 
-    Exact where the flow's density is that of the noisy data; σ is the model's `noise_std`.
+        x = x_noisy + σ² ∇ log p(x_noisy)
+
+    It is exact where the flow's density is that of the noisy data; σ is the model's `noise_std`.
+    Arguments are those of `score`.
     """
     return x_noisy + flow.config.noise_std**2 * score(flow, x_noisy, text_BJE, windows=windows)
 
@@ -69,15 +89,15 @@ def tweedie(
 def _deep_slope(
     flow: DeepShallowFlow, u_BTHWC: Tensor, text_BJE: Tensor | None, known_frames: int
 ) -> Tensor:
-    """Gradient in u of the deep block's ½z² - log|det|, summed over the frames after the known ones."""
+    """Gradient in u of the deep block's ½z² - log|det|, summed over frames after the known ones."""
     block, (num_frames, rows, columns) = flow.deep, u_BTHWC.shape[1:4]
     u_BTHWC = u_BTHWC.detach().clone().requires_grad_()
     s_BLC = frame_sequence(u_BTHWC, flow.deep_reversed)
     rope = flow.deep_rope((rows, columns), num_frames, text_BJE)
-    h_BLW, text_len = block.read(s_BLC, text_BJE)
+    h_BLM, text_len = block.read(s_BLC, text_BJE)
     for layer in block.layers:
-        h_BLW = checkpoint(layer, h_BLW, rope, use_reentrant=False, preserve_rng_state=False)
-    mu, sigma = block.affine(h_BLW[:, text_len:])
+        h_BLM = checkpoint(layer, h_BLM, rope, use_reentrant=False, preserve_rng_state=False)
+    mu, sigma = block.affine(h_BLM[:, text_len:])
     loss_BLC = 0.5 * ((s_BLC - mu) / sigma).square() + sigma.log()
     total = loss_BLC[:, known_frames * rows * columns :].sum()
     return torch.autograd.grad(total, u_BTHWC)[0]
@@ -85,7 +105,7 @@ def _deep_slope(
 
 @torch.enable_grad()
 def _shallow_slope(flow: DeepShallowFlow, x_BTHWC: Tensor, slope_BTHWC: Tensor) -> Tensor:
-    """Gradient in the tokens x of the whole loss, given the deep block's gradient in u of these frames."""
+    """Gradient in the tokens x of the whole loss, given these frames' gradient in u."""
     x_BTHWC = x_BTHWC.detach().requires_grad_()
     u_BTHWC, log_det = flow.shallow_stack(x_BTHWC)
     total = (u_BTHWC * slope_BTHWC).sum() - log_det.sum()

@@ -1,8 +1,12 @@
-"""The sliding window: one affine block's inverse by longest converged prefix, exact whatever the start values.
+"""The sliding window: one affine block's inverse by the longest converged prefix.
 
-Knows an `Inverter` and how many tokens a row and a frame have. Does not know streams, seeds or orders.
+The result is exact at tolerance 0, whatever the start values; above it, every accepted token's
+residual is its certificate. Knows an `Inverter`, and how many tokens a row and a frame have. Knows
+nothing of streams, seeds or orders.
 
-Shapes: B batch, L tokens of the window, C numbers per token.
+Source: `docs/design.md`, "Sampling".
+
+Shapes: B batch, L tokens of the window, C channels.
 """
 
 from __future__ import annotations
@@ -20,24 +24,36 @@ GUESS_MAX = 1e3
 
 
 @dataclass(frozen=True)
-class Window:
-    """The shape of a sliding window. `size`: tokens; `cold`: tokens while the first frame is made, where start
-    values are poor; `columns`: tokens in a row of a frame; `period`: tokens in a frame, of the block's order.
+class SlidingWindow:
+    """The shape of a sliding window of tokens.
 
-    `carry`: what share of a token's change is expected to reach the token after it, the one a row on and the one before
-    that. Passing it on at once (one step of Newton's method with a crude Jacobian, I - A) saves about 5% of all
-    iterations; it moves guesses only, so any numbers here are exact.
+    >>> window = SlidingWindow(size=64, cold=20, columns=8, period=64)
+    >>> window.reach(0), window.reach(64)
+    (20, 64)
     """
 
     size: int
+    """Tokens of the window."""
     cold: int
+    """Tokens of the window while the first frame is made, where start values are poor."""
     columns: int
+    """Tokens in a row of a frame."""
     period: int
+    """Tokens in a frame."""
     carry: tuple[float, float, float] = (0.05, 0.1, 0.05)
+    """Share of a token's change that is expected to reach three of the tokens after it.
+
+    They are the next token, the one a row on, and the one before that.
+    Passing it on at once is one step of Newton's method with a crude Jacobian, I - A; it saves
+    about 5% of all iterations. It moves guesses only, so any numbers here give an exact result.
+    """
 
     def reach(self, low: int) -> int:
-        """Tokens of a window that begins at token `low`: no more than a frame, so that mu and sigma of the frame before
-        are final where they are looked up."""
+        """Tokens of a window that begins at token `low`.
+
+        They are no more than a frame, so that mu and sigma of the frame before are final where they
+        are looked up.
+        """
         return min(self.cold if low < self.period else self.size, self.period)
 
     def carry_matrix(self, like: Tensor) -> Tensor:
@@ -46,7 +62,7 @@ class Window:
 
 
 @lru_cache(maxsize=32)
-def _carry_matrix(window: Window, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _carry_matrix(window: SlidingWindow, dtype: torch.dtype, device: torch.device) -> Tensor:
     size = min(max(window.size, window.cold), window.period)
     matrix = torch.eye(size, dtype=dtype)
     for offset, share in zip((1, window.columns, window.columns - 1), window.carry, strict=True):
@@ -56,23 +72,41 @@ def _carry_matrix(window: Window, dtype: torch.dtype, device: torch.device) -> T
 
 
 def slide(
-    inverter: Inverter, z_BLC: Tensor, first: int, until: int, window: Window, tolerance: float
+    inverter: Inverter,
+    z_BLC: Tensor,
+    first: int,
+    until: int,
+    window: SlidingWindow,
+    tolerance: float,
 ) -> Steps:
-    """Solve tokens solved .. until - 1; a schedule for `Inverter.solve`, returns the number of iterations.
+    """Solve tokens solved .. until - 1: a schedule for `Inverter.solve`.
 
-    z_BLC: noise of tokens first, first + 1, ...; the window runs on past `until` as far as it reaches, and the
-    next call finds its guesses there. A token entering starts at mu + sigma z with mu and sigma of its place in the frame
-    before, or, in the first frame, of its neighbours.
+    One iteration computes F = mu + sigma z of every token in the window from the tokens s as they
+    stand. Let k be the length of the longest prefix in which each token's root mean square of (s -
+    F)/sigma is at most `tolerance`. Tokens 1 .. k are accepted *as they stand*, and token k + 1 as
+    F. So all that an accepted token was computed from is accepted and unchanged since: its keys and
+    values are those of the final tokens, and (s - F)/sigma *is* its certificate, exactly 0 for
+    token k + 1. What comes after k + 1, however wild, has no part in the decision. At tolerance 0 a
+    prefix is accepted only where nothing changed. The rest moves to F and a little beyond
+    (`SlidingWindow.carry`), which only changes guesses.
 
-    One iteration computes F = mu + sigma z of every token in the window from the tokens s as they stand. With
-    k the length of the longest prefix where each token's root mean square of (s - F)/sigma is at most
-    `tolerance`, tokens 1 .. k are accepted *as they stand* and token k + 1 as F. So all that an accepted token was
-    computed from is accepted and unchanged since: its keys and values are those of the final tokens, and
-    (s - F)/sigma *is* its certificate, exactly 0 for token k + 1. What comes after k + 1, however
-    wild, has no part in the decision. At tolerance 0 a prefix is accepted only where nothing changed.
-    The rest moves to F and a little beyond (`Window.carry`), which only changes guesses.
+    A token that enters the window starts at mu + sigma z, with mu and sigma of its place in the
+    frame before or, in the first frame, of its neighbours.
 
-    How far the prefix reaches stays on the device for `Inverter.look_every` iterations, during which the window stands.
+    How far the prefix reaches stays on the device for `Inverter.look_every` iterations, during
+    which the window stands still.
+
+    Args:
+        inverter: the block and its tokens; `inverter.solved` of them are final.
+        z_BLC: noise of tokens first, first + 1, ...; where it goes on past `until`, so does the
+            window as far as it reaches, and the next call finds its guesses there.
+        first: the token that z_BLC begins at.
+        until: one after the last token to solve.
+        window: shape of the window.
+        tolerance: largest root mean square of an accepted token's residual.
+
+    Returns:
+        the number of iterations.
     """
     end = first + z_BLC.shape[1]
     yield from inverter.refresh()
@@ -86,19 +120,22 @@ def slide(
             _guess(inverter, max(inverter.guessed, low), high, z_BLC, first, window)
         z = z_BLC[:, low - first : high - first]
         settle = _settle if inverter.look_every == 1 else _settle_unseen
-        kept: Tensor | int = 0
+        prefix: Tensor | int = 0
         for _ in range(min(inverter.look_every, high - low)):
             yield low, high
-            kept = settle(inverter, low, high, z, carry, tolerance)
+            prefix = settle(inverter, low, high, z, carry, tolerance)
             iterations += 1
-        inverter.solved = inverter.fresh = min(low + int(kept) + 1, high)
+        inverter.solved = inverter.fresh = min(low + int(prefix) + 1, high)
     return iterations
 
 
 def _compare(
     inverter: Inverter, low: int, high: int, z_BLC: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """F [B, L, C] of the window's tokens, its difference to them, and which tokens [L] are near it in every sequence."""
+    """(F [B, L, C] of the window's tokens, F minus the tokens, which tokens [L] are near F).
+
+    Near counts only where it holds in every sequence of the batch.
+    """
     mu, sigma = inverter.mu_BLC[:, low:high], inverter.sigma_BLC[:, low:high]
     new = torch.addcmul(mu, sigma, z_BLC)
     change = new - inverter.tokens_BLC[:, low:high]
@@ -113,35 +150,51 @@ def _settle(
 ) -> int:
     """Move the window's tokens after a pass; how many first ones were accepted as they stand."""
     new, change, near_L = _compare(inverter, low, high, z_BLC, tolerance)
-    kept = [*near_L.tolist(), False].index(False)
+    prefix = _prefix_length(near_L.tolist())
     tokens, size = inverter.tokens_BLC[:, low:high], high - low
-    tokens[:, kept : kept + 1] = new[:, kept : kept + 1]
-    if kept + 1 < size:
-        rest = tokens[:, kept + 1 :]
-        rest.baddbmm_(carry[kept + 1 : size, kept:size].expand(len(rest), -1, -1), change[:, kept:])
+    tokens[:, prefix : prefix + 1] = new[:, prefix : prefix + 1]
+    if prefix + 1 < size:
+        rest = tokens[:, prefix + 1 :]
+        shares = carry[prefix + 1 : size, prefix:size].expand(len(rest), -1, -1)
+        rest.baddbmm_(shares, change[:, prefix:])
         # A masked place still enters a product with weight 0, so a guess must be finite.
         rest.nan_to_num_(nan=0.0).clamp_(-GUESS_MAX, GUESS_MAX)
-    return kept
+    return prefix
+
+
+def _prefix_length(flags: list[bool]) -> int:
+    """How many flags are true before the first that is not.
+
+    >>> _prefix_length([True, True, False, True]), _prefix_length([True])
+    (2, 1)
+    """
+    for index, flag in enumerate(flags):
+        if not flag:
+            return index
+    return len(flags)
 
 
 def _settle_unseen(
     inverter: Inverter, low: int, high: int, z_BLC: Tensor, carry: Tensor, tolerance: float
 ) -> Tensor:
-    """`_settle` where a look at the device costs more than masks: the number stays there."""
+    """`_settle` where a look at the device costs more than masks: the length stays there."""
     new, change, near_L = _compare(inverter, low, high, z_BLC, tolerance)
-    kept = near_L.long().cumprod(0).sum()
+    prefix = near_L.long().cumprod(0).sum()
     tokens, size = inverter.tokens_BLC[:, low:high], high - low
-    place_L1 = torch.arange(size, device=kept.device).unsqueeze(1)
-    change = change.masked_fill_(place_L1 < kept, 0.0)
+    place_L1 = torch.arange(size, device=prefix.device).unsqueeze(1)
+    change = change.masked_fill_(place_L1 < prefix, 0.0)
     moved = tokens + carry[:size, :size] @ change
     moved = moved.nan_to_num_(nan=0.0).clamp_(-GUESS_MAX, GUESS_MAX)
-    moved = torch.where(place_L1 == kept, new, moved)
-    tokens.copy_(torch.where(place_L1 < kept, tokens, moved))
-    return kept
+    moved = torch.where(place_L1 == prefix, new, moved)
+    tokens.copy_(torch.where(place_L1 < prefix, tokens, moved))
+    return prefix
 
 
 def suggest(inverter: Inverter, start_BLC: Tensor) -> None:
-    """Start values of the next tokens, in place of the window's own; any numbers give an exact result."""
+    """Give start values of the next tokens, in place of the window's own.
+
+    Any numbers give an exact result; good ones save iterations.
+    """
     stop = inverter.solved + start_BLC.shape[1]
     start_BLC = start_BLC.nan_to_num(nan=0.0).clamp(-GUESS_MAX, GUESS_MAX)
     inverter.tokens_BLC[:, inverter.solved : stop] = start_BLC
@@ -149,9 +202,9 @@ def suggest(inverter: Inverter, start_BLC: Tensor) -> None:
 
 
 def _guess(
-    inverter: Inverter, low: int, high: int, z_BLC: Tensor, first: int, window: Window
+    inverter: Inverter, low: int, high: int, z_BLC: Tensor, first: int, window: SlidingWindow
 ) -> None:
-    """Start values of tokens low .. high - 1, which are at most a frame ahead of the last solved one."""
+    """Set start values of tokens low .. high - 1, at most a frame ahead of the last solved one."""
     z = z_BLC[:, low - first : high - first]
     guess = inverter.tokens_BLC[:, low:high]
     both = inverter.mu_BLC, inverter.sigma_BLC
@@ -159,8 +212,8 @@ def _guess(
     if cold and not inverter.evaluated:
         guess[:, :cold] = z[:, :cold]
     elif cold:
-        # In the first frame there is no frame before: the nearest token behind and the nearest above that have
-        # been evaluated stand in for it, half each.
+        # In the first frame there is no frame before: the nearest token behind and the nearest
+        # above that have been evaluated stand in for it, half each.
         last = inverter.evaluated - 1
         behind = [min(token - 1, last) for token in range(low, low + cold)]
         above = [_last_above(token, window.columns, last) for token in range(low, low + cold)]
@@ -175,6 +228,6 @@ def _guess(
 
 
 def _last_above(token: int, columns: int, last: int) -> int:
-    """The nearest place whole rows above `token` that is at most `last`; `last` where there is none."""
+    """The nearest place whole rows above `token` that is at most `last`; else `last`."""
     rows = max(1, -((last - token) // columns))
     return token - rows * columns if token >= rows * columns else last

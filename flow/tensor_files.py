@@ -1,10 +1,10 @@
-"""Named tensors on disk: one safetensors file, or shards with an index beside them as Hugging Face lays them out.
+"""Named tensors on disk: one safetensors file, or shards and their index as Hugging Face has them.
 
-Knows files, shapes and dtypes, and that a tensor may be far larger than what should be in memory twice. Does not know what the
-tensors are for.
+Knows files, shapes and dtypes, and that a tensor may be too large to be in memory twice. Knows
+nothing of what the tensors are for.
 
-    ValueError
-    └── CheckpointError    a model folder or checkpoint that is not what it says, with names and shapes
+    CheckpointError(FlowreelError, ValueError)    a model folder or checkpoint that is not what it
+                                                  says; the message has names and shapes
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 FORMAT = "flowreel-model-1"
 
 SHARD_BYTES = 1 << 30
-"""Bytes of one shard, a larger tensor being one of its own: also what a conversion holds in memory."""
+"""Most bytes of a shard, and of what a conversion holds; a larger tensor is a shard by itself."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes in all)."""
@@ -46,33 +46,40 @@ def write_tensors(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write `model.safetensors`, or numbered shards and their index where there is more than `shard_bytes`.
+    """Write `model.safetensors`, or numbered shards and their index where one would be too large.
 
-    Tensors mapped from a file are read as they are written: what is held in memory is one converted shard at most, nothing where
-    `dtype` is None or what the tensors have.
+    Tensors mapped from a file are read as they are written: what is held in memory is one converted
+    shard at most, and nothing where no tensor is converted. The files are not flushed to the disk:
+    whoever makes the folder whole (`flow.weights`) does that once for all of them.
 
     Args:
+        folder: where the files go.
         tensors: in the order in which they are to lie on disk.
         dtype: of floating-point tensors on disk; None keeps each one's own.
+        shard_bytes: the most bytes of a file, unless one tensor alone has more.
+        progress: called after every file.
+
+    Returns:
+        The files written.
     """
     shards = _plan(tensors, dtype, shard_bytes)
     total = sum(_bytes_as(value, dtype) for value in tensors.values())
-    done = 0
+    written_bytes = 0
     paths: list[Path] = []
     weight_map: dict[str, str] = {}
     for index, names in enumerate(shards, start=1):
         name = WEIGHTS_FILE
         if len(shards) > 1:
             name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        held = {key: _as_written(tensors[key], dtype) for key in names}
-        save_file(held, folder / name, metadata={"format": FORMAT})
+        shard = {key: _as_written(tensors[key], dtype) for key in names}
+        save_file(shard, folder / name, metadata={"format": FORMAT})
         paths.append(folder / name)
         weight_map |= dict.fromkeys(names, name)
-        done += sum(value.nbytes for value in held.values())
-        # Before the next shard is made, or two would be held.
-        del held
+        written_bytes += sum(value.nbytes for value in shard.values())
+        # Before the next shard is made, or two would be in memory.
+        del shard
         if progress is not None:
-            progress(done, total)
+            progress(written_bytes, total)
     if len(shards) > 1:
         index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index_json, indent=1) + "\n")
@@ -85,14 +92,14 @@ def _plan(
 ) -> list[list[str]]:
     """Names of each shard: tensors in order, a new shard where the next would not fit."""
     shards: list[list[str]] = [[]]
-    held = 0
+    shard_size = 0
     for name, value in tensors.items():
         size = _bytes_as(value, dtype)
-        if shards[-1] and held + size > shard_bytes:
+        if shards[-1] and shard_size + size > shard_bytes:
             shards.append([])
-            held = 0
+            shard_size = 0
         shards[-1].append(name)
-        held += size
+        shard_size += size
     return shards
 
 
@@ -106,48 +113,55 @@ def _as_written(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is not None and value.is_floating_point():
         value = value.to(dtype)
     value = value.cpu().contiguous()
-    # A part of a larger storage: safetensors refuses what might be shared.
+    # A part of a larger storage is copied: safetensors refuses what might be shared.
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 @dataclass(frozen=True)
 class TensorFolder:
-    """The tensors of a folder that `write_tensors`, or anything that keeps to the same layout, has written.
+    """The tensors of a folder in the layout of `write_tensors`; only headers have been read.
 
-    files: the names that each file holds; shapes: of all tensors. Nothing has been read yet but headers.
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> files = write_tensors(folder, {"weight": torch.zeros(2, 3)})
+    >>> TensorFolder.open(folder).shapes
+    {'weight': (2, 3)}
     """
 
     path: Path
     files: Mapping[str, tuple[str, ...]]
+    """Names of the tensors in each file."""
     shapes: Mapping[str, Shape]
+    """Shapes of all tensors."""
 
     @classmethod
     def open(cls, path: str | Path) -> TensorFolder:
         """Read the index and the headers.
 
         Raises:
-            CheckpointError: no weights, a shard missing, cut short, or without a tensor that the index puts there.
+            CheckpointError: no weights, or a shard that is missing, cut short, or lacks a tensor
+                that the index puts there.
         """
         path = Path(path)
         expected = _expected_files(path)
         files: dict[str, tuple[str, ...]] = {}
         shapes: dict[str, Shape] = {}
-        for name, wanted in expected.items():
+        for name, promised in expected.items():
             try:
                 with safe_open(path / name, framework="pt") as file:
-                    found = tuple(file.keys())
-                    shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in found}
+                    keys = tuple(file.keys())
+                    shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in keys}
             except FileNotFoundError as error:
                 raise CheckpointError(f"{path} has no {name}, which its index names") from error
             except SafetensorError as error:
                 raise CheckpointError(
                     f"{path / name} is cut short or not safetensors: {error}"
                 ) from error
-            if wanted is not None and (gone := sorted(set(wanted) - set(found))):
+            if missing := sorted(set(promised or ()) - set(keys)):
                 raise CheckpointError(
-                    f"{path / name} lacks tensors that the index puts there: {', '.join(gone)}"
+                    f"{path / name} lacks tensors that the index puts there: {', '.join(missing)}"
                 )
-            files[name] = found
+            files[name] = keys
         return cls(path, files, shapes)
 
     def read(
@@ -156,8 +170,11 @@ class TensorFolder:
         dtype: torch.dtype | None = None,
         names: Container[str] | None = None,
     ) -> Iterator[dict[str, Tensor]]:
-        """File by file, its tensors of these names (None: all) on `device`; floating-point ones in `dtype`, one converted at a
-        time. A file without any is not opened."""
+        """Read file by file: each time the tensors of one file, by name.
+
+        Floating-point tensors come in `dtype`; they are converted one at a time, so that no file is
+        in memory twice. A file that has none of the `names` (None: all names) is not opened.
+        """
         for name, there in self.files.items():
             if keys := [key for key in there if names is None or key in names]:
                 with safe_open(self.path / name, framework="pt", device=str(device)) as file:
@@ -169,7 +186,7 @@ def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _expected_files(path: Path) -> dict[str, tuple[str, ...] | None]:
-    """File names, each with the tensors that an index puts there (None: no index)."""
+    """File names, each with the tensors that an index puts there; None where there is no index."""
     if (path / WEIGHTS_FILE).exists():
         return {WEIGHTS_FILE: None}
     index = path / INDEX_FILE
@@ -192,7 +209,7 @@ def _expected_files(path: Path) -> dict[str, tuple[str, ...] | None]:
 
 
 def check_shapes(needed: Mapping[str, Shape], given: Mapping[str, Shape], source: str) -> None:
-    """Refuse what does not fit, every tensor named with the shape it has and the one it needs.
+    """Refuse tensors that do not fit, each named with the shape it has and the one it needs.
 
     Raises:
         CheckpointError: one message for all that are missing, unexpected or of another shape.
@@ -208,8 +225,8 @@ def check_shapes(needed: Mapping[str, Shape], given: Mapping[str, Shape], source
             if name in given and given[name] != shape
         ],
     }
-    found = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    if found:
+    sentences = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+    if sentences:
         raise CheckpointError(
-            f"{source} does not fit its configuration; tensors {'; '.join(found)}"
+            f"{source} does not fit its configuration; tensors {'; '.join(sentences)}"
         )

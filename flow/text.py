@@ -1,7 +1,10 @@
-"""Text in: the prompt as the model reads it, and the encoders that turn it into vectors.
+"""Text encoders: they turn a prompt (`flow.prompt` writes it) into vectors.
 
-Knows nothing of flows or videos. Two encoders stand behind one `encode`: `hashed` (deterministic word vectors, no
-weights, for laptops and tests) and `t5` (FLAN-T5-XL for the released models, any T5 by id or path).
+Two encoders stand behind one `encode`: `hashed` (deterministic word vectors without weights, for
+laptops and tests) and `t5` (FLAN-T5-XL for the released models, any T5 by id or folder). Knows
+nothing of flows or videos.
+
+Shapes: B texts, J text tokens (`TextSpec.length`), E text width (`TextSpec.dim`).
 """
 
 from __future__ import annotations
@@ -23,14 +26,19 @@ class TextEncoder(Protocol):
     spec: TextSpec
 
     def encode(self, texts: list[str]) -> Tensor:
-        """fp32 [B, length, dim], zero where there is no token."""
+        """Vectors of the texts, fp32 [B, J, E]; zero where there is no token."""
         ...
 
 
 class HashedText:
-    """Each word (or punctuation mark) is a fixed random vector of its own, drawn from the word's hash.
+    """Each word (or punctuation mark) is a fixed random vector, drawn from the word's own hash.
 
     The same text gives the same vectors on every machine. Words beyond `length` are dropped.
+
+    >>> encoder = HashedText(TextSpec("hashed", length=4, dim=8))
+    >>> text_BJE = encoder.encode(["a red circle", ""])
+    >>> text_BJE.shape, int(text_BJE[0].any(-1).sum()), bool(text_BJE[1].any())
+    (torch.Size([2, 4, 8]), 3, False)
     """
 
     def __init__(self, spec: TextSpec) -> None:
@@ -45,6 +53,7 @@ class HashedText:
         return self._vectors[word]
 
     def encode(self, texts: list[str]) -> Tensor:
+        """As `TextEncoder.encode`."""
         out = np.zeros((len(texts), self.spec.length, self.spec.dim), dtype=np.float32)
         for row, text in enumerate(texts):
             words = re.findall(r"\w+|[^\w\s]", text.lower())[: self.spec.length]
@@ -54,7 +63,10 @@ class HashedText:
 
 
 class T5Text:
-    """Last hidden state of a T5 encoder, padding zeroed (DESIGN: FLAN-T5-XL for the released models)."""
+    """Last hidden state of a T5 encoder, zero at the padding.
+
+    The released models read FLAN-T5-XL: `docs/design.md`, "The model exactly", conditioning text.
+    """
 
     def __init__(self, spec: TextSpec, device: str | torch.device = "cpu") -> None:
         from transformers import AutoTokenizer, T5EncoderModel
@@ -76,6 +88,7 @@ class T5Text:
 
     @torch.inference_mode()
     def encode(self, texts: list[str]) -> Tensor:
+        """As `TextEncoder.encode`."""
         batch = self.tokenizer(
             texts,
             padding="max_length",
@@ -88,5 +101,9 @@ class T5Text:
 
 
 def build_text_encoder(spec: TextSpec, device: str | torch.device = "cpu") -> TextEncoder:
-    """The encoder a spec names."""
+    """The encoder that a spec names.
+
+    Raises:
+        TextError: no T5 is where the spec says, or it makes vectors of another width.
+    """
     return HashedText(spec) if spec.kind == "hashed" else T5Text(spec, device)

@@ -1,7 +1,7 @@
-"""Model folders (safetensors + config.json): written whole or not at all, loaded file by file, imported from released checkpoints.
+"""Model folders (safetensors and config.json): written whole or not at all, loaded file by file.
 
-Knows what a folder holds. Does not know training state, optimizers or where models come from. Errors:
-`flow.tensor_files.CheckpointError`.
+Knows what a folder holds. Knows nothing of training state, optimizers or released checkpoints.
+Errors: `flow.tensor_files.CheckpointError`, `flow.config.ConfigError`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from flow.config import FlowConfig
 from flow.flow import FlowModel
 from flow.latent_convention import LatentConvention
-from flow.released_checkpoint import open_released
 from flow.tensor_files import (
     FORMAT,
     CheckpointError,
@@ -36,6 +35,7 @@ from flow.tensor_files import (
 )
 from flow.text_spec import TextSpec
 from flow.video_spec import VideoSpec
+from flowreel.files import sync_file, sync_folder
 
 CONFIG_FILE = "config.json"
 
@@ -44,20 +44,27 @@ CONFIG_FILE = "config.json"
 class ModelSpec:
     """All that is needed, beside the weights, to sample from a model.
 
-    flow: its structure; text: the encoder it reads; codec: the codec's folder relative to the model folder, an
-    absolute path or a hub id; codec_digest: digest of the codec it was trained on; latents: how codec
-    moments become its latents; video: the videos it was trained on.
+    >>> from flow.config import tiny
+    >>> spec = ModelSpec(tiny(), TextSpec("hashed", 6, 16))
+    >>> ModelSpec.from_dict(spec.to_dict()) == spec
+    True
     """
 
     flow: FlowConfig
+    """Its structure."""
     text: TextSpec
+    """The text encoder that it reads."""
     codec: str | None = None
+    """The codec's folder relative to the model folder, an absolute path or a hub id."""
     codec_digest: str | None = None
+    """Digest of the codec that it was trained on."""
     latents: LatentConvention | None = None
+    """How codec moments become its latents."""
     video: VideoSpec | None = None
+    """The videos that it was trained on."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The fields as plain JSON types."""
         return {
             "format": FORMAT,
             "flow": self.flow.to_dict(),
@@ -70,7 +77,12 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelSpec:
-        """What `to_dict` wrote; `CheckpointError` or `ConfigError` with the key that is wrong."""
+        """The spec that `to_dict` wrote.
+
+        Raises:
+            CheckpointError: another format, or a key that is unknown or missing.
+            ConfigError: a value that breaks a rule of the structure.
+        """
         if fields.get("format") != FORMAT:
             raise CheckpointError(
                 f"format = {fields.get('format')!r}: this version reads {FORMAT!r}"
@@ -94,26 +106,32 @@ class ModelSpec:
 
 
 def save_model(
-    directory: str | Path,
+    folder: str | Path,
     model: FlowModel,
     spec: ModelSpec,
     *,
     extra: Mapping[str, Path] | None = None,
 ) -> Path:
-    """Write a model folder whole or not at all: made beside it, flushed, then renamed.
+    """Write a model folder whole or not at all: made beside its place, flushed, then renamed.
 
-    `extra`: files or folders to copy in, by name inside the folder (such as {"codec": path}). A model folder
-    that is there already is replaced; anything else there is refused with `CheckpointError`.
+    Args:
+        folder: where it goes; a model folder that is there already is replaced.
+        model: the model, of the structure `spec.flow`.
+        spec: what `config.json` is to say.
+        extra: files or folders to copy in, by name inside the folder, such as {"codec": path}.
+
+    Raises:
+        CheckpointError: something else is there, or the spec describes another structure.
     """
     if model.config != spec.flow:
         raise CheckpointError(
             "the spec describes another structure than the model: pass model.config as spec.flow"
         )
-    return write_model(directory, model.state_dict(), spec, extra=extra)
+    return write_model(folder, model.state_dict(), spec, extra=extra)
 
 
 def write_model(
-    directory: str | Path,
+    folder: str | Path,
     tensors: Mapping[str, Tensor],
     spec: ModelSpec,
     *,
@@ -121,17 +139,19 @@ def write_model(
     extra: Mapping[str, Path] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """`save_model` of tensors that need not be in memory: those of `Released`, say. They must be `spec.flow`'s, which is not
-    checked here. `dtype`, `progress`: see `write_tensors`.
+    """`save_model` of tensors that need not be in memory, such as those of `Released`.
+
+    They must be those of `spec.flow`, which is not checked here. `dtype` and `progress` are as in
+    `write_tensors`.
     """
-    directory = Path(directory).absolute()
-    is_model = (directory / CONFIG_FILE).exists()
-    if directory.exists() and not is_model and (not directory.is_dir() or any(directory.iterdir())):
+    folder = Path(folder).absolute()
+    is_model = (folder / CONFIG_FILE).exists()
+    if folder.exists() and not is_model and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(
-            f"{directory} holds something that is not a model; choose another folder"
+            f"{folder} holds something that is not a model; choose another folder"
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _staging(directory) as staging:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _staging(folder) as staging:
         write_tensors(staging, tensors, dtype=dtype, progress=progress)
         (staging / CONFIG_FILE).write_text(json.dumps(spec.to_dict(), indent=1) + "\n")
         for name, source in (extra or {}).items():
@@ -139,22 +159,22 @@ def write_model(
             copy(source, staging / name)
         for path in staging.rglob("*"):
             if path.is_file():
-                _flush(path)
+                sync_file(path)
+        # A temporary folder is its owner's alone; a model is for everybody who may read its parent.
         staging.chmod(0o755)
-        _put_in_place(staging, directory)
-    return directory
+        _put_in_place(staging, folder)
+    return folder
 
 
 @contextmanager
-def _staging(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` that is gone afterwards unless it was renamed.
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that is gone afterwards unless it was renamed.
 
-    Its writer holds a lock on it, which dies with the process: what killed writers left is found unlocked and removed.
+    Its writer holds a lock on it, which dies with the process: what killed writers left is
+    unlocked, and the next writer removes it.
     """
-    _sweep(directory, ".tmp")
-    staging = Path(
-        tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".tmp", dir=directory.parent)
-    )
+    _sweep(folder, ".tmp")
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=folder.parent))
     handle = _lock(staging)
     try:
         yield staging
@@ -164,12 +184,12 @@ def _staging(directory: Path) -> Iterator[Path]:
             os.close(handle)
 
 
-def _sweep(directory: Path, suffix: str) -> None:
-    """Remove the folders with this suffix that killed writers of `directory` left beside it."""
-    ours = re.compile(rf"\.{re.escape(directory.name)}-[a-z0-9_]+{re.escape(suffix)}")
-    for left in directory.parent.iterdir():
-        if ours.fullmatch(left.name) and (handle := _lock(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
+def _sweep(folder: Path, suffix: str) -> None:
+    """Remove the folders with this suffix that killed writers of `folder` left beside it."""
+    ours = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]+{re.escape(suffix)}")
+    for leftover in folder.parent.iterdir():
+        if ours.fullmatch(leftover.name) and (handle := _lock(leftover)) is not None:
+            shutil.rmtree(leftover, ignore_errors=True)
             os.close(handle)
 
 
@@ -184,45 +204,37 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _put_in_place(staging: Path, directory: Path) -> None:
-    """Rename; a folder that is there steps aside first and comes back if the rename fails."""
-    if not directory.exists():
-        staging.rename(directory)
+def _put_in_place(staging: Path, folder: Path) -> None:
+    """Rename `staging`; a folder that is there steps aside first, and comes back if that fails."""
+    if not folder.exists():
+        staging.rename(folder)
     else:
         # Not `.tmp`: a writer killed here leaves the only model in it, and the next one may fail.
-        aside = Path(
-            tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".old", dir=directory.parent)
-        )
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".old", dir=folder.parent))
         old = aside / "model"
-        directory.rename(old)
+        folder.rename(old)
         try:
-            staging.rename(directory)
+            staging.rename(folder)
         except OSError:
-            old.rename(directory)
+            old.rename(folder)
             raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    _flush(directory.parent)
-    _sweep(directory, ".old")
+    sync_folder(folder.parent)
+    _sweep(folder, ".old")
 
 
-def read_spec(directory: str | Path) -> ModelSpec:
-    """The spec of a model folder, without its weights."""
-    path = Path(directory) / CONFIG_FILE
+def read_spec(folder: str | Path) -> ModelSpec:
+    """The spec of a model folder, without its weights.
+
+    Raises:
+        CheckpointError: not a model folder, or a `config.json` that is not one.
+    """
+    path = Path(folder) / CONFIG_FILE
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{directory} is not a model folder: it has no {CONFIG_FILE}"
-        ) from error
+        raise CheckpointError(f"{folder} is not a model folder: it has no {CONFIG_FILE}") from error
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -231,26 +243,33 @@ def read_spec(directory: str | Path) -> ModelSpec:
 
 
 def load_model(
-    directory: str | Path,
+    folder: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
     leave_out: Sequence[str] = (),
 ) -> tuple[FlowModel, ModelSpec]:
-    """A model folder -> (model in eval mode on `device` in `dtype`, spec).
+    """The model of a folder, in eval mode on `device` in `dtype`, and its spec.
 
-    Weights go straight from their files, one after another, to where the model keeps them: no second copy. `CheckpointError`
-    names tensors that are missing, extra or of another shape before any is read.
+    Weights go straight from their files, one after another, to where the model keeps them: there is
+    no second copy.
 
-    leave_out: names of modules (such as "flow.shallow") that the model will be without, lists of modules empty; nothing of
-    theirs is read.
+    Args:
+        folder: the model folder.
+        device, dtype: where the weights go, and as what.
+        leave_out: names of modules, such as "flow.shallow", that the model will be without; a list
+            of modules will be empty. Nothing of theirs is read.
+
+    Raises:
+        CheckpointError: tensors that are missing, unexpected or of another shape, before any is
+            read.
     """
-    spec = read_spec(directory)
-    files = TensorFolder.open(directory)
+    spec = read_spec(folder)
+    files = TensorFolder.open(folder)
     with torch.device("meta"):
         model = FlowModel(spec.flow)
     needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    check_shapes(needed, files.shapes, str(directory))
+    check_shapes(needed, files.shapes, str(folder))
     for name in leave_out:
         owner, _, last = name.rpartition(".")
         part = getattr(model.get_submodule(owner), last)
@@ -259,20 +278,3 @@ def load_model(
     for tensors in files.read(device, dtype, model.state_dict().keys()):
         model.load_state_dict(tensors, strict=False, assign=True)
     return model.requires_grad_(True).eval(), spec
-
-
-def import_released(
-    weights: str | Path,
-    config: str | Path,
-    text_dim: int | None = None,
-    cells_per_img_size: float | None = None,
-) -> tuple[FlowModel, FlowConfig]:
-    """A released `.pth` and its YAML -> (model on CPU in the checkpoint's dtype, configuration).
-
-    Arguments and errors are those of `open_released`; use that, and `write_model`, where the model is larger than memory.
-    """
-    released = open_released(weights, config, text_dim, cells_per_img_size)
-    with torch.device("meta"):
-        model = FlowModel(released.config)
-    model.load_state_dict({k: v.clone() for k, v in released.tensors.items()}, assign=True)
-    return model.requires_grad_(True).eval(), released.config

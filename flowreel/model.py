@@ -23,7 +23,7 @@ from flow.certificate import Certificate
 from flow.config import FlowConfig
 from flow.counters import Counters
 from flow.likelihood import over_draws
-from flow.weights import VideoSpec
+from flow.video_spec import VideoSpec
 from flowreel.errors import FlowreelError
 from flowreel.files import write_whole
 from media.errors import UnreadableImage

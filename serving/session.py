@@ -25,10 +25,10 @@ from torch import Tensor
 
 from flow.certificate import Certificate, certificate
 from flow.counters import Counters, Work
-from flow.flow import SHALLOW_TOLERANCE
 from flow.prompt import prompt_for
 from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, FrameStream, frame_noise
+from flow.shallow import SHALLOW_TOLERANCE
 from media.frames import Frames
 from serving.errors import InvalidRequest
 from serving.loading import LoadedModel, load
@@ -223,7 +223,7 @@ class DecoderSession:
             denoiser,
             shallow_tolerance=SHALLOW_TOLERANCE if loaded.sampling.tolerance else 0.0,
             sequential=request.schedule == "sequential",
-            windows=[*sample_spec(request, loaded).windows()],
+            windows=[*sample_spec(request, loaded).context_windows()],
         )
         self._codec = loaded.codec.stream()
         self._next_index = 0

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from flow.config import FlowConfig
+from flow.config import FlowConfig, tiny
 from flow.flow import FlowModel
 
-TRAINED = Path(
-    os.environ.get("FLOWREEL_TRAINED_SMALL")
-    or Path(__file__).resolve().parents[2] / "../shared/trained_small"
-)
-
-TINY = FlowConfig(
-    latent_channels=4,
-    text_len=6,
-    text_dim=16,
-    shallow_width=32,
-    deep_width=32,
-    head_dim=32,
-    layers_per_block=(1, 1, 1, 2),
-    noise_std=0.3,
-    pos_len=4.0,
-    denoiser=True,
-    denoiser_layers=2,
-)
+TINY = tiny()
 
 
 def tiny_config(**changes: object) -> FlowConfig:

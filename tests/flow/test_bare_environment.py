@@ -43,7 +43,8 @@ import torch
 from flow.latent_convention import LatentConvention
 from flow.sampling import sample
 from flow.sample_spec import SampleSpec
-from flow.text import build_text_encoder, format_prompt
+from flow.prompt import format_prompt
+from flow.text import build_text_encoder
 from flow.weights import load_model
 
 torch.set_num_threads(1)

@@ -11,6 +11,7 @@ import torch
 
 from flow.config import PRESETS, ConfigError, FlowConfig
 from flow.flow import FlowModel
+from flow.released_yaml import read_structure
 from tests.flow.models import TINY, tiny_config
 
 
@@ -88,7 +89,7 @@ def _yaml(path: Path, **changes: object) -> Path:
 
 def test_released_yaml_gives_positions_from_the_image_size_in_cells(tmp_path: Path) -> None:
     path = _yaml(tmp_path / "config.yaml", img_size=256, patch_size=2)
-    config = FlowConfig.from_released_yaml(path, text_dim=5, cells_per_img_size=16)
+    config = read_structure(path, text_dim=5, cells_per_img_size=16)
     assert config.pos_len == 8.0
     assert not config.video
     assert config.deep_width == 32
@@ -111,7 +112,7 @@ def test_released_yaml_with_another_structure_is_refused(
     tmp_path: Path, changes: dict[str, object]
 ) -> None:
     with pytest.raises(ConfigError, match=next(iter(reversed(changes)))):
-        FlowConfig.from_released_yaml(_yaml(tmp_path / "config.yaml", **changes), text_dim=5)
+        read_structure(_yaml(tmp_path / "config.yaml", **changes), text_dim=5)
 
 
 def test_video_7b_preset_has_the_published_size() -> None:

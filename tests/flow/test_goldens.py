@@ -1,7 +1,12 @@
-"""Agreement with the reference cases: every case found, every tensor in it that the README lists."""
+"""Agreement with the reference cases: every case found, every tensor in it that its README lists.
+
+The small cases of `tests/fixtures/reference` are always there. Larger ones of the same layout are
+run too where `FLOWREEL_GOLDENS`, or `../shared/goldens` beside the checkout, has them.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -13,21 +18,20 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from flow.flow import FlowModel
+from flow.released_checkpoint import import_released
 from flow.sample_spec import SampleSpec
 from flow.sampling import sample
 from flow.tokens import patchify
-from flow.weights import import_released
+from tests.places import REFERENCE, ROOT
 
-FOLDER = Path(
-    os.environ.get("FLOWREEL_GOLDENS") or Path(__file__).resolve().parents[2] / "../shared/goldens"
-)
-CASES = sorted(path.parent.name for path in FOLDER.glob("*/case.safetensors"))
-pytestmark = pytest.mark.skipif(
-    not CASES, reason=f"no reference cases in {FOLDER}; set FLOWREEL_GOLDENS to their folder"
+LARGER = Path(os.environ.get("FLOWREEL_GOLDENS") or ROOT.parent / "shared" / "goldens")
+FOLDERS = sorted(
+    path.parent for root in (REFERENCE, LARGER) for path in root.glob("*/case.safetensors")
 )
 
 
@@ -45,12 +49,31 @@ class Case:
         return tensor if self.model.config.video else tensor.unsqueeze(1)
 
 
-@pytest.fixture(scope="module", params=CASES or ["none"])
-def case(request: pytest.FixtureRequest) -> Case:
-    folder = FOLDER / request.param
+@functools.cache
+def _load(folder: Path) -> Case:
     model, _ = import_released(folder / "weights.pth", folder / "config.yaml")
     scalars = json.loads((folder / "case.json").read_text())
     return Case(model, load_file(folder / "case.safetensors"), scalars)
+
+
+def _name(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def _tensors(folder: Path) -> set[str]:
+    """Names of a case's tensors; reads the header only."""
+    with safe_open(folder / "case.safetensors", framework="pt") as file:
+        return set(file.keys())
+
+
+@pytest.fixture(params=FOLDERS, ids=_name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return _load(request.param)
+
+
+def test_the_cases_of_the_repository_are_there() -> None:
+    names = {folder.name for folder in FOLDERS if folder.parent == REFERENCE}
+    assert names == {"image", "video", "video_patches", "video_plain"}
 
 
 REFERENCE_THREADS = 2
@@ -87,10 +110,10 @@ def test_prior_and_every_block_agree(case: Case) -> None:
 def test_block_outputs_agree_one_by_one(case: Case) -> None:
     flow, config = case.model.flow, case.model.config
     with torch.no_grad():
-        stages = flow.block_outputs(case.tensors["data"], case.tensors["text"])
-    assert len(stages) == config.num_blocks + 1
-    for index, stage in enumerate(stages):
-        _close(stage, case.clip(f"block_output_{index}"), atol=1e-4)
+        outputs = flow.block_outputs(case.tensors["data"], case.tensors["text"])
+    assert len(outputs) == config.num_blocks + 1
+    for index, output in enumerate(outputs):
+        _close(output, case.clip(f"block_output_{index}"), atol=1e-4)
 
 
 def test_loss_and_its_gradient_in_the_data_agree(case: Case) -> None:
@@ -102,9 +125,12 @@ def test_loss_and_its_gradient_in_the_data_agree(case: Case) -> None:
     _close(data.grad, case.tensors["loss_grad_data"], atol=1e-5, rtol=1e-5)
 
 
-def test_denoiser_agrees(case: Case) -> None:
-    if "denoiser_output" not in case.tensors:
-        pytest.skip("a model without a denoiser")
+WITH_DENOISER = [folder for folder in FOLDERS if "denoiser_output" in _tensors(folder)]
+
+
+@pytest.mark.parametrize("folder", WITH_DENOISER, ids=_name)
+def test_denoiser_agrees(folder: Path) -> None:
+    case = _load(folder)
     assert case.model.denoiser is not None
     with torch.no_grad():
         s = case.model.denoiser(case.tensors["data"], case.tensors["text"])
@@ -122,10 +148,17 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_samples_agree(case: Case, name: str) -> None:
-    if name not in case.tensors:
-        pytest.skip(f"this case has no {name}")
+SAMPLES = [
+    pytest.param(folder, name, id=f"{_name(folder)}-{name}")
+    for folder in FOLDERS
+    for name in SCHEDULES
+    if name in _tensors(folder)
+]
+
+
+@pytest.mark.parametrize(("folder", "name"), SAMPLES)
+def test_samples_agree(folder: Path, name: str) -> None:
+    case = _load(folder)
     noise = case.clip("noise_long" if "long" in name else "noise")
     spec = SampleSpec(
         num_frames=noise.shape[1],

@@ -148,7 +148,7 @@ def test_a_long_video_is_seen_through_its_windows() -> None:
     model = tiny_model()
     x, (text, _) = latents(model, frames=7), texts(model, 2)
     spec = SampleSpec(num_frames=7, grid=(2, 3), window_frames=4, context_frames=2)
-    windows = [*spec.windows()]
+    windows = [*spec.context_windows()]
     assert len(windows) > 2
     found = likelihood(model.flow, x, text, windows=windows, chunk_tokens=9).log_prob("frame")
     for start, new, end in windows:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from flow.config import PRESETS, ConfigError, ReleasedNotes
+from flow.config import PRESETS, ConfigError
 from flow.flow import FlowModel
-from flow.released_checkpoint import open_released
-from flow.weights import CheckpointError, import_released, load_model
+from flow.released_checkpoint import import_released, open_released
+from flow.released_yaml import ReleasedNotes, read_notes
+from flow.weights import CheckpointError, load_model
 from tests.flow.models import tiny_model
 from tests.flow.released_models import (
     billions,
@@ -76,15 +77,15 @@ def test_every_name_of_the_3b_release_finds_its_place(tmp_path: Path) -> None:
 
 
 def test_the_yaml_names_codec_text_encoder_and_video(tmp_path: Path) -> None:
-    notes = ReleasedNotes.from_yaml(released_yaml(tmp_path / "7b.yaml", **VIDEO_7B))
+    notes = read_notes(released_yaml(tmp_path / "7b.yaml", **VIDEO_7B))
     assert notes == ReleasedNotes(
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers", 0.6, "google/flan-t5-xl", 81, 16.0, 640
     )
-    notes = ReleasedNotes.from_yaml(released_yaml(tmp_path / "3b.yaml", **IMAGE_3B))
+    notes = read_notes(released_yaml(tmp_path / "3b.yaml", **IMAGE_3B))
     assert (notes.vae, notes.later_frame_scale) == ("stabilityai/sd-vae-ft-ema", 1.0)
     assert (notes.num_frames, notes.fps) == (1, 0.0)
     with pytest.raises(ConfigError, match="FRAMES:FPS"):
-        ReleasedNotes.from_yaml(released_yaml(tmp_path / "c.yaml", vid_size="long"))
+        read_notes(released_yaml(tmp_path / "c.yaml", vid_size="long"))
 
 
 @pytest.fixture

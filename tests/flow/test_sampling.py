@@ -12,10 +12,11 @@ from torch import Tensor
 from flow.certificate import certificate
 from flow.counters import Counters
 from flow.flow import FlowModel
+from flow.released_checkpoint import import_released
 from flow.sample_spec import SampleError, SampleSpec
 from flow.sampling import DeepStream, FrameStream, batch_noise, frame_noise, sample
-from flow.weights import import_released
-from tests.flow.models import TRAINED, randn, texts, tiny_model
+from tests.flow.models import randn, texts, tiny_model
+from tests.places import TRAINED_SMALL
 
 ORDERS = {"forward": (1, 1, 1, 2), "reverse": (1, 1, 2)}
 SPEC = SampleSpec(
@@ -123,7 +124,7 @@ def test_resumed_stream_equals_the_uninterrupted_one(
 def test_long_video_restarts_from_its_context_as_a_new_video_would() -> None:
     model = tiny_model()
     spec = dataclasses.replace(SPEC, num_frames=8, window_frames=4, context_frames=2)
-    assert list(spec.windows()) == [(0, 0, 4), (2, 4, 6), (4, 6, 8)]
+    assert list(spec.context_windows()) == [(0, 0, 4), (2, 4, 6), (4, 6, 8)]
     whole = _frames(model, spec)
     text, null = texts(model)
     alone = dataclasses.replace(spec, num_frames=4, window_frames=None)
@@ -230,14 +231,10 @@ def test_context_must_leave_room_in_the_window() -> None:
         dataclasses.replace(SPEC, num_frames=8, window_frames=3, context_frames=3)
 
 
-@pytest.mark.skipif(
-    not (TRAINED / "weights.pth").exists(),
-    reason=f"no trained small model in {TRAINED}; set FLOWREEL_TRAINED_SMALL",
-)
 @pytest.mark.parametrize("guidance", [0.0, 2.5])
 def test_trained_small_model_gives_its_reference_samples(guidance: float) -> None:
-    model, _ = import_released(TRAINED / "weights.pth", TRAINED / "config.yaml")
-    case = load_file(TRAINED / "case.safetensors")
+    model, _ = import_released(TRAINED_SMALL / "weights.pth", TRAINED_SMALL / "config.yaml")
+    case = load_file(TRAINED_SMALL / "case.safetensors")
     noise, row = case["noise"], slice(0, 1)
     spec = SampleSpec(
         num_frames=9,

@@ -68,7 +68,7 @@ def test_score_of_a_long_video_is_that_of_its_windows() -> None:
     model = tiny_model()
     x, (text, _) = latents(model, frames=7), texts(model, 2)
     spec = SampleSpec(num_frames=7, grid=(2, 3), window_frames=4, context_frames=2)
-    windows = [*spec.windows()]
+    windows = [*spec.context_windows()]
     found = score(model.flow, x, text, windows=windows)
 
     def log_prob(y: Tensor) -> float:
@@ -103,7 +103,7 @@ def test_a_long_sample_is_denoised_through_the_windows_it_was_made_in() -> None:
     text, _ = texts(model)
     spec = SampleSpec(num_frames=6, grid=(2, 3), window_frames=3, tolerance=0.0)
     noisy = sample(model, text, None, spec, denoiser="none")
-    expected = tweedie(model.flow, noisy, text, windows=[*spec.windows()])
+    expected = tweedie(model.flow, noisy, text, windows=[*spec.context_windows()])
     assert (tweedie(model.flow, noisy, text) - expected).abs().max() > 1e-6
     found = sample(model, text, None, spec, denoiser="score")
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)

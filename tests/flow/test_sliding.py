@@ -13,11 +13,12 @@ from flow.certificate import certificate
 from flow.flow import FlowModel
 from flow.inverse import Inverter
 from flow.packed_weights import can_pack
+from flow.released_checkpoint import import_released
 from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, batch_noise
-from flow.sliding import Window, _settle, _settle_unseen, slide, suggest
-from flow.weights import import_released
-from tests.flow.models import TRAINED, randn, shaken, texts, tiny_model
+from flow.sliding import SlidingWindow, _settle, _settle_unseen, slide, suggest
+from tests.flow.models import randn, shaken, texts, tiny_model
+from tests.places import TRAINED_SMALL
 
 ORDERS = {"forward": (1, 1, 1, 2), "reverse": (1, 1, 2)}
 SPEC = SampleSpec(
@@ -46,7 +47,7 @@ def _inverter(model: FlowModel, batch: int = 2, guidance: float = 2.0) -> Invert
 def _slide(
     inverter: Inverter, z: Tensor, until: int = LENGTH, size: int = 5, tolerance: float = 0.0
 ) -> int:
-    window = Window(size, cold=min(size, 3), columns=GRID[1], period=8)
+    window = SlidingWindow(size, cold=min(size, 3), columns=GRID[1], period=8)
     return inverter.solve(slide(inverter, z, 0, until, window, tolerance))
 
 
@@ -192,7 +193,7 @@ def test_a_token_whose_neighbour_is_not_a_number_is_not_accepted_as_it_stands() 
 def test_settling_seen_and_unseen_is_the_same(near: int) -> None:
     """With the prefix known on the host, by slices; without, by masks."""
     inverter, z = _inverter(_model()), randn(2, 8, 4)
-    carry = Window(8, cold=8, columns=GRID[1], period=8).carry_matrix(z)
+    carry = SlidingWindow(8, cold=8, columns=GRID[1], period=8).carry_matrix(z)
     inverter.tokens_BLC[:, :8] = randn(2, 8, 4, seed=1)
     inverter.evaluate(0, 8)
     exact = torch.addcmul(inverter.mu_BLC[:, :8], inverter.sigma_BLC[:, :8], z)
@@ -226,13 +227,9 @@ def test_packed_pass_gives_the_plain_numbers() -> None:
         torch.testing.assert_close(packed.tokens_BLC, plain.tokens_BLC, atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(
-    not (TRAINED / "weights.pth").exists(),
-    reason=f"no trained small model in {TRAINED}; set FLOWREEL_TRAINED_SMALL",
-)
 def test_default_tolerance_meets_its_certificate_on_trained_weights() -> None:
-    model, _ = import_released(TRAINED / "weights.pth", TRAINED / "config.yaml")
-    case = load_file(TRAINED / "case.safetensors")
+    model, _ = import_released(TRAINED_SMALL / "weights.pth", TRAINED_SMALL / "config.yaml")
+    case = load_file(TRAINED_SMALL / "case.safetensors")
     text, null = case["text"][:1], case["text_null"][:1]
     spec = SampleSpec(num_frames=9, grid=(8, 8), guidance=2.5)
     stream = DeepStream(model.flow, text, null, spec, noise=lambda n: case["noise"][:1, n])

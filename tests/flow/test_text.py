@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from flow.aspects import SizeError, bucket_size
+from flow.aspects import ASPECTS, SizeError, bucket_size
 from flow.prompt import (
     EXTEND_PREFIX,
     LAST_PREFIX,
@@ -24,15 +25,59 @@ from flow.text import (
     build_text_encoder,
 )
 from tests.flow.tiny_t5 import byte_t5
+from tests.places import ROOT
 
-GOLDENS = Path(os.environ.get("FLOWREEL_GOLDENS", Path(__file__).parents[3] / "shared" / "goldens"))
+LARGER = Path(os.environ.get("FLOWREEL_GOLDENS") or ROOT.parent / "shared" / "goldens")
+
+PROMPTS = [
+    (
+        {"fps": 16, "noise_std": 0.5, "aspect_ratio": "16:9"},
+        "Noise Level 500:\nA video with 16 fps:\nTWO BOATS\n\n in a 16:9 aspect ratio.\n",
+    ),
+    (
+        {"fps": 0, "noise_std": 0.3, "aspect_ratio": "1:1"},
+        "Noise Level 300:\nAn image:\nTWO BOATS\n\n in a 1:1 aspect ratio.\n",
+    ),
+    ({"fps": 24, "aspect_ratio": "9:16"}, "A video with 24 fps:\nTWO BOATS\n\n in a 9:16 aspect ratio.\n"),
+    ({"fps": 8, "noise_std": 0.25}, "Noise Level 250:\nA video with 8 fps:\nTWO BOATS\n"),
+    ({}, "TWO BOATS"),
+]  # fmt: skip
+"""What a caption becomes by what is said with it; TWO BOATS stands for the caption."""
 
 
-def test_prompts_read_as_the_released_model_was_trained_to_read_them() -> None:
-    path = GOLDENS / "conditioning.json"
-    if not path.is_file():
-        pytest.skip(f"no {path}; set FLOWREEL_GOLDENS")
-    cases = json.loads(path.read_text())
+@pytest.mark.parametrize("caption", ["two boats at sea", ""])
+@pytest.mark.parametrize(("facts", "expected"), PROMPTS)
+def test_prompts_read_as_the_released_model_was_trained_to_read_them(
+    caption: str, facts: dict[str, Any], expected: str
+) -> None:
+    assert format_prompt(caption, **facts) == expected.replace("TWO BOATS", caption)
+
+
+BUCKETS = {
+    "1:1": (640, 640),
+    "2:3": (784, 528),
+    "3:2": (528, 784),
+    "16:9": (480, 848),
+    "9:16": (848, 480),
+    "4:5": (720, 576),
+    "5:4": (576, 720),
+    "21:9": (416, 976),
+    "9:21": (976, 416),
+}
+"""Height and width of the released 480p buckets, 16 pixels to a latent cell."""
+
+
+def test_buckets_have_the_released_sizes() -> None:
+    assert {name: bucket_size(640, name, 16) for name in ASPECTS} == BUCKETS
+    assert bucket_size(256, "2:3", 8) == (312, 208)
+
+
+@pytest.mark.skipif(
+    not (LARGER / "conditioning.json").is_file(),
+    reason=f"no conditioning.json in {LARGER}; set FLOWREEL_GOLDENS to a folder that has it",
+)
+def test_every_prompt_and_size_of_the_larger_cases_agrees() -> None:
+    cases = json.loads((LARGER / "conditioning.json").read_text())
     # Nothing in the file goes unread: its parts are named here.
     assert cases.keys() == {"prompts", "sizes", "task_prefixes"}
     assert len(cases["prompts"]) >= 12
@@ -48,6 +93,11 @@ def test_prompts_read_as_the_released_model_was_trained_to_read_them() -> None:
         LAST_PREFIX,
         VIDEO_TO_VIDEO_PREFIX,
     }
+
+
+def test_task_prefixes_are_the_released_ones() -> None:
+    prefixes = (EXTEND_PREFIX, LAST_PREFIX, VIDEO_TO_VIDEO_PREFIX)
+    assert prefixes == ("(extend) ", "(last) ", "(v2v) ")
 
 
 def test_task_prefixes_stand_before_the_caption_inside_the_template() -> None:
@@ -139,12 +189,12 @@ def test_t5_by_hub_id_comes_from_the_hubs_cache(tmp_path: Path) -> None:
         "text = build_text_encoder(TextSpec('t5', 8, 16, path='google/flan-t5-xl')).encode(['a cat'])\n"
         "print(tuple(text.shape), bool(text[0, 6:].any()))"
     )
-    done = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.split("\n")[0] == "(1, 8, 16) False"
+    assert child.stdout.split("\n")[0] == "(1, 8, 16) False"

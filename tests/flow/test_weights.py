@@ -97,7 +97,7 @@ def test_a_failing_save_leaves_nothing_and_keeps_what_was_there(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights, "_flush", full)
+    monkeypatch.setattr(weights, "sync_file", full)
     for name in ("m", "new"):
         with pytest.raises(OSError, match="no space"):
             save_model(tmp_path / name, model, SPEC)
@@ -296,7 +296,7 @@ def test_a_model_that_a_killed_writer_had_put_aside_is_kept_until_another_stands
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights, "_flush", full)
+    monkeypatch.setattr(weights, "sync_file", full)
     with pytest.raises(OSError, match="no space"):
         save_model(tmp_path / "m", model, SPEC)
     monkeypatch.undo()

@@ -18,8 +18,9 @@ import flowreel
 from flow.likelihood import draw_noise
 from media.read import read_video
 from media.write import encode_png
+from serving.loading import LoadedModel
 from serving.requests import Generation
-from serving.session import LoadedModel, generate, prompt_text
+from serving.session import generate, prompt_text
 from tests.places import ROOT
 from tests.serving.conftest import TRAINED_FRAMES, loaded, model_dir, picture
 

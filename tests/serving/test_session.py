@@ -14,6 +14,7 @@ import torch
 from flow.flow import FlowModel
 from flow.prompt import prompt_for
 from flow.sampling import frame_noise, sample
+from flow.shallow import shallow_inverse
 from serving.config import SamplingConfig, ServiceSpec
 from serving.errors import FrameCountError, InvalidRequest
 from serving.loading import LoadedModel, load
@@ -137,7 +138,7 @@ def test_a_given_image_is_the_first_frame_of_u(loaded: LoadedModel, picture: np.
     deep = DeepSession(loaded, request, first_u)
     assert deep.next().u == first_u
     # Undone through the shallow stack and without its noise, it is the image's own latent.
-    x_noisy = loaded.model.flow.shallow_inverse(first_u.unpack())
+    x_noisy = shallow_inverse(loaded.model.flow, first_u.unpack())
     noise = frame_noise(request.seed, 0, tuple(x_noisy.shape[2:]))
     assert loaded.codec is not None
     frame = torch.from_numpy(fit_image(picture, SIZE, SIZE))[None, None]

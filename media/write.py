@@ -112,7 +112,7 @@ def decode_image(
                     f"the cap is {max_pixels}. Send a smaller one"
                 )
             upright = ImageOps.exif_transpose(image)
-            return np.asarray(upright.convert("RGB"), dtype=np.uint8).copy()
+            return np.asarray(_eight_bits(upright).convert("RGB"), dtype=np.uint8).copy()
     except ImageTooLarge:
         # A MediaError is a ValueError too, and the clause below must not take it.
         raise
@@ -128,6 +128,14 @@ def decode_image(
         raise UnreadableImage(
             f"{len(data)} bytes that are not a whole PNG, JPEG or WebP image ({error})"
         ) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as grey of 8: Pillow itself would make white of everything over 255."""
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image, dtype=np.uint32)
+    return Image.fromarray((levels >> 8).clip(0, 255).astype(np.uint8))
 
 
 def _check_frames(frames: Frames, *, even: bool = True) -> None:

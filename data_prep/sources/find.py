@@ -19,6 +19,8 @@ from data_prep.sources.samples import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from data_prep.storage.location import file_version, is_uri, shown
 from data_prep.storage.store import open_folder
 
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
+"""Names of shards; what is inside shows in their first bytes."""
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _SAMPLE_SUFFIXES = tuple(f".{s}" for s in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, "txt", "json"))
 _MEDIA_SUFFIXES = tuple(f".{s}" for s in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
@@ -63,9 +65,9 @@ def find_shards(source: str) -> list[str]:
 def _in_store(source: str) -> list[str]:
     """A file of a store, or the tars right below a prefix of it."""
     place, mark, query = source.partition("?")
-    if place.endswith((".tar", ".tar.gz", ".tgz")):
+    if place.endswith(TAR_SUFFIXES):
         return [source]
-    names = [name for name in open_folder(source).names() if name.endswith(".tar")]
+    names = [name for name in open_folder(source).names() if name.endswith(TAR_SUFFIXES)]
     if not names:
         raise ShardError(f"no *.tar in {shown(source)}; give a prefix of WebDataset shards")
     return [f"{place.rstrip('/')}/{name}{mark}{query}" for name in names]
@@ -77,7 +79,7 @@ def _one_or_more(source: str) -> list[str]:
 
 
 def _in_folder(path: Path) -> list[str]:
-    tars = sorted(str(p) for p in path.iterdir() if p.name.endswith((".tar", ".tar.gz", ".tgz")))
+    tars = sorted(str(p) for p in path.iterdir() if p.name.endswith(TAR_SUFFIXES))
     loose = _holds(path, _MEDIA_SUFFIXES)
     subfolders = [
         p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith((".", "_"))
@@ -169,7 +171,7 @@ def name_shards(sources: Sequence[str]) -> dict[str, str]:
 def _stem(source: str) -> str:
     path = (shown(source).partition("://")[2] or source).rstrip("/")
     folder, _, base = path.rpartition("/")
-    for suffix in (".tar", ".tar.gz", ".tgz"):
+    for suffix in TAR_SUFFIXES:
         base = base.removesuffix(suffix)
     return f"{folder}/{base}".strip("/") if folder else base
 

@@ -28,6 +28,8 @@ TEXT_BYTES = 1 << 20
 _MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
 _LITERAL_CHARS = 100_000
 _WORD = re.compile(r"[a-z0-9_-]{1,40}")
+_FORMAT_PART = re.compile(r"(.+)\.f\d{1,4}")
+"""What yt-dlp calls one format of a video while it puts them together."""
 _LITERAL_KEYS = (
     "matching_score", "desirable_filtering", "shot_boundary_detection", "clips", "timestamp"
 )  # fmt: skip
@@ -105,9 +107,10 @@ def read_shard(
     try:
         listing = archive.listing()
         summary.truncated, summary.error = listing.truncated, listing.error
-        summary.ignored_members = listing.ignored
+        members = without_leftovers(listing.members)
+        summary.ignored_members = listing.ignored + len(listing.members) - len(members)
         earlier_keys: set[str] = set()
-        for group in group_members(listing.members):
+        for group in group_members(members):
             sample = _read_sample(archive, group, summary.num_samples, max_media_bytes)
             summary.num_samples += 1
             _find_problem(sample, group, listing, earlier_keys)
@@ -124,8 +127,10 @@ def group_members(members: Sequence[Member]) -> list[Group]:
 
     A key is a member's path without its last suffix, so that keys may hold dots. A member that is
     no media goes to the sample with media whose key its name begins with, the longest such key
-    (`a.txt` and `a.frames.npy` go to `a.mp4`). Captions and metadata without media make a sample by
-    themselves. A second member of the same name begins a second sample of that key.
+    (`a.txt` and `a.frames.npy` go to `a.mp4`). Captions and metadata of a key that has several
+    videos (`a.txt` of `a.left.mp4` and `a.right.mp4`) go to each of them that has none of its own.
+    Captions and metadata without media make a sample by themselves. A second member of the same
+    name begins a second sample of that key.
 
     >>> [(g.key, sorted(g.members)) for g in group_members([
     ...     Member("a.b.mp4", 1, 0), Member("c.txt", 1, 0), Member("a.b.txt", 1, 0)])]
@@ -147,7 +152,52 @@ def group_members(members: Sequence[Member]) -> list[Group]:
             group = latest[key] = Group(_clean(key).removeprefix("./"))
             groups.append(group)
         group.members[suffix] = member
-    return groups
+    return _with_shared_texts(groups)
+
+
+def _with_shared_texts(groups: list[Group]) -> list[Group]:
+    """Texts of a key without media, handed to the samples whose keys go on from it."""
+    heirs: dict[str, list[Group]] = {}
+    for group in groups:
+        if _has_media(group):
+            folder, slash, base = group.key.rpartition("/")
+            parts = base.split(".")
+            for count in range(1, len(parts)):
+                heirs.setdefault(folder + slash + ".".join(parts[:count]), []).append(group)
+    samples = []
+    for group in groups:
+        own = [] if _has_media(group) else heirs.get(group.key, [])
+        for heir in own:
+            heir.members = {**group.members, **heir.members}
+        if not own:
+            samples.append(group)
+    return samples
+
+
+def _has_media(group: Group) -> bool:
+    return any(suffix in _MEDIA_SUFFIXES for suffix in group.members)
+
+
+def without_leftovers(members: Sequence[Member]) -> list[Member]:
+    """Members but for what a downloader left of one: `a.f230.mp4`, a format of `a.mp4`.
+
+    Alone, without the file that it was to become a part of, it is the video.
+
+    >>> names = ("a.f230.mp4", "a.mp4", "b.f137.mp4")
+    >>> [member.name for member in without_leftovers([Member(name, 1, 0) for name in names])]
+    ['a.mp4', 'b.f137.mp4']
+    """
+    stems = {member.name.rpartition(".")[0] for member in members if _is_media(member.name)}
+
+    def is_left_over(name: str) -> bool:
+        part = _FORMAT_PART.fullmatch(name.rpartition(".")[0])
+        return _is_media(name) and part is not None and part[1] in stems
+
+    return [member for member in members if not is_left_over(member.name)]
+
+
+def _is_media(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in _MEDIA_SUFFIXES
 
 
 def _split_name(name: str, media: set[str], texts: set[str]) -> tuple[str, str]:
@@ -228,11 +278,18 @@ def decode_text(data: bytes) -> str:
 
 
 def _clean(text: str) -> str:
-    """Text without lone surrogates, as which bytes of names that are not UTF-8 arrive.
+    r"""Text without lone surrogates, as which bytes of names that are not UTF-8 arrive.
 
-    No file format here can hold them.
+    No file format here can hold them. Such names are read as captions of that kind are, as
+    Windows-1252, so that different names stay different.
+
+    >>> _clean(b"caf\xe9".decode("utf-8", "surrogateescape")) == "café"
+    True
     """
-    return text.encode("utf-8", "replace").decode("utf-8")
+    try:
+        return decode_text(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def parse_metadata(data: bytes) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import random
 import tarfile
@@ -13,6 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_prep.sources.find import content_sha256, fingerprint
@@ -334,7 +338,7 @@ def test_plain_folders_may_be_deep_and_names_of_any_bytes(tmp_path: Path) -> Non
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).write_bytes(b"2")
     first, second = read_shard(str(tmp_path))
     assert (first.key, first.caption) == ("a/b.c/my film.v2", "mine")
-    assert (second.key, second.media) == ("?", b"2")
+    assert (second.key, second.media) == ("ÿ", b"2")
 
 
 def test_a_shard_behind_a_uri_is_read_like_a_file(tmp_path: Path) -> None:
@@ -360,7 +364,7 @@ def test_literals_are_values_and_code_stays_text() -> None:
 
 
 def test_captions_are_made_printable() -> None:
-    assert plain_caption(" a \udcff b ") == "a ? b"
+    assert plain_caption(" a \udcff b ") == "a ÿ b"
     assert plain_caption("[not a list") == "[not a list"
 
 
@@ -379,3 +383,89 @@ def test_the_real_shards_hold_what_their_readme_says(panda_samples: Path) -> Non
     for path in sorted(panda_samples.glob("*.tar")):
         problems.update(s.problem for s in read_shard(str(path)))
     assert problems == {"": 48, "failed_to_download": 6}
+
+
+def several(name: str, members: dict[str, bytes], root: Path) -> Path:
+    tar_of(root / name, list(members.items()))
+    return root / name
+
+
+@pytest.mark.parametrize("compression", ["", "gz", "xz", "bz2", "zstd"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_archives_of_any_compression_and_one_after_the_other_are_read_whole(
+    tmp_path: Path, compression: str, count: int
+) -> None:
+    parts = [several(f"{n}.tar", {f"k{n}.mp4": bytes([n]) * 3000}, tmp_path) for n in range(count)]
+    packed = b"".join(pack(part.read_bytes(), compression) for part in parts)
+    # The name does not say what it is.
+    shard = tmp_path / "shard.tar"
+    shard.write_bytes(packed)
+    summary = ShardSummary()
+    samples = list(read_shard(str(shard), summary=summary))
+    assert [(s.key, s.media) for s in samples] == [
+        (f"k{n}", bytes([n]) * 3000) for n in range(count)
+    ]
+    assert not summary.truncated
+    assert summary.sha256 == hashlib.sha256(packed).hexdigest()
+
+
+def pack(data: bytes, compression: str) -> bytes:
+    if compression == "zstd":
+        return pa.Codec("zstd").compress(data, asbytes=True)
+    packers = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "": bytes}
+    return packers[compression](data)
+
+
+@pytest.mark.parametrize("compression", ["gz", "xz", "bz2", "zstd"])
+def test_a_compressed_archive_that_is_cut_gives_what_is_before_the_cut(
+    tmp_path: Path, compression: str
+) -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, 400_000, dtype=np.uint8).tobytes() for _ in range(3)]
+    whole = several("a.tar", {f"{n}.mp4": noise[n] for n in range(3)}, tmp_path).read_bytes()
+    packed = pack(whole, compression)
+    shard = tmp_path / "cut.tar"
+    shard.write_bytes(packed[: len(packed) * 3 // 4])
+    summary = ShardSummary()
+    samples = list(read_shard(str(shard), summary=summary))
+    assert summary.truncated
+    # bzip2 and xz hand out whole blocks, so that the cut may reach a little further back.
+    whole_samples = [s.key for s in samples if not s.problem]
+    assert whole_samples in (["0"], ["0", "1"], [])
+    assert all(s.media == noise[int(s.key)] for s in samples if not s.problem)
+
+
+def test_bytes_after_an_archive_that_are_none_are_left_alone(tmp_path: Path) -> None:
+    shard = several("a.tar", {"a.mp4": b"1"}, tmp_path)
+    shard.write_bytes(shard.read_bytes() + b"a signature of some tool" * 50)
+    summary = ShardSummary()
+    assert [s.key for s in read_shard(str(shard), summary=summary)] == ["a"]
+    assert not summary.truncated
+
+
+def test_a_downloaders_leftover_is_no_second_video(tmp_path: Path) -> None:
+    names = {"a.f230.mp4": b"part", "a.mp4": b"whole", "a.txt": b"words", "b.f137.mp4": b"alone"}
+    summary = ShardSummary()
+    samples = list(read_shard(str(several("a.tar", names, tmp_path)), summary=summary))
+    assert [(s.key, s.media, s.caption) for s in samples] == [
+        ("a", b"whole", "words"),
+        ("b.f137", b"alone", ""),
+    ]
+    assert summary.ignored_members == 1
+
+
+def test_several_videos_of_a_key_share_its_caption(tmp_path: Path) -> None:
+    names = {"k.txt": b"words", "k.left.mp4": b"1", "k.right.mp4": b"2", "k.right.txt": b"own"}
+    samples = list(read_shard(str(several("a.tar", names, tmp_path))))
+    assert [(s.key, s.caption) for s in samples] == [("k.left", "words"), ("k.right", "own")]
+
+
+def test_names_that_are_no_utf8_stay_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name in ("caf\xe9.mp4", "caf\xe8.mp4"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"1"))
+    samples = list(read_shard(str(path)))
+    assert [(s.key, s.problem) for s in samples] == [("caf\xe9", ""), ("caf\xe8", "")]

@@ -177,7 +177,8 @@ VOCABULARY: dict[str, Sign] = {
 UNCHECKED = {
     "bad", "bars", "batches' origin", "data", "deadlines", "denoising step's scale", "figures",
     "frames", "models' insides", "moments", "our model folders", "particular schema", "pipes",
-    "project's own packages", "sampling schedules of the deep block", "scale of the denoising step", "schedules of checkpoints",
+    "project's own packages", "sampling schedules of the deep block",
+    "scale of the denoising step", "schedules of checkpoints",
     "seeds", "setting", "speed", "steps' insides", "videos", "cluster", "written",
 }  # fmt: skip
 """Words that a docstring may use and that no import, call or name shows."""

@@ -129,7 +129,7 @@ def score_file(
     per_token: Path | None = None,
 ) -> None:
     """Print how likely the model finds a video file, as a whole and frame by frame; per_token: a file for all tokens."""
-    from flow.weights import read_spec
+    from flow.model_folder import read_spec
 
     if per_token is not None:
         check_per_token_path(per_token)

@@ -24,8 +24,8 @@ from data_prep.config import PrepareConfig
 from data_prep.storage.store import open_folder
 from flow.codec import HUB_ID
 from flow.config import FlowConfig
+from flow.model_folder import VideoSpec
 from flow.text import TextSpec
-from flow.weights import VideoSpec
 from flowreel.errors import FlowreelError
 from serving.config import Limits, Resources, Sampler
 from training.codec_training import CodecConfig

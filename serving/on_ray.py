@@ -41,7 +41,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
-from flow.weights import read_spec
+from flow.model_folder import read_spec
 from serving.api import create_app
 from serving.config import Limits, Resources, Sampler
 from serving.job_store import JobStore

@@ -29,12 +29,12 @@ from flow.certificate import Certificate, certificate
 from flow.codec import VideoCodec
 from flow.counters import Counters, Work
 from flow.flow import FlowModel
+from flow.model_folder import ModelSpec, load_model
 from flow.prompt import format_prompt
 from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream, FrameStream, frame_noise
 from flow.shallow import SHALLOW_TOLERANCE
 from flow.text import TextEncoder, build_text_encoder
-from flow.weights import ModelSpec, load_model
 from serving.config import Sampler
 from serving.messages import (
     Chunk,
@@ -114,7 +114,7 @@ def load(
     sampler: Sampler | None = None,
     stage: Stage | None = None,
 ) -> LoadedModel:
-    """Read a model folder as `flow.weights.save_model` writes it.
+    """Read a model folder as `flow.model_folder.save_model` writes it.
 
     Args:
         stage: read only what this stage needs; None reads all.

@@ -22,8 +22,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from flow.config import FlowConfig
+from flow.model_folder import VideoSpec
 from flow.text import TextSpec
-from flow.weights import VideoSpec
 from flowreel.errors import FlowreelError
 from training.config import TrainConfig
 from training.history import HistoryTail

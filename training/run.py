@@ -21,8 +21,8 @@ from typing import Any
 from data_prep.latents.dataset import LatentDataset
 from flow.codec import VideoCodec
 from flow.config import FlowConfig
+from flow.model_folder import ModelSpec, VideoSpec
 from flow.text import TextSpec
-from flow.weights import ModelSpec, VideoSpec
 from flowreel.errors import FlowreelError
 from training.checkpoint import (
     CODEC_FOLDER,
@@ -51,7 +51,7 @@ class TrainResult:
     """What a training run left behind.
 
     Attributes:
-        model_dir: the averaged weights as `flow.weights.load_model` reads them, codec inside.
+        model_dir: the averaged weights as `flow.model_folder.load_model` reads them, codec inside.
         checkpoint_dir: the last checkpoint.
         steps: steps taken in all.
         resumed_from: step this call went on from; None for a fresh run, `steps` where there was

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flow.model_folder import ModelSpec, VideoSpec, save_model
 from flow.text import TextSpec
-from flow.weights import ModelSpec, VideoSpec, save_model
 from tests.flow.models import randn, texts, tiny_model
 from tests.flow.released_models import released_state, released_yaml
 from tests.flow.test_released_checkpoint import TINY
@@ -45,7 +45,7 @@ from flow.sampling import sample
 from flow.sample_spec import SampleSpec
 from flow.prompt import format_prompt
 from flow.text import build_text_encoder
-from flow.weights import load_model
+from flow.model_folder import load_model
 
 torch.set_num_threads(1)
 model, spec = load_model(sys.argv[1])

@@ -15,9 +15,9 @@ import torch
 
 from flow.config import PRESETS, ConfigError
 from flow.flow import FlowModel
+from flow.model_folder import CheckpointError, load_model
 from flow.released_checkpoint import import_released, open_released
 from flow.released_yaml import ReleasedNotes, read_notes
-from flow.weights import CheckpointError, load_model
 from tests.flow.models import tiny_model
 from tests.flow.released_models import (
     billions,

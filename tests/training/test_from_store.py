@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flow.weights import VideoSpec, load_model
+from flow.model_folder import VideoSpec, load_model
 from tests.data_prep.s3_server import CREDENTIALS, running_store
 from tests.training.world import TEXT, small_config, small_flow, write_dataset
 from training.run import train_in_process

@@ -12,8 +12,8 @@ import torch
 from pydantic import ValidationError
 
 from flow.flow import FlowModel
+from flow.model_folder import VideoSpec, load_model
 from flow.text import TextSpec
-from flow.weights import VideoSpec, load_model
 from tests.training.world import CODEC, TEXT, small_config, small_flow, write_dataset
 from training.checkpoint import CheckpointMismatch, latest_complete, load_averaged
 from training.history import History, HistoryTail, read_history

@@ -13,14 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import flow.weights as weights
+import flow.model_folder as model_folder
 from flow import tensor_files
 from flow.codec import LatentConvention
 from flow.config import ConfigError
 from flow.flow import FlowModel
-from flow.tensor_files import TensorFolder, write_tensors
-from flow.text import TextSpec
-from flow.weights import (
+from flow.model_folder import (
     CheckpointError,
     ModelSpec,
     VideoSpec,
@@ -28,6 +26,8 @@ from flow.weights import (
     read_spec,
     save_model,
 )
+from flow.tensor_files import TensorFolder, write_tensors
+from flow.text import TextSpec
 from tests.flow.models import TINY, randn, texts, tiny_config, tiny_model
 from tests.places import ROOT
 
@@ -97,7 +97,7 @@ def test_a_failing_save_leaves_nothing_and_keeps_what_was_there(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights, "sync_file", full)
+    monkeypatch.setattr(model_folder, "sync_file", full)
     for name in ("m", "new"):
         with pytest.raises(OSError, match="no space"):
             save_model(tmp_path / name, model, SPEC)
@@ -251,8 +251,8 @@ def test_broken_shards_and_indices_are_named(tmp_path: Path, model: FlowModel) -
 
 KILLED = """
 import os, signal, sys
-from flow.weights import write_model
-from tests.flow.test_weights import SPEC, tiny_model, torch
+from flow.model_folder import write_model
+from tests.flow.test_model_folder import SPEC, tiny_model, torch
 
 def die(done, total):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -296,7 +296,7 @@ def test_a_model_that_a_killed_writer_had_put_aside_is_kept_until_another_stands
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights, "sync_file", full)
+    monkeypatch.setattr(model_folder, "sync_file", full)
     with pytest.raises(OSError, match="no space"):
         save_model(tmp_path / "m", model, SPEC)
     monkeypatch.undo()
@@ -312,14 +312,14 @@ def test_two_writers_of_one_folder_do_not_remove_each_others_work(
         if written_bytes == total and not (tmp_path / "m").exists():
             save_model(tmp_path / "m", model, SPEC)
 
-    weights.write_model(tmp_path / "m", model.state_dict(), SPEC, progress=write_another)
+    model_folder.write_model(tmp_path / "m", model.state_dict(), SPEC, progress=write_another)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     load_model(tmp_path / "m")
 
 
 LOADING = """
 import sys, threading, time
-from flow.weights import load_model
+from flow.model_folder import load_model
 
 def anonymous():
     line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon:"))

@@ -38,6 +38,6 @@ What stands around the flow, and what lies on disk:
 - `text`: text encoders.
 - `latent_convention`, `codec`: the frozen VAE between frames and latents.
 - `tensor_files`: named tensors in safetensors files.
-- `weights`: model folders, written whole and loaded file by file.
+- `model_folder`: model folders, written whole and loaded file by file.
 - `released_checkpoint`: released `.pth` files, mapped rather than read.
 """

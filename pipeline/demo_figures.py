@@ -25,8 +25,8 @@ from data_prep.sources.moving_shapes import (
 from flow.codec import VideoCodec
 from flow.flow import LOG_SQRT_2PI
 from flow.likelihood import noise_floor
+from flow.model_folder import load_model
 from flow.text import build_text_encoder
-from flow.weights import load_model
 from training.codec_training import measure as measure_codec
 from training.held_out import (
     Captions,

@@ -100,7 +100,7 @@ MEDIA: dict[str, Callable[[], dict[str, Any]]] = {
     "nested_json": lambda: {"mp4": GOOD, "json": b"[" * 100_000},
     "code_in_json": lambda: {"mp4": GOOD, "json": {"matching_score": "open('/tmp/x', 'w')"}},
     "caption_bytes": lambda: {"mp4": GOOD, "txt": "Café".encode("cp1252")},
-    "no_media": lambda: {},
+    "no_media": dict,
     "failed_download": lambda: {"json": {"status": "failed_to_download"}},
     "broken_image": lambda: {"jpg": b"\xff\xd8\xff" * 9},
     "png_bomb": lambda: {"png": png_bomb()},

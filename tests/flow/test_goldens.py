@@ -137,7 +137,7 @@ def test_denoiser_agrees(folder: Path) -> None:
     _close(s, case.tensors["denoiser_output"], atol=1e-5, rtol=1e-5)
 
 
-# How the reference made each: one by one, or in blocks (its context needs blocks) run to convergence.
+# How the reference made each: one by one, or in blocks run to convergence (context needs blocks).
 SCHEDULES = {
     "sample_sequential": "sequential",
     "sample_guided": "sequential",

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from flow.codec import LatentConvention, VideoCodec
 from flow.flow import FlowModel
-from flow.weights import load_model, read_spec
+from flow.model_folder import load_model, read_spec
 from media.read import read_video
 from pipeline.cli import app
 from serving.loading import load

@@ -213,7 +213,7 @@ class VideoReader:
         try:
             size_bytes = len(data) if in_memory else os.stat(data).st_size  # type: ignore[arg-type]
         except OSError as error:
-            raise UnreadableVideo(f"{data!r}: {error.strerror}") from error
+            raise UnreadableVideo(f"{error.filename}: {error.strerror}") from error
         if size_bytes == 0:
             raise EmptyVideo("the video has 0 bytes")
         if size_bytes > max_bytes:

@@ -36,6 +36,11 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         sync_file(partial)
         os.replace(partial, path)
+    except OSError as error:
+        # A full disk says nothing of the file; whoever reads the message wants to know which.
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)

@@ -125,8 +125,11 @@ def decode_image(
         # Pillow has a cap of its own, which it applies on opening.
         raise ImageTooLarge(f"{error}. Send a smaller one") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
+        # Pillow names the object in memory, which says nothing to whoever sent it.
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "none of the three formats is recognised" if unknown else error
         raise UnreadableImage(
-            f"{len(data)} bytes that are not a whole PNG, JPEG or WebP image ({error})"
+            f"{len(data)} bytes that are not a whole PNG, JPEG or WebP image ({why})"
         ) from error
 
 

@@ -129,6 +129,11 @@ def _check_writable(folder: Path, option: str, given: str | Path) -> None:
         raise ArgumentError(f"{option} {given}: no permission to write in {there}")
 
 
+def as_utf8(text: str) -> str:
+    """Text of the command line in a locale that is not UTF-8: its bytes are UTF-8 all the same."""
+    return os.fsencode(text).decode("utf-8", "replace")
+
+
 def shards(pattern: str) -> list[str]:
     """The shards that a user names."""
     from data_prep.sources.find import find_shards

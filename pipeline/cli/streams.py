@@ -49,6 +49,9 @@ def spelled(error: UnicodeError) -> tuple[str, int]:
 class _Output(io.TextIOWrapper):
     """Standard output whose failures have a class of their own."""
 
+    original: io.TextIOWrapper
+    """Held, because the file that both write to is closed when it is collected."""
+
     def write(self, text: str) -> int:
         try:
             return super().write(text)
@@ -73,13 +76,15 @@ def guard_streams() -> None:
     out = sys.stdout
     if isinstance(out, io.TextIOWrapper) and not isinstance(out, _Output):
         out.flush()
-        sys.stdout = _Output(
+        guarded = _Output(
             out.buffer,
             encoding=out.encoding,
             errors=_HANDLER,
             line_buffering=out.line_buffering,
             write_through=out.write_through,
         )
+        guarded.original = out
+        sys.stdout = guarded
 
 
 def abandon_output() -> None:

@@ -212,7 +212,7 @@ class VideoReader:
             raise EmptyVideo("the video has 0 bytes")
         if size_bytes > max_bytes:
             raise VideoTooLarge(f"the video has {size_bytes} bytes; the cap is {max_bytes}")
-        # The child keeps the working folder that it was started in; a relative path is this process's.
+        # The child keeps the folder that it was started in; a relative path is this process's.
         head = {"op": "load"} if in_memory else {"op": "load", "path": os.path.abspath(data)}
         self._request(head, clock, bytes(data) if in_memory else b"")  # type: ignore[arg-type]
         self._reply(clock)

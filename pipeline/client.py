@@ -1,6 +1,6 @@
 """A client of the video service, as any user would write one: plain HTTP, no Ray.
 
-The demo makes its videos through this, so what it shows went through the same door as everybody's requests.
+The demo makes its videos through this, so what it shows went through everybody's door.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Video:
-    """A finished request: its mp4 in `sample`, its lossless frames, and the spans its replicas recorded."""
+    """A finished request: its mp4 in `sample`, its lossless frames, the spans of its replicas."""
 
     sample: Sample
     spans: list[dict[str, Any]]
@@ -119,6 +119,7 @@ class VideoClient:
     def _checked(answer: httpx.Response) -> httpx.Response:
         if answer.is_error:
             raise RequestFailed(
-                f"{answer.request.method} {answer.request.url}: {answer.status_code} {answer.text[:300]}"
+                f"{answer.request.method} {answer.request.url}: {answer.status_code} "
+                f"{answer.text[:300]}"
             )
         return answer

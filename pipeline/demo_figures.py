@@ -1,4 +1,4 @@
-"""What a trained model has learnt, in numbers: likelihood against baselines, and whether what is asked for is what is seen.
+"""What a trained model has learnt: likelihood against baselines, and whether prompts are followed.
 
 Runs in one process on the exported model and the prepared latents. Knows nothing of Ray.
 """
@@ -65,7 +65,7 @@ def colour_prompts(count: int) -> list[ColourPrompt]:
 
 
 def captions_to_show(latents: str | Path, count: int) -> list[str]:
-    """Different captions of the data itself to prompt with, held-out clips first; fewer where there are fewer."""
+    """Different captions of the data to prompt with, held-out clips first."""
     found: dict[str, None] = {}
     for split in ("held_out", "train"):
         dataset = LatentDataset(latents, split)
@@ -77,14 +77,15 @@ def captions_to_show(latents: str | Path, count: int) -> list[str]:
 
 
 def colour_accuracy(videos: list[tuple[str, np.ndarray]]) -> float:
-    """Share of (requested colour, frames [T, H, W, 3]) in which the measured captioner sees that colour."""
+    """Share of (colour, frames [T, H, W, 3]) in which the measured captioner sees that colour."""
     return sum(measure(frames).colour == colour for colour, frames in videos) / len(videos)
 
 
 def likelihoods(model_dir: Path, latents: str | Path, *, draws: int) -> dict[str, float]:
-    """Held-out nats per dimension (no ½ ln 2π): with true captions, shuffled ones, and of the best per-channel Gaussian.
+    """Held-out nats per dimension (no ½ ln 2π), with true and shuffled captions, and of a Gaussian.
 
-    Every estimate is a mean over the same clips and seeded noise draws; `*_stderr` is over the draws. An `nll` has ½ ln 2π.
+    Every estimate is a mean over the same clips and seeded noise draws; `*_stderr` is over the
+    draws. An `nll` has ½ ln 2π. The Gaussian is the best one per channel.
     A mean clearly under the noise floor warns (`NoiseFloorWarning`).
     """
     model, spec = load_model(model_dir)

@@ -1,4 +1,4 @@
-"""`flowreel doctor`: what on this machine would keep Flowreel from working, and what to do about it.
+"""`flowreel doctor`: what on this machine would keep Flowreel from working, and the way out.
 
 Every check is a function that yields findings; a check that fails itself is a finding too. Needs
 only what a plain installation has. Changes nothing. Knows nothing of Ray.

@@ -1,6 +1,6 @@
 """How a failure is said: one line and an exit code.
 
-    a mistake that a user can mend             2     a FlowreelError, a path, a full disk, an argument
+    a mistake that a user can mend             2     a FlowreelError, a path, a full disk
     Ctrl-C                                     130
     standard output closed by its reader       141
     a fault of the code                        1     it keeps its traceback

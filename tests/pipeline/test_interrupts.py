@@ -94,7 +94,7 @@ def test_ray_trains_own_handler_does_not_outlive_the_training(code: int) -> None
     def end(*_: object) -> None:
         sys.exit(code)
 
-    with pytest.raises(KeyboardInterrupt), interrupts_kept():
+    with pytest.raises(KeyboardInterrupt), interrupts_kept():  # noqa: PT012
         signal.signal(signal.SIGINT, end)
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is handler

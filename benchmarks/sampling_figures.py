@@ -1,7 +1,6 @@
 """The sampling benchmark's two figures: residual against sweeps, time against block size.
 
-Knows the samplers of `benchmarks.sampling_case`; matplotlib is loaded only to draw. Knows nothing
-of the benchmark's table.
+Knows the samplers of `benchmarks.sampling_case`; matplotlib is loaded only to draw.
 
 Shapes: L tokens of a video, C channels.
 """

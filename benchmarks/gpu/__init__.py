@@ -2,15 +2,21 @@
 
 Read in this order:
 
-- `parts`: what is measured, in order of worth, and the share of the time that each part has.
-- `run`: the parent. It starts each part as a process, keeps its limit and collects its rows.
-- `report`: the rows as `gpu.json` and `gpu.md`, written again after every row.
-- `recorder`: the child's end of the line: rows, attempts that may fail, time left.
-- `device`: clocks, peaks of memory, what machine this is.
-- `shapes`: the released model's sizes, and the toy sizes of `--rehearse`.
-- `models`: networks with random weights, made on the device; `fixtures`: trained ones, read.
-- The parts: `machine`, `correctness`, `one_pass`, `clip` (with `codec`), `training_step`,
-  `likelihood`.
+    parts.py           what is measured, in order of worth, and each part's share of the time
+    run.py             the parent: starts each part as a process, keeps its limit, collects rows
+    report.py          the rows as `gpu.json` and `gpu.md`, written again after every row
+    recorder.py        the child's end of the line: rows, attempts that may fail, time left
+    device.py          clocks, peaks of memory, what machine this is
+    shapes.py          the released model's sizes, and the toy sizes of `--rehearse`
+    models.py          networks with random weights, made on the device
+    fixtures.py        trained and reference models, read without PyYAML
+    machine.py         part 1: bandwidth, product rate, the roof of a pass
+    correctness.py     part 2: CPU against device
+    one_pass.py        part 3: one pass of the 7B's deep block
+    clip.py            part 4: a whole clip
+    codec.py           the codec at its real size, where diffusers is
+    training_step.py   part 5: a training step
+    likelihood.py      part 6: likelihood of a clip, and the encoder
 
 It runs where there is only torch (2.11 or newer), einops, numpy, safetensors and this checkout. Of
 this project it imports:

@@ -2,6 +2,7 @@
 
 Read in this order:
 
+    __main__.py        the command line
     parts.py           what is measured, in order of worth, and each part's share of the time
     run.py             the parent: starts each part as a process, keeps its limit, collects rows
     report.py          the rows as `gpu.json` and `gpu.md`, written again after every row

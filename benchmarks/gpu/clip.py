@@ -35,6 +35,7 @@ from flow.inverse import Inverter, Steps
 from flow.rope import RopeCache
 from flow.sample_spec import SampleSpec
 from flow.sampling import DeepStream
+from flow.shallow import shallow_inverse
 
 GUIDANCE = 2.5
 ALL_ACCEPTED = 1e30
@@ -113,7 +114,7 @@ def trained_counts(shapes: Shapes, look_every: int) -> Counts:
     first, *later = (work.iterations for work in stream.counters.per_frame)
     tokens = stream.counters.tokens_per_frame
     shallow = [Work() for _ in flow.shallow]
-    flow.shallow_inverse(tensors["deep_guided"][:1, : spec.num_frames], work=shallow)
+    shallow_inverse(flow, tensors["deep_guided"][:1, : spec.num_frames], work=shallow)
     return Counts(
         cold=first * min(spec.cold_slide_tokens, tokens) / tokens,
         warm=sum(later) / len(later) * min(spec.slide_tokens, tokens) / tokens,

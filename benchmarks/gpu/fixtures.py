@@ -16,11 +16,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flow.weights import import_released
 from safetensors.torch import load_file
 from torch import Tensor
 
 from flow.flow import FlowModel
+from flow.released_checkpoint import import_released
 
 FIXTURES = Path(__file__).resolve().parents[2] / "tests" / "fixtures"
 REFERENCE = FIXTURES / "reference" / "video"

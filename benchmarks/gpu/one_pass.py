@@ -31,7 +31,7 @@ from benchmarks.iteration import Rates, cost_of, inverter_at
 from flow.attention import TransformerLayer
 from flow.block import AffineBlock
 from flow.inverse import Inverter
-from flow.sliding import Window, slide
+from flow.sliding import SlidingWindow, slide
 
 CALLS = 4
 """Passes in one sample, given to the device without a wait."""
@@ -189,7 +189,7 @@ def looked_at_ms(inverter: Inverter, start: int, window: int, look_every: int) -
     device, dim = inverter.mu_BLC.device, inverter.mu_BLC.shape[-1]
     inverter.look_every = look_every
     inverter.expect(window)
-    sizes = Window(size=window, cold=window, columns=SIDE, period=max(window, SIDE**2))
+    sizes = SlidingWindow(size=window, cold=window, columns=SIDE, period=max(window, SIDE**2))
     most = LOOKED_AT + 2
     z_BLC = random_tensor(1, window + most, dim, device=device)
     times = []

@@ -19,7 +19,8 @@ from data_prep.sources.find import (
     fingerprint,
     name_shards,
 )
-from data_prep.sources.samples import ShardError, read_shard
+from data_prep.sources.listing import ShardError
+from data_prep.sources.samples import read_shard
 from data_prep.storage import lease
 from data_prep.storage import location as locations
 from data_prep.storage.folder import Folder, LockHeld

@@ -1,8 +1,8 @@
 """Where a run's Ray comes from: one of its own on this machine, or a cluster it is submitted to.
 
 `local_or_given` is the only place that starts or stops Ray; `submit` sends a recipe to a cluster as
-a Ray job. The same recipe runs in both; nothing in it changes but resources and paths. Knows nothing
-of what the stages do.
+a Ray job. The same recipe runs in both; nothing in it changes but resources and paths. Knows
+nothing of what the stages do.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def submit(
 
 
 def _entrypoint(stage: str, arguments: list[str]) -> str:
-    """The job's shell line: this interpreter where the cluster's machine has it too, else its `python`."""
+    """The job's shell line: this interpreter where the machine has it too, else its `python`."""
     command = shlex.join(["-m", "pipeline.cli", stage, "--recipe", "recipe.yaml", *arguments])
     return f'PY={shlex.quote(sys.executable)}; [ -x "$PY" ] || PY=python; exec "$PY" {command}'
 

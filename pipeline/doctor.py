@@ -1,7 +1,8 @@
-"""`flowreel doctor`: what on this machine would keep Flowreel from working, and what to do about it.
+"""`flowreel doctor`: what on this machine keeps Flowreel from working, and what to do about it.
 
 Every check is a function that yields findings; a check that fails itself is a finding too. Needs
-only what a plain installation has. Changes nothing. Knows nothing of models or data.
+only what a plain installation has. Changes nothing, and starts no cluster. Knows nothing
+of datasets or model folders.
 """
 
 from __future__ import annotations

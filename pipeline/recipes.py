@@ -1,7 +1,8 @@
 """Recipes: everything a run needs to know, in one YAML file that reads alone.
 
 Each stage owns its part of the schema; this file puts them together, finds recipes by name, applies
-`key.path=value` overrides, and turns whatever is wrong into one line that names key, value and what is allowed.
+`key.path=value` overrides, and turns whatever is wrong into one line that names key, value and what
+is allowed. Knows nothing of torch or Ray, so that a mistake is said at once.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class ServeConfig(BaseModel):
         default=None,
         ge=0,
         le=65535,
-        description="TCP port; 0: a free one; null: 8000 in `flowreel serve`, a free one in the demo",
+        description="TCP port; 0: a free one; null: 8000 in `flowreel serve`, a free one in the "
+        "demo",
     )
     limits: Limits = Field(default_factory=Limits, description="what the service admits")
     resources: Resources = Field(
@@ -121,7 +123,8 @@ class Recipe(BaseModel):
     def _codec_is_somewhere(cls, codec: str) -> str:
         if codec != "tiny" and not Path(codec).is_dir() and not HUB_ID.fullmatch(codec):
             raise ValueError(
-                f"unknown codec {codec!r}: allowed are 'tiny', a folder that exists, or a hub id (owner/name)"
+                f"unknown codec {codec!r}: allowed are 'tiny', a folder that exists, or a hub id "
+                "(owner/name)"
             )
         return codec
 
@@ -130,7 +133,8 @@ class Recipe(BaseModel):
         if (self.text.length, self.text.dim) != (self.model.text_len, self.model.text_dim):
             raise ValueError(
                 f"text makes {self.text.length}x{self.text.dim} tokens, model reads "
-                f"{self.model.text_len}x{self.model.text_dim}; make text.length = model.text_len and text.dim = model.text_dim"
+                f"{self.model.text_len}x{self.model.text_dim}; make text.length = model.text_len "
+                "and text.dim = model.text_dim"
             )
         return self
 
@@ -162,7 +166,8 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         path = RECIPES / f"{source}.yaml"
     if not path.is_file():
         raise RecipeError(
-            f"recipe {source!r}: no such file, and no recipe of that name ({', '.join(recipe_names())})"
+            f"recipe {source!r}: no such file, and no recipe of that name "
+            f"({', '.join(recipe_names())})"
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

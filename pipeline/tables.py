@@ -1,7 +1,7 @@
 """Outcomes as a person reads them: the tables and closing lines of the stages and commands.
 
 Takes what was measured and prints it through a `Reporter`. Measures nothing itself. Knows nothing
-of Ray, and of no file.
+of Ray or torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Checks of arguments and paths that a command makes before it imports anything heavy, and completion.
+"""Checks of arguments and paths before anything heavy is imported, and completion of both.
 
 A wrong path or a misspelt choice is answered at once, not after torch and Ray have been loaded.
-Every check raises `ArgumentError`, worded for users. Knows nothing of torch, Ray or pydantic.
+Every check raises `ArgumentError`, worded for users. Knows nothing of torch or Ray.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def one_of(option: str, value: str, allowed: Iterable[str]) -> str:
 
     >>> one_of("--split", "train", ("all", "train"))
     'train'
-    >>> one_of("--split", "trian", ("all", "train"))
+    >>> one_of("--split", "tain", ("all", "train"))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    pipeline.cli.arguments.ArgumentError: --split 'trian': must be one of all, train; did you mean 'train'?
+    pipeline.cli.arguments.ArgumentError: --split 'tain': must be one of all, train; did you mean...
     """
     choices = list(allowed)
     if value in choices:

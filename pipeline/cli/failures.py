@@ -1,11 +1,12 @@
 """How a failure is said: one line and an exit code.
 
-    a mistake that a user can mend             2     a FlowreelError, a path, a full disk, an argument
+    a mistake that a user can mend             2     FlowreelError, a path, an argument, a full disk
     Ctrl-C                                     130
     standard output closed by its reader       141
     a fault of the code                        1     it keeps its traceback
 
-Standard library only, so that a failing or interrupted import can still be said.
+Standard library only (and `flowreel.errors`), so that a failing or interrupted import can still be
+said.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Standard output and error that degrade instead of failing.
 
-An encoding that cannot print `→` prints `->`. A standard output that takes nothing more (a full disk
-behind a redirection, a closed pipe) raises `OutputError`, which no full disk elsewhere can be taken
-for. Standard library only, so that it is there before anything else is imported.
+An encoding that cannot print `→` prints `->`. A standard output that takes nothing more (a full
+disk behind a redirection, a closed pipe) raises `OutputError`, so that it cannot be taken for a
+full disk elsewhere. Standard library only (and `flowreel.errors`), so that it is there before
+anything else is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from flowreel.errors import FlowreelError
 SPELLINGS = {
     "→": "->", "←": "<-", "×": "x", "—": "-", "–": "-", "…": "...", "·": "*", "½": "1/2", "±": "+-",
     "≤": "<=", "≥": ">=", "²": "^2", "‖": "||", "σ": "sigma", "τ": "tau", "π": "pi", "ε": "epsilon",
-    "φ": "phi", "μ": "mu", "Δ": "delta", "∇": "grad", "−": "-", "‘": "'", "’": "'", "“": '"', "”": '"',
+    "φ": "phi", "μ": "mu", "Δ": "delta", "∇": "grad", "−": "-", "‘": "'", "’": "'", "“": '"',
+    "”": '"',
 }  # fmt: skip
 """What is printed where the encoding of the output has no such character; any other becomes `?`."""
 _HANDLER = "flowreel.spelled"

@@ -1,4 +1,4 @@
-"""Every setting is listed, documented, and says what its schema really allows; the page is in step."""
+"""Every setting is listed, documented, and says what its schema allows; the page is in step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The spine, felt from end to end: one real `flowreel demo` at its smallest, and what a user does with what it leaves."""
+"""The spine from end to end: a real `flowreel demo` at its smallest, and what a user does then."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from tests.pipeline import command
 from tests.places import ROOT
 
 MICRO = (
-    "world.num_clips=40", "world.num_images=8", "world.clips_per_shard=24", "train.steps=6", "train.checkpoint_every=3",
-    "train.batch_size=4", "train.image_batch_size=4", "model.deep_width=64", "model.shallow_width=32",
-    "model.layers_per_block=[1,1,1,2]", "model.denoiser_layers=2", "evaluate.colour_clips=4", "evaluate.noise_draws=2",
+    "world.num_clips=40", "world.num_images=8", "world.clips_per_shard=24", "train.steps=6",
+    "train.checkpoint_every=3", "train.batch_size=4", "train.image_batch_size=4",
+    "model.deep_width=64", "model.shallow_width=32", "model.layers_per_block=[1,1,1,2]",
+    "model.denoiser_layers=2", "evaluate.colour_clips=4", "evaluate.noise_draws=2",
 )  # fmt: skip
 SETTINGS = [part for value in MICRO for part in ("--set", value)]
 SAMPLES = 48
@@ -58,8 +59,9 @@ def summary(run: Path) -> dict[str, object]:
 
 def test_the_summary_holds_every_figure_it_promises(summary: dict[str, object]) -> None:
     for name in (
-        "held_out_nats_per_dim", "gaussian_nats_per_dim", "shuffled_caption_nats_per_dim", "colour_accuracy",
-        "colour_chance", "codec_psnr_db", "overlap_s", "noise_floor_nats_per_dim",
+        "held_out_nats_per_dim", "gaussian_nats_per_dim", "shuffled_caption_nats_per_dim",
+        "colour_accuracy", "colour_chance", "codec_psnr_db", "overlap_s",
+        "noise_floor_nats_per_dim",
     ):  # fmt: skip
         assert isinstance(summary[name], float), name
         assert np.isfinite(summary[name]), name

@@ -1,4 +1,4 @@
-"""`flowreel likelihood` and `evaluate` on a real model folder: figures, tables and files that agree."""
+"""`flowreel likelihood` and `evaluate` on a real model folder: figures and files that agree."""
 
 from __future__ import annotations
 

@@ -201,7 +201,8 @@ def submit(
     """
     if stage not in SUBMITTED_STAGES:
         raise SubmitError(f"stage {stage!r}; allowed: {', '.join(SUBMITTED_STAGES)}")
-    if "--out" not in (arguments or []):
+    names_out = (part in ("--out", "-o") or part.startswith("--out=") for part in arguments or [])
+    if not any(names_out):
         raise SubmitError(
             "a job's own folder is gone when it ends: give the stage an --out on storage that the "
             f"cluster's machines share, as in flowreel submit {recipe.name} --address {address} -- "

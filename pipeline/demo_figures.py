@@ -1,6 +1,8 @@
 """What a trained model has learnt: likelihood against baselines, and whether prompts are followed.
 
-Runs in one process on the exported model and the prepared latents. Knows nothing of Ray.
+These are its likelihoods against baselines, whether the colours that were asked for are seen, what
+the codec loses, and how far the service's two replicas worked at the same time. Runs in one process
+on the exported model, the prepared latents and finished videos. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -71,9 +73,9 @@ def captions_to_show(latents: str | Path, count: int) -> list[str]:
         dataset = LatentDataset(latents, split)
         names = [name for bucket in sorted(dataset.buckets) for name in dataset.buckets[bucket]]
         pairs = [dataset.captions(name) for name in names]
-        found |= dict.fromkeys(synthetic for _original, synthetic in pairs if synthetic)
-        found |= dict.fromkeys(original for original, _synthetic in pairs if original)
-    return list(found)[:count]
+        captions |= dict.fromkeys(synthetic for _original, synthetic in pairs if synthetic)
+        captions |= dict.fromkeys(original for original, _synthetic in pairs if original)
+    return list(captions)[:count]
 
 
 def colour_accuracy(videos: list[tuple[str, np.ndarray]]) -> float:

@@ -87,7 +87,8 @@ def _smooth(values: list[float], window: int) -> npt.NDArray[np.float64]:
 def loss_curve(history: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     """SVG of training loss per step, with noise floor, Gaussian baseline and held-out mean.
 
-    Steps whose loss was not finite are left out.
+    These are the noise floor ½ + ln σ, the best Gaussian and the held-out mean. Steps whose loss
+    was not finite are left out.
     """
     history = [h for h in history if h["loss_nats_per_dim"] is not None]
     figure, axes = _axes(8, 3.4)

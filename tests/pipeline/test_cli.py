@@ -111,6 +111,7 @@ def test_every_option_has_a_help_text_and_every_command_an_example(command: str)
         (["train-codec", "--out", "README.md"], "--out README.md is a file"),
         (["submit", "tiny", "--address", "http://127.0.0.1:1", "--stage", "trian"], "'train'?"),
         (["submit", "tiny", "--address", "http://127.0.0.1:1"], "--out on storage"),
+        (["demo", "--out", "OUT", "--address", "127.0.0.1:1"], "nothing answers there"),
         (["demo", "--out", "README.md"], "--out README.md is a file"),
         (["doctor", "--recipe", "no-recipe"], "no-recipe"),
         (["demo", "-q", "-v"], "--quiet and --verbose are both given"),

@@ -91,8 +91,9 @@ def test_while_workers_train(training: list[str], tmp_path: Path) -> None:
 def test_ray_trains_own_handler_does_not_outlive_the_training(code: int) -> None:
     handler = signal.getsignal(signal.SIGINT)
 
-    def end(*_: object) -> None:
-        sys.exit(code)
+    def press_with_a_handler_of_rays_kind() -> None:
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(code))
+        signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt), interrupts_kept():  # noqa: PT012
         signal.signal(signal.SIGINT, end)

@@ -68,7 +68,7 @@ def colour_prompts(count: int) -> list[ColourPrompt]:
 
 def captions_to_show(latents: str | Path, count: int) -> list[str]:
     """Different captions of the data to prompt with, held-out clips first."""
-    found: dict[str, None] = {}
+    captions: dict[str, None] = {}
     for split in ("held_out", "train"):
         dataset = LatentDataset(latents, split)
         names = [name for bucket in sorted(dataset.buckets) for name in dataset.buckets[bucket]]

@@ -95,9 +95,8 @@ def test_ray_trains_own_handler_does_not_outlive_the_training(code: int) -> None
         signal.signal(signal.SIGINT, lambda *_: sys.exit(code))
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt), interrupts_kept():  # noqa: PT012
-        signal.signal(signal.SIGINT, end)
-        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interrupts_kept():
+        press_with_a_handler_of_rays_kind()
     assert signal.getsignal(signal.SIGINT) is handler
     with pytest.raises(SystemExit), interrupts_kept():
         sys.exit(code)

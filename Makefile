@@ -1,7 +1,7 @@
 # Each target does its own set-up; `make demo` and `make test` work on a fresh clone.
 #
 #   make setup          the CPU's build of torch (the default)
-#   make setup GPU=1    the CUDA build on Linux, 2.7 GB more; GPU=0 goes back
+#   make setup GPU=1    the CUDA build on Linux, 2.7 GB instead of 0.2; GPU=0 goes back
 #
 # docs/setup.md says what is downloaded, from where, and how long it takes.
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)

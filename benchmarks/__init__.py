@@ -1,1 +1,18 @@
-"""benchmarks."""
+"""Every speed that the project claims, one command each; each compares in one run on one machine.
+
+    sampling.py           samplers of the deep block: time, error against the exact inverse,
+                          certificate, on the trained model of `tests/fixtures`
+    iteration.py          one pass of the deep block, by context and window, against the machine
+    readers.py            video readers side by side: speed, and whose frames are right
+    prepare.py            data preparation on Ray against bare loops over the same calls; its memory
+    gpu/                  one command for the day a GPU is there; docs/gpu.md
+
+What they are made of:
+
+    sampling_case.py      the model and the samplers that are compared
+    sampling_figures.py   the two plots of the sampling benchmark
+    clips.py              shards of moving shapes, and their rows
+    feeder.py             how busy decoding threads keep one encoder
+    on_ray.py             one measured run of `prepare`, a process of its own
+    processes.py          CPU time and memory of a process and its children
+"""

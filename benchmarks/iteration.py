@@ -1,10 +1,13 @@
-"""What one pass of the deep block costs, against what the machine allows: milliseconds by context and window.
+"""What one pass of the deep block costs, by context and window, against what the machine allows.
 
-    python -m benchmarks.iteration [--preset video-7b] [--context 300 17000 33000] [--window 32 128 512] [--dtype bf16]
+    python -m benchmarks.iteration [--preset video-7b] [--context 300 17000 33000]
+                                   [--window 32 128 512] [--dtype bf16]
 
-Weights are random and so is the cache: the time of a pass does not depend on them (how many passes a video takes does, see
-`benchmarks.sampling`). The floor is the larger of bytes over the bandwidth and operations over the product rate, both
-measured here. Knows the deep block and its cache; needs neither Ray nor diffusers.
+Weights are random and so is the cache: the time of a pass does not depend on them. (How many passes
+a video takes does; see `benchmarks.sampling`.) The floor is the larger of bytes over the bandwidth
+and operations over the product rate, both measured here.
+
+Knows the deep block and its cache. Knows nothing of Ray or diffusers.
 """
 
 from __future__ import annotations
@@ -41,10 +44,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does at best: bytes per second copied, operations per second in a large product."""
+    """What the machine does at best."""
 
     bytes_per_s: float
+    """Bytes read and written per second by a large copy."""
     flop_per_s: float
+    """Operations per second in a large product."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Cost:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of a call, after two to warm up."""
+    """Median seconds of a call, after two calls to warm up."""
     times = []
     for index in range(repeats + 2):
         if device.type == "cuda":
@@ -88,7 +93,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def cost_of(config: FlowConfig, context: int, window: int, dtype: torch.dtype) -> Cost:
-    """Bytes and operations of one guided pass of the deep block over `window` places after `context` others."""
+    """Bytes and operations of one guided pass over `window` places after `context` others."""
     layers, width = config.layers_per_block[-1], config.deep_width
     size = dtype.itemsize
     weights = layers * 12 * width**2
@@ -134,7 +139,7 @@ def inverter_at(
 def measure(
     block: AffineBlock, config: FlowConfig, context: int, window: int, repeats: int
 ) -> tuple[float, float]:
-    """(seconds of one pass, peak gigabytes) of `window` places after `context` others, guidance on."""
+    """(seconds, peak gigabytes) of one guided pass over `window` places after `context` others."""
     device = block.sos.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -167,7 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     count = sum(p.numel() for p in block.parameters()) / 1e6
     print(f"deep block of {preset}, {count:.1f}M parameters, {dtype}, guidance on, batch 1")
     print(
-        f"{name}, torch {torch.__version__}: {rates.bytes_per_s / 1e9:.0f} GB/s, {rates.flop_per_s / 1e12:.2f} TFLOP/s measured"
+        f"{name}, torch {torch.__version__}: {rates.bytes_per_s / 1e9:.0f} GB/s, "
+        f"{rates.flop_per_s / 1e12:.2f} TFLOP/s measured"
     )
     print(f"{'context':>8}{'window':>8}{'ms':>9}{'floor ms':>10}{'share':>7}{'peak GB':>9}")
     for context in options.context:
@@ -175,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
             seconds, peak = measure(block, config, context, window, options.repeats)
             floor = cost_of(config, context, window, dtype).floor_ms(rates)
             print(
-                f"{context:>8}{window:>8}{1e3 * seconds:>9.2f}{floor:>10.2f}{floor / 1e3 / seconds:>7.2f}{peak:>9.1f}"
+                f"{context:>8}{window:>8}{1e3 * seconds:>9.2f}{floor:>10.2f}"
+                f"{floor / 1e3 / seconds:>7.2f}{peak:>9.1f}"
             )
     return 0
 

@@ -3,10 +3,10 @@
     python -m benchmarks.readers                      on clips made here
     python -m benchmarks.readers /data/panda/*.tar    on your own shards or videos
 
-Every reader opens each video from memory, one thread, and decodes one window as preparation cuts it.
-Ours (`media.source`) is compared with decord and torchcodec where they are installed. Frames are held
-against ours: the mean absolute difference of pixels, of 256; a reader that took other frames shows at
-once. CPU seconds are of this process; the ratio is to ours, in one run.
+Every reader opens each video from memory, one thread, and decodes one window as preparation cuts
+it. Ours (`media.source`) is compared with decord and torchcodec where they are installed. Frames
+are held against ours, by the mean absolute difference of pixels: other frames show
+at once. CPU seconds are of this process; the ratio is to ours, in one run.
 """
 
 from __future__ import annotations

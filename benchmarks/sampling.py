@@ -2,11 +2,11 @@
 
     python -m benchmarks.sampling [--model DIR] [--rounds 5] [--threads N] [--out runs/benchmarks]
 
-Every sampler makes the same videos, in turn, `--rounds` times; times are medians, ratios are of this run. Each
-stands beside its error against the exact inverse and its certificate. Knows the samplers and one directory with
-`weights.pth`, `config.yaml` and `case.safetensors`; needs neither Ray nor diffusers.
+Every sampler makes the same videos, in turn, `--rounds` times. Times are medians; ratios are of
+this run. Each stands beside its error against the exact inverse and its certificate. By default the
+model is the one in the repository (`tests/fixtures/trained_small`).
 
-Shapes: B batch, L tokens of a video, C numbers per token.
+Knows what `benchmarks.sampling_case` compares. Knows nothing of Ray or diffusers.
 """
 
 from __future__ import annotations
@@ -17,34 +17,23 @@ import os
 import platform
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
+from benchmarks.sampling_case import GUIDANCE, TRAINED, Case, Sampler, load_case, samplers
+from benchmarks.sampling_figures import draw
 from flow.certificate import certificate
-from flow.counters import Counters
-from flow.flow import DeepShallowFlow
-from flow.inverse import Inverter
-from flow.packed_weights import can_pack
-from flow.released_checkpoint import import_released
-from flow.sample_spec import SampleSpec
-from flow.sampling import DeepStream
-from flow.tokens import frame_sequence, patchify
-
-GUIDANCE = 2.5
-TRAINED = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "trained_small"
-BLOCKS = (8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What the default schedule must reach (the README of `trained_small`), means over the videos."""
+    """What the default schedule must reach, means over the videos.
+
+    Source: the README of `tests/fixtures/trained_small`.
+    """
 
     rms: float = 2.5e-2
     max_abs: float = 0.35
@@ -54,73 +43,6 @@ class Bar:
     over_sequential: float = 5.0
 
 
-@dataclass
-class Case:
-    """The model, and the videos every sampler makes."""
-
-    flow: DeepShallowFlow
-    text: Tensor
-    null: Tensor
-    noise: Tensor
-    exact: Tensor
-
-    @property
-    def videos(self) -> int:
-        """Number of videos."""
-        return len(self.noise)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one video."""
-        return self.exact[0, ..., 0].numel()
-
-    def spec(self, changes: dict[str, Any]) -> SampleSpec:
-        """The specification of a video, with the fields of a sampler."""
-        frames, _, h, w = self.noise.shape[1:]
-        return SampleSpec(num_frames=frames, grid=(h, w), guidance=GUIDANCE, **changes)
-
-
-def load_case(directory: Path) -> Case:
-    """Read a directory in the layout of `trained_small`."""
-    model, _ = import_released(directory / "weights.pth", directory / "config.yaml")
-    case = load_file(directory / "case.safetensors")
-    return Case(
-        model.eval().flow, case["text"], case["text_null"], case["noise"], case["deep_guided"]
-    )
-
-
-@dataclass
-class Sampler:
-    """A way to sample, and what was measured. `packed`: True gives Jacobi the packed weights that only the sliding
-    window takes by itself, False takes them from it, None leaves each as it is."""
-
-    name: str
-    changes: dict[str, Any]
-    packed: bool | None = None
-    wall_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    cpu_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-    videos: dict[int, Tensor] = field(default_factory=dict)
-    counters: dict[int, Counters] = field(default_factory=dict)
-
-    def run(self, case: Case, row: int) -> None:
-        """Make one video and keep it; the caller keeps the time."""
-        part = slice(row, row + 1)
-        stream = DeepStream(
-            case.flow,
-            case.text[part],
-            case.null[part],
-            case.spec(self.changes),
-            noise=lambda n: case.noise[part, n],
-        )
-        inverter = stream.inverter
-        if self.packed is not None:
-            inverter.use_packed(64 if self.packed else 0)
-        self.videos[row] = torch.cat(
-            [stream.next_frame() for _ in range(stream.spec.num_frames)], 1
-        )
-        self.counters[row] = stream.counters
-
-
 @dataclass(frozen=True)
 class Row:
     """One line of the table: means over the videos, medians over the rounds."""
@@ -128,18 +50,23 @@ class Row:
     name: str
     iterations: float
     evaluations: float
+    """Per token."""
     wall_s: float
     cpu_s: float
     rms: float
+    """Of the error, over that of the exact video."""
     max_abs: float
+    """Of the error."""
     r_max: float
+    """Of the certificate, over all videos."""
     r_p999: float
 
 
 def measure(case: Case, samplers: Iterable[Sampler], rounds: int) -> list[Row]:
     """Run all samplers in turn on each video, `rounds` times after one to warm up.
 
-    Of every video the median of the rounds counts: what else the machine does then falls on all samplers alike.
+    The median of a video's rounds counts. In turn, so that what else the machine does falls on all
+    samplers alike.
     """
     samplers = [*samplers]
     for index in range(rounds + 1):
@@ -186,8 +113,8 @@ def _row(case: Case, sampler: Sampler) -> Row:
 def table(rows: list[Row], default: Row) -> list[str]:
     """The table as lines; times of others as multiples of the default's."""
     head = (
-        f"{'schedule':<34}{'iterations':>11}{'eval/token':>11}{'seconds':>9}{'ratio':>7}{'cpu s':>8}"
-        f"{'ratio':>7}{'rel rms':>10}{'max abs':>9}{'max |r|':>9}{'p99.9 |r|':>11}"
+        f"{'schedule':<34}{'iterations':>11}{'eval/token':>11}{'seconds':>9}{'ratio':>7}"
+        f"{'cpu s':>8}{'ratio':>7}{'rel rms':>10}{'max abs':>9}{'max |r|':>9}{'p99.9 |r|':>11}"
     )
     lines = [head]
     for row in rows:
@@ -220,13 +147,17 @@ def verdicts(default: Row, jacobi: Row, sequential: Row, bar: Bar) -> list[tuple
     ]
 
 
-PRODUCTS_S, REFERENCE_S = 0.57, {"sequential": (1.6, 1.6), "block Jacobi 64, 1e-3": (0.31, 0.39)}
-"""What the README of `trained_small` says of the machine and of the reference sampler there: seconds of 50 products, and
-the least and most seconds for one video."""
+PRODUCTS_S = 0.57
+"""Seconds of 50 products of 1024x1024 matrices where the reference sampler was timed."""
+REFERENCE_S = {"sequential": (1.6, 1.6), "block Jacobi 64, 1e-3": (0.31, 0.39)}
+"""Least and most seconds that the reference sampler took there for one video.
+
+Source of both: the README of `tests/fixtures/trained_small`.
+"""
 
 
 def against_reference(default: Row, rounds: int) -> list[str]:
-    """The default against the reference sampler's own times, which are scaled by how fast this machine multiplies."""
+    """The default against the reference's times, scaled by how fast this machine multiplies."""
     a, b = torch.randn(2, 1024, 1024).unbind()
     times = []
     for _ in range(rounds + 1):
@@ -236,111 +167,14 @@ def against_reference(default: Row, rounds: int) -> list[str]:
         times.append(time.perf_counter() - began)
     here = statistics.median(times[1:])
     lines = [
-        f"50 products of 1024x1024 matrices take {here:.2f} s here, {PRODUCTS_S:.2f} s where the reference was timed;"
+        f"50 products of 1024x1024 matrices take {here:.2f} s here, "
+        f"{PRODUCTS_S:.2f} s where the reference was timed;"
     ]
     for name, seconds in REFERENCE_S.items():
         least, most = (value * here / PRODUCTS_S / default.wall_s for value in seconds)
         times_faster = f"{least:.1f}" if least == most else f"{least:.1f} to {most:.1f}"
         lines.append(f"by that measure {times_faster} times faster than the reference's {name}")
     return lines
-
-
-def _inverter(case: Case) -> tuple[Inverter, Tensor, int]:
-    """An inverter of the first video, its noise [1, L, C] in the block's order, and tokens per frame."""
-    flow, text = case.flow, case.text[:1]
-    z_BTHWC = patchify(case.noise[:1], flow.config.patch_size)
-    grid = (z_BTHWC.shape[2], z_BTHWC.shape[3])
-    inverter = Inverter(
-        flow.deep,
-        flow.deep_rope(grid, z_BTHWC.shape[1], text),
-        batch=1,
-        text_BJE=text,
-        null_BJE=case.null[:1],
-        guidance=GUIDANCE,
-    )
-    return inverter, frame_sequence(z_BTHWC, flow.deep_reversed), grid[0] * grid[1]
-
-
-@torch.no_grad()
-def residual_curve(case: Case, block: int, sweeps: int) -> list[float]:
-    """Root mean square of r over a block of tokens after the first frame, sweep by sweep.
-
-    The first frame is known and exact; start values repeat its mu and sigma in every frame of the block.
-    """
-    inverter, z, frame = _inverter(case)
-    block = min(block, z.shape[1] - frame)
-    inverter.restart(frame_sequence(case.exact[:1, :1], case.flow.deep_reversed))
-    part, source = slice(frame, frame + block), torch.arange(block) % frame
-    z = z[:, part]
-    inverter.tokens_BLC[:, part] = inverter.mu_BLC[:, source] + inverter.sigma_BLC[:, source] * z
-    curve = []
-    for _ in range(min(sweeps, block)):
-        inverter.evaluate(part.start, part.stop)
-        mu, sigma = inverter.mu_BLC[:, part], inverter.sigma_BLC[:, part]
-        r = (inverter.tokens_BLC[:, part] - mu) / sigma - z
-        curve.append(float(r.square().mean().sqrt()))
-        inverter.tokens_BLC[:, part] = mu + sigma * z
-    return curve
-
-
-def jacobi_seconds(case: Case, block: int, tolerance: float = 1e-3) -> float:
-    """Seconds for the first video in blocks of this many tokens, across frames where they are longer."""
-    inverter, z, frame = _inverter(case)
-    began = time.perf_counter()
-    inverter.restart()
-    for low in range(0, z.shape[1], block):
-        high = min(low + block, z.shape[1])
-        start = z[:, low:high]
-        if low >= frame:
-            inverter.solve(inverter.refresh())
-            source = low - frame + torch.arange(high - low) % frame
-            start = inverter.mu_BLC[:, source] + inverter.sigma_BLC[:, source] * start
-        inverter.solve(inverter.jacobi(z[:, low:high], start, tolerance))
-    return time.perf_counter() - began
-
-
-def draw(case: Case, out: Path, repeats: int = 3) -> list[Path]:
-    """Residual against iterations, and time against block size, as PNG files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    out.mkdir(parents=True, exist_ok=True)
-    blocks = [b for b in BLOCKS if b <= case.tokens]
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for block in blocks:
-        curve = [max(value, 1e-8) for value in residual_curve(case, block, sweeps=40)]
-        axes.semilogy(range(1, len(curve) + 1), curve, label=f"{block} tokens")
-    axes.set(xlabel="Jacobi sweeps", ylabel="rms of (s − μ)/σ − z over the block")
-    axes.legend(title="block", fontsize=8)
-    residuals = out / "sampling_residual.png"
-    figure.savefig(residuals, dpi=120)
-    pyplot.close(figure)
-
-    def median(run: Callable[[], float]) -> float:
-        return statistics.median(run() for _ in range(repeats))
-
-    def slide_seconds(size: int) -> float:
-        sampler = Sampler("", {"schedule": "sliding", "slide_tokens": size})
-        began = time.perf_counter()
-        sampler.run(case, 0)
-        return time.perf_counter() - began
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    jacobi = [median(lambda b=block: jacobi_seconds(case, b)) for block in blocks]  # type: ignore[misc]
-    axes.plot(blocks, jacobi, "o-", label="jacobi, τ = 1e-3")
-    windows = [size for size in (8, 16, 24, 32, 40, 48, 64) if size <= case.tokens]
-    sliding = [median(lambda s=size: slide_seconds(s)) for size in windows]  # type: ignore[misc]
-    axes.plot(windows, sliding, "s-", label="sliding, default tolerance")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens in a block or window", ylabel="seconds for one video", ylim=(0, None))
-    axes.legend()
-    times = out / "sampling_time.png"
-    figure.savefig(times, dpi=120)
-    pyplot.close(figure)
-    return [residuals, times]
 
 
 def machine() -> str:
@@ -352,28 +186,12 @@ def machine() -> str:
     )
 
 
-def samplers(case: Case) -> list[Sampler]:
-    """What is compared: the default, the two it is held against, and others."""
-    jacobi = {"schedule": "jacobi", "block_size": 64, "tolerance": 1e-3}
-    rows = [
-        Sampler(f"default ({SampleSpec.schedule})", {}),
-        Sampler("sequential", {"schedule": "sequential"}),
-        Sampler("jacobi 64, 1e-3", jacobi),
-        Sampler("jacobi 16 then 64, 1e-3", {**jacobi, "block_size": 16}),
-        Sampler("sliding, r <= 0.01", {"token_tolerance": 0.01, "cold_token_tolerance": 0.01}),
-    ]
-    if can_pack(case.flow.deep):
-        rows.insert(3, Sampler("jacobi 64, 1e-3, packed weights", jacobi, packed=True))
-        rows.append(Sampler("sliding, plain weights", {"schedule": "sliding"}, packed=False))
-    return rows
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table and the verdicts, draw the figures; 0 where the bar is met, 1 where it is not."""
+    """Print the table and the verdicts and draw the figures; 0 where the bar is met, else 1."""
     parser = argparse.ArgumentParser(prog="benchmarks.sampling", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "--model", type=Path, default=TRAINED, help="a directory like trained_small"
+        "--model", type=Path, default=TRAINED, help="a folder like tests/fixtures/trained_small"
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of every sampler")
     parser.add_argument("--threads", type=int, default=0, help="threads; 0: as torch chooses")

@@ -161,7 +161,7 @@ class FilterConfig(Strict):
     max_gap_s: float | None = Field(
         default=1.0,
         gt=0,
-        description="Longest time without a new frame inside a window, in seconds; None allows any.",
+        description="Longest time without a new frame inside a window, in seconds; None: any.",
     )
     progressive: bool = Field(
         default=True, description="Drop interlaced sources, which motion tears into combs."

@@ -53,13 +53,13 @@ def _key_ranges(reach: FrameReach, num_frames: int) -> list[tuple[slice, slice]]
 
     Joined, an unmasked clip is one product instead of one per frame.
     """
-    wanted = [(0, reach.text, 0, min(reach.text_frames, num_frames))] if reach.text else []
+    ranges = [(0, reach.text, 0, min(reach.text_frames, num_frames))] if reach.text else []
     for frame in range(num_frames):
-        seen = reach.frames_seen(frame, num_frames)
+        frames = reach.frames_seen(frame, num_frames)
         start = reach.text + frame * reach.tokens
-        wanted.append((start, start + reach.tokens, seen.start, seen.stop))
+        ranges.append((start, start + reach.tokens, frames.start, frames.stop))
     joined: list[tuple[int, int, int, int]] = []
-    for start, stop, low, high in wanted:
+    for start, stop, low, high in ranges:
         if joined and joined[-1][2:] == (low, high):
             joined[-1] = (joined[-1][0], stop, low, high)
         else:

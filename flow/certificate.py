@@ -1,7 +1,7 @@
 """How exact a sample is: the noise that would have given it exactly, against the noise asked for.
 
-Knows the deep block's parallel forward and a sample's context windows. Knows nothing of how the
-sample was made: solvers, schedules, tolerances.
+Knows the deep block's parallel forward, and a sample's noise and context windows. How the sample
+was made does not matter.
 
 Shapes: B batch, T latent frames, H, W tokens, L tokens of a context window, C channels, J text
 tokens, E text width.

@@ -235,6 +235,7 @@ class ImageCodec(VideoCodec):
         return _split_moments(hidden, "b c h w -> b 1 c h w")
 
     def stream(self) -> ImageStream:
+        """A decoder that takes one latent frame at a time."""
         return ImageStream(self)
 
 
@@ -295,9 +296,9 @@ def _from_hub(name: str) -> Path:
         raise CodecError(f"unknown codec {name!r}: neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    wanted = [prefix + file for prefix in ("", "vae/") for file in (CONFIG_NAME, WEIGHTS_NAME)]
+    patterns = [prefix + file for prefix in ("", "vae/") for file in (CONFIG_NAME, WEIGHTS_NAME)]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except OSError as error:
         raise CodecError(
             f"unknown codec {name!r}: no such folder, and no hub gave it "

@@ -76,8 +76,8 @@ class Counters:
     @property
     def evaluations_per_token(self) -> float:
         """`token_evaluations` over the tokens made: 1 for `sequential`."""
-        made = sum(work.iterations > 0 for work in self.per_frame) * self.tokens_per_frame
-        return self.token_evaluations / made if made else 0.0
+        tokens = sum(work.iterations > 0 for work in self.per_frame) * self.tokens_per_frame
+        return self.token_evaluations / tokens if tokens else 0.0
 
     @property
     def ms_per_iteration(self) -> float:

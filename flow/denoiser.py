@@ -1,7 +1,7 @@
 """The causal denoiser s_φ of flow-score matching, for whole clips and as a stream.
 
-Knows latents, text and who may look how far ahead. Knows nothing of the flow's blocks, its score or
-the scale of the denoising step.
+Knows latents, text and who may look how far ahead. Knows nothing of the flow's blocks, or of how
+the denoiser is trained.
 
 Look-ahead (`docs/design.md`, "The model exactly", denoiser):
 

@@ -6,7 +6,8 @@ processors, runs at half their vector width; with weights packed once, 80 rows t
 And a pass is some hundred small operations, so those that are not products are few and write in
 place.
 
-Knows one block and its caches. Knows nothing of guidance, solvers or frames.
+Knows one block and its caches, and that the two sequences of a guided pair may hold the same
+tokens. Knows nothing of solvers or frames.
 
 Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, A = D/2 rotary angles,
 M model width, C channels, R = B L rows, P = B H pages.

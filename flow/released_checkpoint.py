@@ -65,9 +65,9 @@ def open_released(
         CheckpointError: not such a file, or tensors that do not fit, all of them in one message.
         ConfigError: the YAML.
     """
-    given = {k: v for k, v in _mapped(Path(weights)).items() if not _IGNORED.search(k)}
+    stored = {k: v for k, v in _mapped(Path(weights)).items() if not _IGNORED.search(k)}
     widths = {
-        int(v.shape[1]) for k, v in given.items() if k.endswith("proj_txt.weight") and v.dim() == 2
+        int(v.shape[1]) for k, v in stored.items() if k.endswith("proj_txt.weight") and v.dim() == 2
     }
     if len(widths) > 1 or (text_dim is not None and widths - {text_dim}):
         raise CheckpointError(
@@ -76,7 +76,7 @@ def open_released(
     if not widths and text_dim is None:
         raise CheckpointError(f"{weights} has no text projection: pass text_dim")
     structure = read_structure(config, text_dim or widths.pop(), cells_per_img_size)
-    layers = {int(m[1]) for name in given if (m := _DENOISER_LAYER.match(name))}
+    layers = {int(m[1]) for name in stored if (m := _DENOISER_LAYER.match(name))}
     if structure.denoiser and layers:
         # The YAML does not say how deep the denoiser is.
         structure = dataclasses.replace(structure, denoiser_layers=max(layers) + 1)
@@ -85,10 +85,10 @@ def open_released(
     names = {name: released_name(name, structure.num_blocks) for name in needed}
     check_shapes(
         {names[name]: tuple(value.shape) for name, value in needed.items()},
-        {name: tuple(value.shape) for name, value in given.items()},
+        {name: tuple(value.shape) for name, value in stored.items()},
         str(weights),
     )
-    tensors = {ours: given[theirs] for ours, theirs in names.items()}
+    tensors = {ours: stored[theirs] for ours, theirs in names.items()}
     return Released(structure, tensors, read_notes(config))
 
 

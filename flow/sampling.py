@@ -330,11 +330,13 @@ def sample(
     """Latents [B, T, C, h, w] of one video, or of a batch with `noise`.
 
     Args:
-        model: the model. text_BJE, null_BJE: what it reads; null_BJE only with guidance. spec: what
-        to sample and how; tolerance 0 makes the shallow blocks exact too. first_frame: a given
-        first latent frame [B, 1, C, h, w], which carries the model's noise already. denoiser:
-        "learned", "score" or "none", see `FrameStream`. noise: prior noise by frame;
-        `frame_noise(spec.seed, n)` by default. counters: filled with what it took.
+        model: the model.
+        text_BJE, null_BJE: what it reads; null_BJE only with guidance.
+        spec: what to sample and how; tolerance 0 makes the shallow blocks exact too.
+        first_frame: a given first latent frame [B, 1, C, h, w], its noise already in it.
+        denoiser: "learned", "score" or "none", see `FrameStream`.
+        noise: prior noise by frame; `frame_noise(spec.seed, n)` by default.
+        counters: filled with what it took.
 
     Raises:
         SampleError: what `DeepStream` and `FrameStream` refuse.

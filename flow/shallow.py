@@ -1,9 +1,9 @@
 """The shallow stack's inverse: intermediate latents u back to latents x, all frames as one batch.
 
-Knows a flow's shallow blocks and how to invert one (`flow.inverse`). Knows nothing of the deep
-block, texts, seeds or streams.
+Knows a flow's shallow blocks and how to invert one (`flow.inverse`). Knows nothing of texts, seeds
+or streams.
 
-Shapes: B batch, T latent frames, H, W tokens, N tokens of a frame, C channels.
+Shapes: B batch, T latent frames, C channels, h, w latent cells, H, W tokens, N tokens of a frame.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def _extend(
         cache, place = part.inverter.caches[index], part.inverter.text_len + part.start
         cache.write(place, k_BHLD, v_BHLD)
         stop = part.inverter.text_len + part.stop
-        seen = attend_last(q_BHLD, cache.k_BHSD[:, :, :stop], cache.v_BHSD[:, :, :stop])
-        out.append(seen.transpose(0, 1).flatten(1, 2))
+        attended = attend_last(q_BHLD, cache.k_BHSD[:, :, :stop], cache.v_BHSD[:, :, :stop])
+        out.append(attended.transpose(0, 1).flatten(1, 2))
     h_1NM = h_1NM + layer.attention.merge(torch.cat(out, dim=1).unsqueeze(0))
     return h_1NM + layer.mlp(h_1NM)
 

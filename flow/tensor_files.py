@@ -50,7 +50,7 @@ def write_tensors(
 
     Tensors mapped from a file are read as they are written: what is held in memory is one converted
     shard at most, and nothing where no tensor is converted. The files are not flushed to the disk:
-    whoever makes the folder whole (`flow.weights`) does that once for all of them.
+    whoever makes the folder whole (`flow.model_folder`) does that once for all of them.
 
     Args:
         folder: where the files go.

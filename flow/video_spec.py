@@ -14,8 +14,8 @@ class VideoSpec:
     """The videos a model was trained on.
 
     num_frames: video frames (1 for images); height, width: pixels; fps: frames per second;
-    cell_pixels, latent_every: its codec's factors, pixels per latent row and column and video frames
-    per latent frame after the first.
+    cell_pixels, latent_every: its codec's factors, pixels per latent row and column and video
+    frames per latent frame after the first.
     """
 
     num_frames: int

@@ -1,4 +1,6 @@
-"""The one root of every error that a user can mend. Standard library only; every package imports it.
+"""The one root of every error that a user can mend.
+
+Standard library only; every package imports it.
 
     Exception
     ├── FlowreelError    something a user gave, or the machine, can be mended: the message says how

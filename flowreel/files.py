@@ -1,7 +1,7 @@
 """Local files that are there whole or not at all, and stay after a power cut.
 
-Knows nothing of what they hold, and nothing of object stores (`data_prep.storage`). Standard library
-only; every package imports it.
+Knows nothing of what they hold, and nothing of object stores (`data_prep.storage`). Standard
+library only; every package imports it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL_SUFFIX = ".tmp"
-"""What the name of an unfinished file ends in: `.NAME.PID.tmp`, in the folder of the file it becomes."""
+"""What an unfinished file's name ends in: `.NAME.PID.tmp`, beside the file that it becomes."""
 
 
 @contextmanager
@@ -36,6 +36,11 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         sync_file(partial)
         os.replace(partial, path)
+    except OSError as error:
+        # A full disk says nothing of the file; whoever reads the message wants to know which.
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)

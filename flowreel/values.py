@@ -13,7 +13,7 @@ from typing import Any
 
 
 def digest_of(values: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of plain values as canonical JSON, whatever their order.
+    """The first 16 hex digits of the SHA-256 of plain values, whatever the order of their keys.
 
     >>> digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
     True

@@ -1,8 +1,8 @@
 """Which container a file is, by its first bytes, before any library opens it.
 
-A library that guesses may take a file for a playlist and fetch what it names. So a file is opened only
-as a container on this list, and a file that names other files or hosts is refused by name. Knows
-nothing of decoding. Standard library only.
+A library that guesses may take a file for a playlist and fetch what it names. So a file is opened
+only as a container on this list, and a file that names other files or hosts is refused by name.
+Standard library only. Knows nothing of decoding.
 """
 
 from __future__ import annotations

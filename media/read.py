@@ -72,8 +72,8 @@ class VideoInfo:
     time_base: Fraction
     """Seconds of a tick."""
     facts: dict[str, Any]
-    """What the container says, as `media.source.Source.facts` has it: container, codec, orientation,
-    transfer, interlaced, pixel aspect, packets hidden by edit lists or before the first keyframe."""
+    """What the container says, as `media.source.Source.facts` has it: codec, orientation, transfer,
+    interlacing, pixel aspect, packets hidden by edit lists or before the first keyframe."""
 
     @property
     def num_frames(self) -> int:
@@ -217,7 +217,7 @@ class VideoReader:
             raise EmptyVideo("the video has 0 bytes")
         if size_bytes > max_bytes:
             raise VideoTooLarge(f"the video has {size_bytes} bytes; the cap is {max_bytes}")
-        # The child keeps the working folder that it was started in; a relative path is this process's.
+        # The child keeps the folder that it was started in; a relative path is this process's.
         head = {"op": "load"} if in_memory else {"op": "load", "path": os.path.abspath(data)}
         self._request(head, clock, bytes(data) if in_memory else b"")  # type: ignore[arg-type]
         self._reply(clock)
@@ -328,7 +328,10 @@ class _Clock:
 def _start_child(memory_bytes: int) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).resolve().parents[1])
     # The child finds this checkout and no other, whatever the working folder holds.
-    code = f"import sys; sys.path.insert(0, {root!r}); from media.read_child import main; main({memory_bytes})"
+    code = (
+        f"import sys; sys.path.insert(0, {root!r}); from media.read_child import main; "
+        f"main({memory_bytes})"
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("LD_PRELOAD", None)
     child = subprocess.Popen(

@@ -6,7 +6,7 @@ length, a JSON head of that length, then `head["bytes"]` raw bytes.
     {"op": "load", "bytes": n} + data | {"op": "load", "path": p}   -> {"ok": true}
     {"op": "open", "max_pixels": n}                                 -> `Source.facts` + ticks int64
     {"op": "frames", "indices": [...]}                              -> one reply per frame
-    any failure                                                     -> {"error": code, "message": ...}
+    any failure                                                     -> {"error": code, "message": m}
 
 Knows nothing of deadlines, for the parent keeps the clock; nothing of `media.errors`, whose codes
 it writes as text.

@@ -1,7 +1,7 @@
 """What the decoding process may not do: outgrow its memory, outlive its parent, reach a network.
 
-Called once, by the child itself, before it reads anything. Standard library only; Linux gives all of
-it, other systems as much as they have.
+Called once, by the child itself, before it reads anything. Linux gives all of it, other systems as
+much as they have. Standard library only. Knows nothing of videos.
 """
 
 from __future__ import annotations

@@ -55,8 +55,11 @@ def encode_mp4(frames: Frames, fps: float, *, crf: int = 18, preset: str = "very
 def _write_h264(path: Path, frames: Frames, rate: Fraction, x264: dict[str, str]) -> None:
     # `bitexact` leaves out the time of day and the library's version.
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
+    # Its macroblock tree reads memory that nobody wrote where pictures are small: the same frames
+    # came out in four different files.
+    fixed = {"flags": "+bitexact", "x264-params": "mbtree=0"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=rate, options={**x264, "flags": "+bitexact"})
+        stream = container.add_stream("libx264", rate=rate, options={**x264, **fixed})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # What x264 decides depends on how many threads it has, by default the machine's cores.
@@ -125,8 +128,11 @@ def decode_image(
         # Pillow has a cap of its own, which it applies on opening.
         raise ImageTooLarge(f"{error}. Send a smaller one") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
+        # Pillow names the object in memory, which says nothing to whoever sent it.
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "none of the three formats is recognised" if unknown else error
         raise UnreadableImage(
-            f"{len(data)} bytes that are not a whole PNG, JPEG or WebP image ({error})"
+            f"{len(data)} bytes that are not a whole PNG, JPEG or WebP image ({why})"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """A client of the video service, as any user would write one: plain HTTP, no Ray.
 
-The demo makes its videos through this, so what it shows went through the same door as everybody's requests.
+The demo makes its videos through this, so what it shows went through everybody's door.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 
 from flowreel.errors import FlowreelError
+from flowreel.files import write_whole
 from media.frames import Frames
 from media.write import encode_png
 from pipeline.report import Sample
@@ -29,7 +30,15 @@ class RequestFailed(FlowreelError, RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """A video to ask for: `num_frames` of 4k+1, optionally continuing `image` (uint8 [H, W, 3])."""
+    """A video to ask for.
+
+    Attributes:
+        kind: how it comes about, for the report.
+        prompt: what is to be seen.
+        num_frames: video frames, as many as the model's codec takes.
+        seed: of the noise.
+        image: first frame to continue, uint8 [H, W, 3].
+    """
 
     kind: str
     prompt: str
@@ -39,13 +48,14 @@ class Request:
 
     @property
     def file_name(self) -> str:
+        """Where the video goes, told by what it is."""
         words = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")
         return f"{self.kind.replace(' ', '-')}-{self.seed:03d}-{words[:48]}.mp4"
 
 
 @dataclass(frozen=True)
 class Video:
-    """A finished request: its mp4 in `sample`, its lossless frames, and the spans its replicas recorded."""
+    """A finished request: its mp4 in `sample`, its lossless frames, the spans of its replicas."""
 
     sample: Sample
     spans: list[dict[str, Any]]
@@ -82,7 +92,7 @@ class VideoClient:
         video_id = self._create(request)
         self._wait(video_id)
         path = out / request.file_name
-        path.write_bytes(self._get(f"/v1/videos/{video_id}/content").content)
+        write_whole(path, self._get(f"/v1/videos/{video_id}/content").content)
         frames = np.load(
             io.BytesIO(self._get(f"/v1/videos/{video_id}/frames").content), allow_pickle=False
         )
@@ -119,6 +129,7 @@ class VideoClient:
     def _checked(answer: httpx.Response) -> httpx.Response:
         if answer.is_error:
             raise RequestFailed(
-                f"{answer.request.method} {answer.request.url}: {answer.status_code} {answer.text[:300]}"
+                f"{answer.request.method} {answer.request.url}: {answer.status_code} "
+                f"{answer.text[:300]}"
             )
         return answer

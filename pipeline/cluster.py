@@ -1,8 +1,8 @@
 """Where a run's Ray comes from: one of its own on this machine, or a cluster it is submitted to.
 
 `local_or_given` is the only place that starts or stops Ray; `submit` sends a recipe to a cluster as
-a Ray job. The same recipe runs in both; nothing in it changes but resources and paths. Knows nothing
-of what the stages do.
+a Ray job. The same recipe runs in both; nothing in it changes but resources and paths. Knows
+nothing of what the stages do.
 """
 
 from __future__ import annotations
@@ -90,14 +90,15 @@ def _connect(config: ClusterConfig, address: str | None) -> None:
         "logging_level": logging.INFO if verbose else logging.WARNING,
     }
     if address is None:
-        ray.init(
-            num_cpus=config.num_cpus or os.cpu_count(),
-            object_store_memory=config.object_store_mb * 1024**2,
-            include_dashboard=False,
-            configure_logging=True,
-            _node_ip_address="127.0.0.1",
-            **logs,
-        )
+        with _without_line(b"Set ray log level from environment variable"):
+            ray.init(
+                num_cpus=config.num_cpus or os.cpu_count(),
+                object_store_memory=config.object_store_mb * 1024**2,
+                include_dashboard=False,
+                configure_logging=True,
+                _node_ip_address="127.0.0.1",
+                **logs,
+            )
         return
     try:
         ray.init(address=address, **logs)
@@ -109,22 +110,61 @@ def _connect(config: ClusterConfig, address: str | None) -> None:
 
 
 @contextmanager
+def _without_line(words: bytes) -> Iterator[None]:
+    """Leave a line with these words out of what is written to standard error meanwhile.
+
+    Ray's core, which is no Python, writes one there whenever its log level is set.
+    """
+    sys.stderr.flush()
+    error_output = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(error_output, 2)
+            os.close(error_output)
+            held.seek(0)
+            for line in held:
+                if words not in line:
+                    os.write(2, line)
+
+
+@contextmanager
 def interrupts_kept() -> Iterator[None]:
     """Keep Ctrl-C a KeyboardInterrupt while Ray Train runs.
 
-    Ray Train puts a handler of its own in place, which ends the process as if all were well (exit
-    code 0), and leaves it there for whatever comes after the training.
+    Ray Train puts a handler of its own in place, which ends the process by SystemExit, with exit
+    code 0 or 1 as it happens, and leaves it there for whatever comes after the training.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGINT)
+    # Python writes the number of every signal there, whoever handles it.
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        os.set_blocking(end, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
+    except BaseException as error:
+        if _has_interrupt(reader):
+            raise KeyboardInterrupt from error
+        raise
     finally:
+        signal.set_wakeup_fd(before)
         signal.signal(signal.SIGINT, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+def _has_interrupt(reader: int) -> bool:
+    try:
+        return signal.SIGINT in os.read(reader, 4096)
+    except BlockingIOError:
+        return False  # no signal at all
 
 
 @dataclass(frozen=True)
@@ -161,7 +201,8 @@ def submit(
     """
     if stage not in SUBMITTED_STAGES:
         raise SubmitError(f"stage {stage!r}; allowed: {', '.join(SUBMITTED_STAGES)}")
-    if "--out" not in (arguments or []):
+    names_out = (part in ("--out", "-o") or part.startswith("--out=") for part in arguments or [])
+    if not any(names_out):
         raise SubmitError(
             "a job's own folder is gone when it ends: give the stage an --out on storage that the "
             f"cluster's machines share, as in flowreel submit {recipe.name} --address {address} -- "
@@ -193,7 +234,7 @@ def submit(
 
 
 def _entrypoint(stage: str, arguments: list[str]) -> str:
-    """The job's shell line: this interpreter where the cluster's machine has it too, else its `python`."""
+    """The job's shell line: this interpreter where the cluster has it too, else its `python`."""
     command = shlex.join(["-m", "pipeline.cli", stage, "--recipe", "recipe.yaml", *arguments])
     return f'PY={shlex.quote(sys.executable)}; [ -x "$PY" ] || PY=python; exec "$PY" {command}'
 

@@ -1,4 +1,4 @@
-"""What a command shows: words on the way, live progress with the time left, outcomes as tables or JSON.
+"""What a command shows: words, live progress with the time left, outcomes as tables or JSON.
 
 Outcomes go to standard output, progress to standard error. With JSON, standard output holds the
 JSON document alone. Knows nothing of what the stages do.

@@ -144,7 +144,8 @@ def print_tables(inspection: Inspection, reporter: Reporter) -> None:
             [str(c), f"{inspection.channels.shift[c]:+.2f}", f"{inspection.channels.scale[c]:.2f}"]
             for c in furthest(inspection.channels)[:6]
         ]
-        title = f"channels furthest from the codec's own statistics ({inspection.channels.records} records)"
+        count = inspection.channels.records
+        title = f"channels furthest from the codec's own statistics ({count} records)"
         reporter.table(title, ["channel", "(mean - codec's) / codec's std", "std / codec's"], rows)
     rows = [[kind, size(count)] for kind, count in inspection.size_bytes.items() if count]
     reporter.table("bytes on disk", ["", ""], rows)

@@ -1,6 +1,8 @@
-"""What a trained model has learnt, in numbers: likelihood against baselines, and whether what is asked for is what is seen.
+"""What a trained model has learnt: likelihood against baselines, and whether prompts are followed.
 
-Runs in one process on the exported model and the prepared latents. Knows nothing of Ray.
+These are its likelihoods against baselines, whether the colours that were asked for are seen, what
+the codec loses, and how far the service's two replicas worked at the same time. Runs in one process
+on the exported model, the prepared latents and finished videos. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from data_prep.sources.moving_shapes import (
 from flow.codec import VideoCodec
 from flow.flow import LOG_SQRT_2PI
 from flow.likelihood import noise_floor
+from flow.model_folder import load_model
 from flow.text import build_text_encoder
-from flow.weights import load_model
 from training.codec_training import measure as measure_codec
 from training.held_out import (
     Captions,
@@ -65,26 +67,27 @@ def colour_prompts(count: int) -> list[ColourPrompt]:
 
 
 def captions_to_show(latents: str | Path, count: int) -> list[str]:
-    """Different captions of the data itself to prompt with, held-out clips first; fewer where there are fewer."""
-    found: dict[str, None] = {}
+    """Different captions of the data to prompt with, held-out clips first."""
+    captions: dict[str, None] = {}
     for split in ("held_out", "train"):
         dataset = LatentDataset(latents, split)
         names = [name for bucket in sorted(dataset.buckets) for name in dataset.buckets[bucket]]
         pairs = [dataset.captions(name) for name in names]
-        found |= dict.fromkeys(synthetic for _original, synthetic in pairs if synthetic)
-        found |= dict.fromkeys(original for original, _synthetic in pairs if original)
-    return list(found)[:count]
+        captions |= dict.fromkeys(synthetic for _original, synthetic in pairs if synthetic)
+        captions |= dict.fromkeys(original for original, _synthetic in pairs if original)
+    return list(captions)[:count]
 
 
 def colour_accuracy(videos: list[tuple[str, np.ndarray]]) -> float:
-    """Share of (requested colour, frames [T, H, W, 3]) in which the measured captioner sees that colour."""
+    """Share of (colour, frames [T, H, W, 3]) in which the measured captioner sees that colour."""
     return sum(measure(frames).colour == colour for colour, frames in videos) / len(videos)
 
 
 def likelihoods(model_dir: Path, latents: str | Path, *, draws: int) -> dict[str, float]:
-    """Held-out nats per dimension (no ½ ln 2π): with true captions, shuffled ones, and of the best per-channel Gaussian.
+    """Held-out nats per dimension (no ½ ln 2π), with true and shuffled captions, and of a Gaussian.
 
-    Every estimate is a mean over the same clips and seeded noise draws; `*_stderr` is over the draws. An `nll` has ½ ln 2π.
+    Every estimate is a mean over the same clips and seeded noise draws; `*_stderr` is over the
+    draws. An `nll` has ½ ln 2π. The Gaussian is the best one per channel.
     A mean clearly under the noise floor warns (`NoiseFloorWarning`).
     """
     model, spec = load_model(model_dir)

@@ -1,4 +1,4 @@
-"""`flowreel doctor`: what on this machine would keep Flowreel from working, and what to do about it.
+"""`flowreel doctor`: what on this machine would keep Flowreel from working, and the way out.
 
 Every check is a function that yields findings; a check that fails itself is a finding too. Needs
 only what a plain installation has. Changes nothing. Knows nothing of Ray.
@@ -67,9 +67,9 @@ def _guarded(check: Callable[[Recipe], Iterator[Finding]], recipe: Recipe) -> It
     try:
         yield from check(recipe)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        found = " ".join(str(error).split())[:200] or type(error).__name__
         name = check.__name__.strip("_").replace("_", " ")
-        yield Finding(name, "fail", lines[0], "run `make setup`")
+        yield Finding(name, "fail", found, "run `make setup`")
 
 
 def _python(_recipe: Recipe) -> Iterator[Finding]:

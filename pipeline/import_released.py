@@ -15,11 +15,11 @@ from flow.aspects import bucket_size
 from flow.codec import CodecError, VideoCodec
 from flow.codec_factors import SD_FACTORS, WAN_FACTORS
 from flow.latent_convention import LatentConvention
+from flow.model_folder import CONFIG_FILE, ModelSpec, write_model
 from flow.released_checkpoint import Released, open_released
 from flow.tensor_files import CheckpointError
 from flow.text_spec import TextSpec
 from flow.video_spec import VideoSpec
-from flow.weights import CONFIG_FILE, ModelSpec, write_model
 from pipeline.console import Reporter
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -105,15 +105,12 @@ def sample_video(
 
         video = generate(loaded, request, picture, on_chunk=count, certify=options.certify)
     write_video(out, video)
-    num_frames, height, width = video.frames.shape[:3]
-    what = (
-        "an image" if out.suffix.lower() == ".png" else f"{num_frames} frames at {video.fps:g} fps"
-    )
+    moving = out.suffix.lower() != ".png"
+    what = f"{len(video.frames)} frames at {video.fps:g} fps" if moving else "an image"
     reporter.outcome(f"{out}: {what}, seed {options.seed}")
     for line in sampling_lines(video):
         reporter.say(line)
-    size = {"frames": num_frames, "height": height, "width": width, "fps": video.fps}
-    reporter.document({"path": out, "seed": options.seed, **size, **_exactness(video)})
+    reporter.document({"path": out, "seed": options.seed, **_values(video)})
     return video.frames
 
 
@@ -161,10 +158,15 @@ def write_video(path: Path, video: GeneratedVideo) -> None:
         write_whole(path, encode_mp4(video.frames, fps=video.fps))
 
 
-def _exactness(video: GeneratedVideo) -> dict[str, object]:
-    """What sampling took and its certificate, as plain values."""
+def _values(video: GeneratedVideo) -> dict[str, object]:
+    """Its size, what sampling took, and its certificate, as plain values for `--json`."""
     took = video.counters
+    num_frames, height, width = video.frames.shape[:3]
     return {
+        "frames": num_frames,
+        "height": height,
+        "width": width,
+        "fps": video.fps,
         "deep_block": None
         if took is None
         else {

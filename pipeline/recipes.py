@@ -80,7 +80,8 @@ class ServeConfig(BaseModel):
         default=None,
         ge=0,
         le=65535,
-        description="TCP port; 0: a free one; null: 8000 in `flowreel serve`, a free one in the demo",
+        description="TCP port; 0: a free one; null: 8000 in `flowreel serve`, a free one in the "
+        "demo",
     )
     limits: Limits = Field(default_factory=Limits, description="what the service admits")
     resources: Resources = Field(

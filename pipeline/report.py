@@ -1,7 +1,8 @@
-"""The report of a run: a contact sheet, the loss curve against its floor, a request's timeline, and one HTML page with all of it.
+"""The report of a run: contact sheet, loss curve, a request's timeline, and a page with all of it.
 
-Reads what the stages left (`summary.json`, histories, videos) and draws; it measures nothing itself. The page embeds every
-picture and video, so that it opens without a server and can be sent to somebody.
+Reads what the stages left (`summary.json`, histories, videos) and draws; it measures nothing
+itself. The page embeds every picture and video, so that it opens without a server and can be sent
+to somebody. Knows nothing of Ray or models.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ INK, PALE, DEEP, DECODE = "#1d2733", "#8a97a6", "#2f6fde", "#e2842c"
 
 @dataclass(frozen=True)
 class Sample:
-    """One video of the report: its prompt, how it came about, its file and its frames [T, H, W, 3]."""
+    """A video of the report: its prompt, how it came about, its file, its frames [T, H, W, 3]."""
 
     prompt: str
     kind: str
@@ -84,9 +85,10 @@ def _smooth(values: list[float], window: int) -> npt.NDArray[np.float64]:
 
 
 def loss_curve(history: list[dict[str, Any]], summary: dict[str, Any]) -> str:
-    """SVG of training loss per step, with the noise floor ½ + ln σ, the Gaussian baseline and the held-out mean.
+    """SVG of training loss per step, with noise floor, Gaussian baseline and held-out mean.
 
-    Steps whose loss was not finite are left out.
+    These are the noise floor ½ + ln σ, the best Gaussian and the held-out mean. Steps whose loss
+    was not finite are left out.
     """
     history = [h for h in history if h["loss_nats_per_dim"] is not None]
     figure, axes = _axes(8, 3.4)
@@ -123,7 +125,7 @@ def loss_curve(history: list[dict[str, Any]], summary: dict[str, Any]) -> str:
 
 
 def timeline(spans: list[dict[str, Any]]) -> str:
-    """SVG of one request: a bar per span, deep block above frame decoder, as their processes recorded them."""
+    """SVG of one request: a bar per recorded span, deep block above frame decoder."""
     figure, axes = _axes(8, 1.9)
     start = min(span["start_s"] for span in spans)
     for lane, (name, colour) in enumerate((("decode", DECODE), ("deep", DEEP))):

@@ -102,8 +102,8 @@ def allowed_values(annotation: Any, metadata: tuple[Any, ...]) -> tuple[str, dic
     """What a field takes: in words, and as limits for scripts.
 
     >>> from annotated_types import Ge, Lt
-    >>> allowed_values(float | None, (Ge(0), Lt(1)))
-    ('number from 0, less than 1; or null', {'minimum': 0, 'exclusive_maximum': 1, 'nullable': True})
+    >>> allowed_values(float | None, (Ge(0), Lt(1)))[0]
+    'number from 0, less than 1; or null'
     >>> allowed_values(Literal["fp32", "bf16"], ())
     ('fp32, bf16', {'choices': ['fp32', 'bf16']})
     >>> allowed_values(tuple[int, int] | int, ())[0]

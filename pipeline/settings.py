@@ -132,8 +132,8 @@ def markdown() -> str:
         "# Settings",
         "",
         "Every setting of a recipe, and of `flowreel train-codec`. A recipe",
-        "(`pipeline/recipes/*.yaml`) holds them by section; `--set KEY=VALUE` changes one for one",
-        "run, as in `--set train.steps=100`. `flowreel settings SECTION` prints the same.",
+        "(`pipeline/recipes/*.yaml`) holds them by section; `--set key.path=value` changes one for",
+        "one run, as in `--set train.steps=100`. `flowreel settings SECTION` prints the same.",
         "",
         "This page is written by `python -m pipeline.settings > docs/settings.md` from the schemas",
         "that check a recipe; a test compares the two.",
@@ -142,7 +142,7 @@ def markdown() -> str:
     for section in sections():
         parts += [f"## {section.name}", "", section.summary, ""]
         if section.name == CODEC_SECTION:
-            parts += ["These belong to no recipe: `flowreel train-codec --set KEY=VALUE`.", ""]
+            parts += ["These belong to no recipe: `flowreel train-codec --set key=value`.", ""]
         parts += ["| setting | default | allowed | what it is |", "| --- | --- | --- | --- |"]
         parts += [
             f"| `{setting.name}` | {_code(setting.default_text, setting)} | "

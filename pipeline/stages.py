@@ -56,7 +56,6 @@ def demo(
     Leaves videos, contact sheet, `report.html` and `summary.json` in `out`, and no process behind.
 
     Args:
-        recipe: all settings.
         out: folder of everything the run makes.
         shards: WebDataset shards of your own; by default the moving-shapes world is made.
         address: a Ray cluster; by default one is started here and ended.
@@ -80,13 +79,7 @@ def demo(
         with reporter.stage("5 serve and sample (Ray Serve)"):
             if own_shards:
                 prompts = [*captions_to_show(out / "latents", SHOWN), *prompts][:SHOWN]
-            # The demo's service lives for seconds: any free port does, unless one is asked for.
-            port = recipe.serve.port or 0
-            with serve(
-                recipe, trained.model_dir, out / "served", port=port, name=recipe.name
-            ) as app:
-                reporter.say(f"  serving at {app.url}")
-                generated = ask_for_samples(recipe, app.url, prompts, out, reporter)
+            generated = serve_and_sample(recipe, trained.model_dir, prompts, out, reporter)
     summary = {
         **figures,
         **generated.figures(),
@@ -244,6 +237,17 @@ class Generated:
             "colour_clips": len(self.colour_videos),
             "overlap_s": round(sum(overlap_s(spans) for spans in self.spans), 4),
         }
+
+
+def serve_and_sample(
+    recipe: Recipe, model: Path, prompts: list[str], out: Path, reporter: Reporter
+) -> Generated:
+    """A service for as long as it takes to ask it for the demo's videos."""
+    # It lives for seconds, so any free port does, unless the recipe names one.
+    port = recipe.serve.port or 0
+    with serve(recipe, model, out / "served", port=port, name=recipe.name) as app:
+        reporter.say(f"  serving at {app.url}")
+        return ask_for_samples(recipe, app.url, prompts, out, reporter)
 
 
 def ask_for_samples(

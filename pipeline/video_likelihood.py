@@ -29,7 +29,7 @@ from flow.likelihood import (
     noisy_likelihood,
     over_draws,
 )
-from flow.weights import read_spec
+from flow.model_folder import read_spec
 from flowreel.errors import FlowreelError
 from flowreel.files import replacing
 from media.frames import Frames

@@ -117,7 +117,7 @@ class ServiceSpec:
     """One service to start: a model, an address, a data folder and the settings.
 
     Attributes:
-        model_dir: model folder, as `flow.weights.save_model` writes it.
+        model_dir: model folder, as `flow.model_folder.save_model` writes it.
         data_dir: jobs and videos; kept when the service stops.
         host: address to listen on; loopback unless told otherwise.
         port: TCP port; 0 takes a free one.

@@ -14,8 +14,8 @@ import torch
 
 from flow.codec import VideoCodec
 from flow.flow import FlowModel
+from flow.model_folder import ModelSpec, load_model
 from flow.text import TextEncoder, build_text_encoder
-from flow.weights import ModelSpec, load_model
 from serving.config import SamplingConfig
 from serving.errors import InvalidRequest
 from serving.messages import DeploymentName
@@ -79,7 +79,7 @@ def load(
     sampling: SamplingConfig | None = None,
     deployment: DeploymentName | None = None,
 ) -> LoadedModel:
-    """Read a model folder as `flow.weights.save_model` writes it.
+    """Read a model folder as `flow.model_folder.save_model` writes it.
 
     Args:
         model_dir: the folder.

@@ -20,7 +20,7 @@ from ray.serve import Application
 from ray.serve.config import ControllerOptions, HTTPOptions
 from ray.serve.schema import LoggingConfig
 
-from flow.weights import read_spec
+from flow.model_folder import read_spec
 from serving.config import ServiceSpec
 from serving.deployments.on_ray import Api, DeepBlock, FrameDecoder, ReplicaConfig
 from serving.loading import model_facts

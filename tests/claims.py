@@ -72,7 +72,7 @@ def _imports(*modules: str) -> Sign:
 
 
 _FILES = Sign(
-    imports=("shutil", "tempfile", "flowreel.files", "pyarrow.fs", "flow.weights"),
+    imports=("shutil", "tempfile", "flowreel.files", "pyarrow.fs", "flow.model_folder"),
     calls=(
         "open", "read_text", "write_text", "read_bytes", "write_bytes", "unlink", "mkdir",
         "iterdir", "glob", "rglob", "is_file", "is_dir", "exists", "rename", "touch", "safe_open",
@@ -90,7 +90,7 @@ _HTTP = (
     "uvicorn",
 )
 _FLOW = ("flow.flow", "flow.block", "flow.denoiser", "flow.sampling", "flow.likelihood")
-_NETWORKS = (*_FLOW, "flow.weights", "flow.text", "diffusers", "transformers")
+_NETWORKS = (*_FLOW, "flow.model_folder", "flow.text", "diffusers", "transformers")
 _DECODING = ("av", "decord", "media.read", "media.read_child", "data_prep.clips.decode")
 
 VOCABULARY: dict[str, Sign] = {
@@ -177,7 +177,8 @@ VOCABULARY: dict[str, Sign] = {
 UNCHECKED = {
     "bad", "bars", "batches' origin", "data", "deadlines", "denoising step's scale", "figures",
     "frames", "models' insides", "moments", "our model folders", "particular schema", "pipes",
-    "project's own packages", "sampling schedules of the deep block", "scale of the denoising step", "schedules of checkpoints",
+    "project's own packages", "sampling schedules of the deep block",
+    "scale of the denoising step", "schedules of checkpoints",
     "seeds", "setting", "speed", "steps' insides", "videos", "cluster", "written",
 }  # fmt: skip
 """Words that a docstring may use and that no import, call or name shows."""

@@ -17,7 +17,7 @@ SKIPS = re.compile(r"mark\.skip|pytest\.skip|importorskip")
 
 
 class NamedTest(NamedTuple):
-    """A test as a table writes it: `FILE::NAME`, the file in `tests/flow/` where no folder is named."""
+    """A test as a table writes it, `FILE::NAME`; without a folder the file is in `tests/flow/`."""
 
     page: str
     file: str

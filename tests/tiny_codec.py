@@ -1,4 +1,4 @@
-"""The configuration of a codec as Wan2.2's, but narrow: residual, patches of 2, three halvings, four channels."""
+"""A codec as Wan2.2's, but narrow: residual, patches of 2, three halvings, four channels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def wan_like(width: int, **changes: Any) -> dict[str, Any]:
-    """Its configuration for `flow.codec.build_vae`; without statistics its latents are standard as they are."""
+    """Its configuration for `flow.codec.build_vae`; without statistics latents stay as they are."""
     return {
         "base_dim": width,
         "decoder_base_dim": width,

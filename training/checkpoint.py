@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from flow.flow import FlowModel
-from flow.weights import ModelSpec, save_model
+from flow.model_folder import ModelSpec, save_model
 from flowreel.errors import FlowreelError
 from flowreel.files import write_json
 from flowreel.values import digest_of, flattened

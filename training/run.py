@@ -22,8 +22,8 @@ from data_prep.latents.dataset import LatentDataset
 from flow.codec import VideoCodec
 from flow.codec_factors import WAN_FACTORS, read_factors
 from flow.config import FlowConfig
+from flow.model_folder import ModelSpec
 from flow.text import TextSpec
-from flow.weights import ModelSpec
 from flowreel.errors import FlowreelError
 from flowreel.files import write_json
 from flowreel.values import digest_of
@@ -77,7 +77,7 @@ class TrainResult:
     """What a training run left behind.
 
     Attributes:
-        model_dir: the averaged weights as `flow.weights.load_model` reads them, codec inside.
+        model_dir: the averaged weights as `flow.model_folder.load_model` reads them, codec inside.
         checkpoint_dir: the last checkpoint.
         steps: steps taken in all.
         resumed_from: step this call went on from; None for a fresh run, `steps` where there was

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from data_prep.latents.dataset import LatentDataset
 from data_prep.latents.records import Bucket
 from flow.codec_factors import CodecFactors
-from flow.weights import VideoSpec
+from flow.model_folder import VideoSpec
 from flowreel.errors import FlowreelError
 
 

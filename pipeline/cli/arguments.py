@@ -1,7 +1,7 @@
-"""Checks of arguments and paths that a command makes before it imports anything heavy, and completion.
+"""Checks of arguments and paths before anything heavy is imported, and their completion.
 
 A wrong path or a misspelt choice is answered at once, not after torch and Ray have been loaded.
-Every check raises `ArgumentError`, worded for users. Knows nothing of torch, Ray or pydantic.
+Every check raises `ArgumentError`, worded for users. Knows nothing of torch or Ray.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
@@ -17,6 +19,7 @@ from flowreel.errors import FlowreelError
 
 VIDEO_SUFFIXES = (".mp4", ".png")
 """What `flowreel sample` writes: a video, or one frame."""
+CONNECT_S = 5.0
 DTYPES = ("keep", "bf16", "fp32")
 """Of imported weights; a test holds them equal to those of `pipeline.import_released`."""
 
@@ -30,9 +33,9 @@ def one_of(option: str, value: str, allowed: Iterable[str]) -> str:
 
     >>> one_of("--split", "train", ("all", "train"))
     'train'
-    >>> one_of("--split", "trian", ("all", "train"))
+    >>> one_of("--split", "trian", ("all", "train"))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    pipeline.cli.arguments.ArgumentError: --split 'trian': must be one of all, train; did you mean 'train'?
+    pipeline.cli.arguments.ArgumentError: --split 'trian': must be one of all, train; did you ...
     """
     choices = list(allowed)
     if value in choices:
@@ -127,6 +130,26 @@ def _check_writable(folder: Path, option: str, given: str | Path) -> None:
         raise ArgumentError(f"{option} {given}: {there} is a file, so nothing can be made in it")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ArgumentError(f"{option} {given}: no permission to write in {there}")
+
+
+def cluster_address(address: str | None) -> None:
+    """Something listens at HOST:PORT; Ray itself would ask there for ten minutes."""
+    match = re.fullmatch(r"(?:ray://)?(?P<host>[^/]+):(?P<port>\d+)", address or "")
+    if match is None:
+        return  # such as `auto`, which Ray resolves
+    try:
+        with socket.create_connection((match["host"], int(match["port"])), CONNECT_S):
+            return
+    except (OSError, OverflowError) as error:
+        raise ArgumentError(
+            f"--address {address}: nothing answers there ({error.args[-1]}); start a cluster with "
+            "`ray start --head`, or leave --address out"
+        ) from error
+
+
+def as_utf8(text: str) -> str:
+    """Text of the command line in a locale that is not UTF-8: its bytes are UTF-8 all the same."""
+    return os.fsencode(text).decode("utf-8", "replace")
 
 
 def shards(pattern: str) -> list[str]:

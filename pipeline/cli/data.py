@@ -75,6 +75,7 @@ def prepare(
     elif shards is None:
         raise arguments.ArgumentError("--shards is missing; give the shards to prepare")
     arguments.output_folder(out)
+    arguments.cluster_address(address)
     if only == "captions":
         arguments.latents(out)
     from pipeline.recipes import load_recipe, save_recipe

@@ -67,6 +67,7 @@ def demo(
     Takes about ten minutes on two cores of a slow laptop.
     """
     arguments.output_folder(out)
+    arguments.cluster_address(address)
     from pipeline.recipes import load_recipe
 
     overrides = [*(SHORT if short else ()), *(set_ or [])]

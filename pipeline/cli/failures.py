@@ -1,11 +1,12 @@
 """How a failure is said: one line and an exit code.
 
-    a mistake that a user can mend             2     a FlowreelError, a path, a full disk, an argument
+    a mistake that a user can mend             2     a FlowreelError, a path, a full disk
     Ctrl-C                                     130
     standard output closed by its reader       141
     a fault of the code                        1     it keeps its traceback
 
-Standard library only, so that a failing or interrupted import can still be said.
+Standard library only (and `flowreel.errors`), so that a failing or interrupted import can still be
+said.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from types import FrameType
 from flowreel.errors import FlowreelError
 from pipeline.cli.streams import OutputError
 
-_LOOK_AGAIN_S = 0.5
 MISTAKE, INTERRUPTED, CLOSED = 2, 130, 141
+"""Exit codes."""
+_LOOK_AGAIN_S = 0.5
 _FULL = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 
 
@@ -92,6 +94,8 @@ def say_failure(
         resumes: whether the same command, run again, goes on where it was interrupted.
         verbose: print the traceback before the line.
     """
+    if INTERRUPTS.said:
+        return INTERRUPTED  # pressed again while the first is being obeyed
     if INTERRUPTS.seen or isinstance(error, KeyboardInterrupt):
         INTERRUPTS.say()
         code = INTERRUPTED

@@ -44,6 +44,7 @@ def train(
     """
     arguments.latents(data)
     arguments.output_folder(out)
+    arguments.cluster_address(address)
     from pipeline.recipes import load_recipe, save_recipe
 
     loaded = load_recipe(recipe, [*(set_ or []), *([f"train.steps={steps}"] if steps else [])])
@@ -246,6 +247,7 @@ def serve(
     """Model folder → HTTP endpoint (OpenAI Videos dialect), until Ctrl-C."""
     folder = arguments.model_folder(model)
     arguments.output_folder(data_dir, option="--data-dir")
+    arguments.cluster_address(address)
     from pipeline.recipes import load_recipe
 
     loaded = load_recipe(recipe, set_)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from flowreel.errors import FlowreelError, FlowreelWarning
-from pipeline.cli.arguments import complete_recipe, complete_setting
+from pipeline.cli import arguments
 from pipeline.cli.failures import say_failure, say_line
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ RecipeOption = Annotated[
         "--recipe",
         "-r",
         help="A recipe's name or YAML file; it holds every setting.",
-        autocompletion=complete_recipe,
+        autocompletion=arguments.complete_recipe,
     ),
 ]
 SetOption = Annotated[
@@ -55,7 +55,7 @@ SetOption = Annotated[
         metavar="KEY=VALUE",
         help="Override a setting of the recipe, such as train.steps=100; repeatable. "
         "`flowreel settings` lists them.",
-        autocompletion=complete_setting,
+        autocompletion=arguments.complete_setting,
     ),
 ]
 AddressOption = Annotated[
@@ -87,7 +87,10 @@ DataArgument = Annotated[
         help="Latents that `flowreel prepare` wrote: a folder, or an s3:// URI.",
     ),
 ]
-PromptOption = Annotated[str, typer.Option("--prompt", "-p", help="What is to be seen.")]
+PromptOption = Annotated[
+    str,
+    typer.Option("--prompt", "-p", help="What is to be seen.", callback=arguments.as_utf8),
+]
 JsonOption = Annotated[
     bool,
     typer.Option(
@@ -183,12 +186,12 @@ def command(
 
     def register(body: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(body)
-        def run(*, ctx: typer.Context, quiet: bool, verbose: bool, **arguments: Any) -> None:
+        def run(*, ctx: typer.Context, quiet: bool, verbose: bool, **chosen: Any) -> None:
             _RUNNING.set(ctx)
             said = ctx.ensure_object(Verbosity)
             try:
                 said.add(quiet, verbose)
-                body(**arguments)
+                body(**chosen)
             except typer.Exit:
                 raise
             except BaseException as error:

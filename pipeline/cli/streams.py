@@ -1,8 +1,8 @@
 """Standard output and error that degrade instead of failing.
 
-An encoding that cannot print `→` prints `->`. A standard output that takes nothing more (a full disk
-behind a redirection, a closed pipe) raises `OutputError`, which no full disk elsewhere can be taken
-for. Standard library only, so that it is there before anything else is imported.
+An encoding that cannot print `→` prints `->`. A standard output that takes nothing more (a full
+disk behind a redirection, a closed pipe) raises `OutputError`, which no full disk elsewhere can
+be taken for. Standard library only, so that it is there before anything else is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from flowreel.errors import FlowreelError
 SPELLINGS = {
     "→": "->", "←": "<-", "×": "x", "—": "-", "–": "-", "…": "...", "·": "*", "½": "1/2", "±": "+-",
     "≤": "<=", "≥": ">=", "²": "^2", "‖": "||", "σ": "sigma", "τ": "tau", "π": "pi", "ε": "epsilon",
-    "φ": "phi", "μ": "mu", "Δ": "delta", "∇": "grad", "−": "-", "‘": "'", "’": "'", "“": '"', "”": '"',
+    "φ": "phi", "μ": "mu", "Δ": "delta", "∇": "grad", "−": "-", "‘": "'", "’": "'",
+    "“": '"', "”": '"',
 }  # fmt: skip
 """What is printed where the encoding of the output has no such character; any other becomes `?`."""
 _HANDLER = "flowreel.spelled"
@@ -49,6 +50,9 @@ def spelled(error: UnicodeError) -> tuple[str, int]:
 class _Output(io.TextIOWrapper):
     """Standard output whose failures have a class of their own."""
 
+    original: io.TextIOWrapper
+    """Held, because the file that both write to is closed when it is collected."""
+
     def write(self, text: str) -> int:
         try:
             return super().write(text)
@@ -73,13 +77,15 @@ def guard_streams() -> None:
     out = sys.stdout
     if isinstance(out, io.TextIOWrapper) and not isinstance(out, _Output):
         out.flush()
-        sys.stdout = _Output(
+        guarded = _Output(
             out.buffer,
             encoding=out.encoding,
             errors=_HANDLER,
             line_buffering=out.line_buffering,
             write_through=out.write_through,
         )
+        guarded.original = out
+        sys.stdout = guarded
 
 
 def abandon_output() -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from benchmarks import sampling
-from benchmarks.sampling import Bar, Case, Row, Sampler, measure, residual_curve, verdicts
+from benchmarks.sampling import Bar, Row, measure, verdicts
+from benchmarks.sampling_case import TRAINED, Case, Sampler, load_case, samplers
+from benchmarks.sampling_figures import draw, residual_curve
 from tests.flow.models import randn, texts, tiny_model
 from tests.places import ROOT, TRAINED_SMALL
 
@@ -39,8 +41,8 @@ def test_the_bar_is_met_only_when_every_condition_holds() -> None:
         {"evaluations": 4.1},
         {"rms": float("nan")},
     ):
-        found = verdicts(dataclasses.replace(GOOD, **worse), SLOW, SLOW, Bar())
-        assert [holds for _, holds in found].count(False) == 1
+        checks = verdicts(dataclasses.replace(GOOD, **worse), SLOW, SLOW, Bar())
+        assert [holds for _, holds in checks].count(False) == 1
     barely = dataclasses.replace(GOOD, wall_s=0.16)
     assert [holds for _, holds in verdicts(GOOD, barely, SLOW, Bar())].count(False) == 1
     assert [holds for _, holds in verdicts(GOOD, SLOW, barely, Bar())].count(False) == 1
@@ -48,7 +50,7 @@ def test_the_bar_is_met_only_when_every_condition_holds() -> None:
 
 def test_rows_measure_error_and_certificate_of_every_sampler() -> None:
     case = _case()
-    rows = measure(case, sampling.samplers(case), rounds=1)
+    rows = measure(case, samplers(case), rounds=1)
     by_name = {row.name: row for row in rows}
     assert by_name["sequential"].evaluations == 1
     assert by_name["sequential"].rms < 1e-6
@@ -62,15 +64,15 @@ def test_residual_of_a_block_falls_with_every_few_sweeps() -> None:
     assert 10 * curve[-1] < curve[0]
 
 
-def test_a_directory_without_a_case_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_case_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="2"):
         sampling.main(["--model", str(tmp_path)])
 
 
 def test_the_default_meets_the_bar_on_the_trained_model_in_all_but_time() -> None:
     """Times are the machine's; errors and counts are the code's, the same wherever it runs."""
-    assert sampling.TRAINED.samefile(TRAINED_SMALL)
-    case = sampling.load_case(sampling.TRAINED)
+    assert TRAINED.samefile(TRAINED_SMALL)
+    case = load_case(TRAINED)
     (row,) = measure(case, [Sampler("default", {})], rounds=1)
     bar = Bar()
     assert row.rms <= bar.rms
@@ -89,5 +91,5 @@ def test_imports_neither_ray_nor_diffusers() -> None:
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:
-    paths = sampling.draw(_case(), tmp_path, repeats=1)
+    paths = draw(_case(), tmp_path, repeats=1)
     assert all(path.stat().st_size > 1000 for path in paths)

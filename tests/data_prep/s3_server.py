@@ -98,16 +98,16 @@ class Store:
         """Relative names of all objects below a folder, locks and all."""
         root = f"{BUCKET}/{folder}"
         selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
-        found = self.direct.get_file_info(selector)
-        return [info.path.removeprefix(f"{root}/") for info in found if info.is_file]
+        entries = self.direct.get_file_info(selector)
+        return [info.path.removeprefix(f"{root}/") for info in entries if info.is_file]
 
     def files(self, folder: str) -> dict[str, bytes]:
         """Content of every object below a folder, by relative name."""
-        found = {}
+        contents = {}
         for name in self.names(folder):
             with self.direct.open_input_stream(f"{BUCKET}/{folder}/{name}") as stream:
-                found[name] = bytes(stream.read())
-        return found
+                contents[name] = bytes(stream.read())
+        return contents
 
 
 @contextlib.contextmanager

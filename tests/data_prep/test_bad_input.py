@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import ast
 import gzip
+import io
 import json
+import lzma
 import os
 import tarfile
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from data_prep.config import CapConfig, PrepareConfig
 from data_prep.sources.samples import write_shard
+from media.pixels import PQ
 from tests.data_prep.bad_media import (
     audio_only,
     claiming_frames,
@@ -31,6 +36,7 @@ from tests.data_prep.bad_media import (
 )
 from tests.data_prep.in_process import prepare_locally
 from tests.data_prep.sources.test_samples import header, tar_of
+from tests.media import odd_videos as odd
 from tests.places import ROOT
 
 
@@ -71,6 +77,13 @@ def damaged(data: bytes, *, whole: bool) -> bytes:
     return data[:place] + noise[:8] + data[place + 8 :]
 
 
+def grey_16() -> bytes:
+    """A PNG of sixteen-bit grey."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((64, 64), 30000, dtype=np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
 X265 = {"x265-params": "log-level=none"}
 GOOD = video(moving(20))
 
@@ -100,11 +113,24 @@ MEDIA: dict[str, Callable[[], dict[str, Any]]] = {
     "nested_json": lambda: {"mp4": GOOD, "json": b"[" * 100_000},
     "code_in_json": lambda: {"mp4": GOOD, "json": {"matching_score": "open('/tmp/x', 'w')"}},
     "caption_bytes": lambda: {"mp4": GOOD, "txt": "Café".encode("cp1252")},
-    "no_media": lambda: {},
+    "no_media": dict,
     "failed_download": lambda: {"json": {"status": "failed_to_download"}},
     "broken_image": lambda: {"jpg": b"\xff\xd8\xff" * 9},
     "png_bomb": lambda: {"png": png_bomb()},
     "video_bomb": lambda: {"mp4": flat(1080, 1920, 300)},
+    "playlist": lambda: {"mp4": b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n"},
+    "manifest": lambda: {"mp4": b'<?xml version="1.0"?><MPD><BaseURL>a.mp4</BaseURL></MPD>'},
+    "edit_list": lambda: {"mp4": odd.cut_with_edit_list()},
+    "no_first_keyframe": lambda: {"mp4": odd.without_first_keyframe()},
+    "size_changes": lambda: {"mp4": odd.size_changes(first=1)},
+    "mirrored": lambda: {"mp4": odd.with_matrix(-1, 0, 0, 1)},
+    "tall_pixels": lambda: {"mp4": odd.tall_pixels()},
+    "hdr": lambda: {"mp4": odd.hdr(PQ)},
+    "interlaced": lambda: {"mp4": odd.interlaced()},
+    "low_rate": lambda: {"mp4": odd.video(count=20, rate=1, time_base=Fraction(1))},
+    "gap": lambda: {"mp4": odd.video(count=20, times=lambda n: n + (25_000 if n > 9 else 0))},
+    "avi": lambda: {"mp4": odd.video(suffix="avi", codec="mpeg4", options={"bf": "2"})},
+    "grey_16": lambda: {"png": grey_16()},
 }
 CAP_BYTES = 2**20
 
@@ -143,6 +169,14 @@ def folder(path: Path) -> None:
     os.mkfifo(path / "pipe.mp4")
 
 
+def packed_tar(path: Path, name: str) -> bytes:
+    part = path.with_suffix(".part")
+    tar_of(part, [(name, GOOD)])
+    data = part.read_bytes()
+    part.unlink()
+    return data
+
+
 SHARDS: dict[str, Callable[[Path], Any]] = {
     "same_key": lambda p: tar_of(p, [(n, GOOD) for n in ("same_key.mp4", "b.mp4", "same_key.mp4")]),
     "gzip_bomb": gzip_bomb,
@@ -157,6 +191,12 @@ SHARDS: dict[str, Callable[[Path], Any]] = {
     "symlink_member": lambda p: tar_of(p, [(link("s.mp4", str(p.parent / "outside.mp4")), b"")]),
     "sparse_member": sparse,
     "folder_link": folder,
+    "one_after_another": lambda p: p.write_bytes(
+        b"".join(packed_tar(p, name) for name in ("first.mp4", "one_after_another.mp4"))
+    ),
+    "xz_shard": lambda p: p.write_bytes(lzma.compress(packed_tar(p, "xz_shard.mp4"))),
+    "leftover": lambda p: tar_of(p, [("leftover.f230.mp4", GOOD), ("leftover.mp4", GOOD)]),
+    "two_videos": lambda p: tar_of(p, [("two_videos.a.mp4", GOOD), ("two_videos.txt", b"words")]),
 }
 
 

@@ -54,7 +54,7 @@ def test_the_whole_run_on_ray_equals_one_process(
         shards,
         tmp_path / "ray",
         codec_dir,
-        progress=lambda stage, done, total: calls.append((stage, done, total)),
+        progress=lambda unit, count, total: calls.append((unit, count, total)),
     )
     local = prepare_locally(config, shards, tmp_path / "local", codec_dir)
     assert digests(tmp_path / "ray") == digests(tmp_path / "local")
@@ -63,12 +63,12 @@ def test_the_whole_run_on_ray_equals_one_process(
     assert calls[0] == ("shards", 0, 5)
     assert calls[-1][:2] in (("shards", 5), ("samples", report.total))
     assert ("shards", 5, 5) in calls
-    seen = [
+    rows = [
         (row["shard"], row["key"])
         for path in (tmp_path / "ray" / "status").iterdir()
         for row in pq.read_table(path).to_pylist()
     ]
-    assert len(seen) == len(set(seen)) == report.total
+    assert len(rows) == len(set(rows)) == report.total
 
     filters = config.filters.model_copy(update={"static_below": 0.01})
     other = config.model_copy(update={"filters": filters})
@@ -105,10 +105,10 @@ def test_every_stage_is_an_operator_of_its_own(
         names.append(operator.name)
         operator = operator.input_dependencies[0] if operator.input_dependencies else None
     stages = ["Read", "Decode", "Filter", "Caption", "Encode", "Sink"]
-    found = [name for name in reversed(names) if name != "Input"]
-    assert len(found) == len(stages)
-    assert all(stage in name for stage, name in zip(stages, found, strict=True))
-    assert not any("->" in name for name in found)
+    operators = [name for name in reversed(names) if name != "Input"]
+    assert len(operators) == len(stages)
+    assert all(stage in name for stage, name in zip(stages, operators, strict=True))
+    assert not any("->" in name for name in operators)
 
 
 @pytest.mark.slow
@@ -298,11 +298,11 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
         if wanted == 3:
             assert 3 <= _finished(broken) < 120
     assert kills >= 1
-    kept = {p: p.stat().st_mtime_ns for p in (broken / "manifests").glob("*.json")}
+    stamps = {p: p.stat().st_mtime_ns for p in (broken / "manifests").glob("*.json")}
     subprocess.run([*command, *shards], check=True, cwd=ROOT, env=environment, timeout=600)
     assert digests(broken) == digests(whole)
     # What was finished before the kill was not written again.
-    assert all(path.stat().st_mtime_ns == mtime_ns for path, mtime_ns in kept.items())
+    assert all(path.stat().st_mtime_ns == mtime_ns for path, mtime_ns in stamps.items())
 
 
 def _finished(out: Path) -> int:

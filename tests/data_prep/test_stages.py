@@ -60,15 +60,15 @@ def test_every_bad_sample_gets_its_reason_and_the_good_ones_their_latents(
 ) -> None:
     write_shard(tmp_path / "0.tar", bad_samples())
     report = prepare_locally(config, [str(tmp_path / "0.tar")], tmp_path / "out", codec_dir)
-    found = statuses(tmp_path / "out", "0")
-    assert {key: row["reason"] for key, row in found.items()} == EXPECTED
+    rows = statuses(tmp_path / "out", "0")
+    assert {key: row["reason"] for key, row in rows.items()} == EXPECTED
     assert report.total == len(EXPECTED)
     assert sum(count for _, _, count in report.rows()) == len(EXPECTED)
     assert report.counts == {"dropped": 2, "failed": 7, "kept": 4}
     dataset = LatentDataset(tmp_path / "out", "all")
     kept = {i.split("/")[1] for ids in dataset.buckets.values() for i in ids}
     assert kept == {key for key, reason in EXPECTED.items() if not reason}
-    assert all(row["detail"] for row in found.values() if row["status"] == "failed")
+    assert all(row["detail"] for row in rows.values() if row["status"] == "failed")
 
 
 def test_an_unforeseen_error_costs_one_sample(
@@ -128,16 +128,16 @@ def test_each_pixel_filter_has_its_reason_and_bars_are_cut_and_noted(
         crop_bars=True,
         max_bar_share=0.6,
     )
-    found, latents = prepared(config, codec_dir, tmp_path, samples, filters=filters)
-    assert {key: row["reason"] for key, row in found.items()} == {
+    rows, latents = prepared(config, codec_dir, tmp_path, samples, filters=filters)
+    assert {key: row["reason"] for key, row in rows.items()} == {
         "good": "", "still": "static_clip", "black": "black_frames", "white": "white_frames",
-        "half": found["half"]["reason"], "boxed": "", "narrow": "letterbox", "image": "",
+        "half": rows["half"]["reason"], "boxed": "", "narrow": "letterbox", "image": "",
     }  # fmt: skip
-    assert found["boxed"]["detail"] == "bars: top 12, bottom 12, left 16, right 16"
+    assert rows["boxed"]["detail"] == "bars: top 12, bottom 12, left 16, right 16"
     assert latents["boxed", 0]["bars"] == [12, 12, 16, 16]
     assert latents["image", 0]["bars"] == [8, 8, 0, 0]
     assert latents["good", 0]["bars"] == [0, 0, 0, 0]
-    assert found["narrow"]["detail"] == "bars take 0.750 of the area, over 0.6"
+    assert rows["narrow"]["detail"] == "bars take 0.750 of the area, over 0.6"
 
 
 def test_videos_go_to_the_bucket_of_the_nearest_aspect(
@@ -165,8 +165,8 @@ def test_long_clips_give_several_windows_each_with_its_times(
 ) -> None:
     clips = {"long": 60, "middle": 24, "short": 12}
     samples = [{"__key__": k, "mp4": encode_mp4(noisy(n), 16)} for k, n in clips.items()]
-    found, latents = prepared(config, codec_dir, tmp_path, samples, windows_per_clip=3)
-    assert {row["status"] for row in found.values()} == {"kept"}
+    rows, latents = prepared(config, codec_dir, tmp_path, samples, windows_per_clip=3)
+    assert {row["status"] for row in rows.values()} == {"kept"}
     assert list(latents) == [
         ("long", 0), ("long", 1), ("long", 2), ("middle", 0), ("middle", 1), ("short", 0)
     ]  # fmt: skip
@@ -187,12 +187,12 @@ def test_a_window_may_fall_while_its_clip_stays(
     config: PrepareConfig, codec_dir: Path, tmp_path: Path
 ) -> None:
     clip = np.concatenate([noisy(12), np.zeros((12, 32, 64, 3), np.uint8)])
-    found, latents = prepared(
+    rows, latents = prepared(
         config, codec_dir, tmp_path, [{"__key__": "a", "mp4": encode_mp4(clip, 16)}],
         windows_per_clip=2, filters=FilterConfig(max_black_frames=0.5),
     )  # fmt: skip
     assert list(latents) == [("a", 0)]
-    assert (found["a"]["status"], found["a"]["detail"]) == ("kept", "windows: not 1 black_frames")
+    assert (rows["a"]["status"], rows["a"]["detail"]) == ("kept", "windows: not 1 black_frames")
 
 
 @pytest.mark.parametrize(

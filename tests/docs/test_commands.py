@@ -49,7 +49,8 @@ def test_a_line_to_type_is_understood(words: list[str]) -> None:
             if name == "ARGS":
                 understood([arguments[0], *shlex.split(value)])
     elif words[:2] == ["python", "-m"]:
-        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
+        place = ROOT / words[2].replace(".", "/")
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()
     else:
         assert program in ("git", "curl", "mlflow", "ray", "pip"), f"unknown program {program!r}"
 
@@ -87,6 +88,8 @@ def test_options_in_the_text_belong_to_some_command() -> None:
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     known |= {"--help", "--set", "--version"}
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', path.read_text()))
     for page in pages():
         for code in re.findall(r"`(?:flowreel [\w-]+ )?(--[\w-]+)[^`]*`", page.read_text()):
             assert code in known, f"{page.name}: no command has {code}"

@@ -1,4 +1,7 @@
-"""Released checkpoints made by tests: their names written out here on their own, their bytes holes in a sparse file."""
+"""Released checkpoints made by tests, whose bytes are holes in a sparse file.
+
+The published names are written out here on their own, so that they are held against the importer's.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ def released_shapes(
 
 
 def sparse_checkpoint(path: Path, shapes: Shapes, dtype: torch.dtype = torch.float32) -> Path:
-    """A real torch archive of these tensors whose data are holes: it takes no disk and reads as zeros."""
+    """A real torch archive of these tensors whose data are holes: no disk taken, read as zeros."""
     with FakeTensorMode():
         tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):

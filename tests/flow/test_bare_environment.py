@@ -1,4 +1,4 @@
-"""Where there is only torch: `flow/` and `benchmarks/sampling.py` import and RUN with every other library refused."""
+"""With every library but torch refused, `flow/` and `benchmarks/sampling.py` import and run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flow.model_folder import ModelSpec, VideoSpec, save_model
 from flow.text import TextSpec
-from flow.weights import ModelSpec, VideoSpec, save_model
 from tests.flow.models import randn, texts, tiny_model
 from tests.flow.released_models import released_state, released_yaml
 from tests.flow.test_released_checkpoint import TINY
@@ -45,11 +45,12 @@ from flow.sampling import sample
 from flow.sample_spec import SampleSpec
 from flow.prompt import format_prompt
 from flow.text import build_text_encoder
-from flow.weights import load_model
+from flow.model_folder import load_model
 
 torch.set_num_threads(1)
 model, spec = load_model(sys.argv[1])
-both = build_text_encoder(spec.text).encode([format_prompt("a red circle", fps=8), format_prompt("", fps=8)])
+prompts = [format_prompt("a red circle", fps=8), format_prompt("", fps=8)]
+both = build_text_encoder(spec.text).encode(prompts)
 for schedule in ("sliding", "jacobi", "sequential"):
     asked = SampleSpec(num_frames=3, grid=(2, 2), guidance=1.0, schedule=schedule)
     x = sample(model, both[:1], both[1:], asked)
@@ -61,7 +62,8 @@ print("sampled")
 
 BENCHMARK = """
 import runpy
-sys.argv = ["benchmarks.sampling", "--model", sys.argv[1], "--rounds", "1", "--threads", "1", "--no-figures"]
+options = ["--rounds", "1", "--threads", "1", "--no-figures"]
+sys.argv = ["benchmarks.sampling", "--model", sys.argv[1], *options]
 runpy.run_module("benchmarks.sampling", run_name="__main__")
 """
 
@@ -71,12 +73,12 @@ def refused() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [name for group in project.get("optional-dependencies", {}).values() for name in group]
     named = {re.split(r"[^\w.-]", line)[0].lower() for line in project["dependencies"] + extras}
-    found = {
+    modules = {
         module
         for module, owners in packages_distributions().items()
         if {owner.lower() for owner in owners} & (named - NEEDED)
     }
-    return sorted(found | {"ray", "diffusers", "transformers", "huggingface_hub", "tokenizers"})
+    return sorted(modules | {"ray", "diffusers", "transformers", "huggingface_hub", "tokenizers"})
 
 
 def run_alone(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -96,16 +98,17 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 def test_the_list_of_refused_libraries_holds_the_heavy_ones() -> None:
-    heavy = {"ray", "diffusers", "transformers", "pydantic", "mlflow", "matplotlib", "av", "pyarrow", "PIL", "typer"}  # fmt: skip
+    heavy = {"ray", "diffusers", "transformers", "pydantic", "mlflow"}
+    heavy |= {"matplotlib", "av", "pyarrow", "PIL", "typer"}
     assert heavy <= set(refused())
-    done = run_alone("import pydantic", ROOT)
-    assert "No module named 'pydantic' (refused)" in done.stderr
+    child = run_alone("import pydantic", ROOT)
+    assert "No module named 'pydantic' (refused)" in child.stderr
 
 
 def test_every_module_of_flow_imports_and_samples(model_folder: Path) -> None:
-    done = run_alone(SAMPLE, model_folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "sampled\n"
+    child = run_alone(SAMPLE, model_folder)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout == "sampled\n"
 
 
 def test_the_sampling_benchmark_runs(tmp_path: Path) -> None:
@@ -120,8 +123,8 @@ def test_the_sampling_benchmark_runs(tmp_path: Path) -> None:
         "deep_guided": randn(1, 3, 2, 3, 4, seed=1, dtype=torch.float32),
     }
     save_file(case, tmp_path / "case.safetensors")
-    done = run_alone(BENCHMARK, tmp_path)
+    child = run_alone(BENCHMARK, tmp_path)
     # 1: it ran to its end, and random weights do not meet the bar.
-    assert done.returncode in (0, 1), done.stderr
-    assert "The bar is" in done.stdout, done.stderr
-    assert "sequential" in done.stdout
+    assert child.returncode in (0, 1), child.stderr
+    assert "The bar is" in child.stdout, child.stderr
+    assert "sequential" in child.stdout

@@ -1,4 +1,7 @@
-"""The codec's laws on a tiny random network: streaming equals whole, conventions invert, wrong input is refused."""
+"""The codec's laws on tiny random networks.
+
+Streaming equals whole, conventions invert, and wrong input is refused.
+"""
 
 from __future__ import annotations
 
@@ -283,9 +286,9 @@ def test_a_hub_id_gives_the_codec_that_its_folder_gives(
     (repository / "refs" / "main").write_text("0123abc")
     for path in folder.iterdir():
         (snapshot / at / path.name).write_bytes(path.read_bytes())
-    found, own = VideoCodec.load(name), VideoCodec.load(folder)
-    assert found.digest == own.digest
-    assert torch.equal(found.encode(frames(1, 1))[0], own.encode(frames(1, 1))[0])
+    fetched, own = VideoCodec.load(name), VideoCodec.load(folder)
+    assert fetched.digest == own.digest
+    assert torch.equal(fetched.encode(frames(1, 1))[0], own.encode(frames(1, 1))[0])
     pipeline = tmp_path / "pipeline"
     (pipeline / "vae").mkdir(parents=True)
     for path in folder.iterdir():

@@ -43,6 +43,11 @@ class Case:
     tensors: dict[str, Tensor]
     scalars: dict[str, Any]
 
+    @property
+    def scale(self) -> float:
+        """The largest number of the prior, through which the sums behind all tensors run."""
+        return float(self.tensors["prior"].abs().max())
+
     def clip(self, name: str) -> Tensor:
         """A tensor as a clip [B,T,...], images as one frame."""
         tensor = self.tensors[name]
@@ -89,8 +94,18 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _close(got: Tensor, expected: Tensor, atol: float, rtol: float = 0.0) -> None:
+ROUNDING = 2e-6
+"""What fp32 rounds away, as a share of the largest number in a case. The reference is fp32 itself:
+in the case with the largest numbers (162) it is 1.6e-4 off what the same equations give in fp64,
+and which fp32 sums come out alike depends on the processor."""
+
+
+def _close(
+    got: Tensor, expected: Tensor, atol: float, rtol: float = 0.0, scale: float = 0.0
+) -> None:
+    """Within the tolerance; `scale`: the largest number that the sums behind them ran through."""
     assert got.isfinite().all()
+    atol = max(atol, ROUNDING * scale)
     torch.testing.assert_close(got, expected, atol=atol, rtol=rtol)
 
 
@@ -98,13 +113,15 @@ def test_prior_and_every_block_agree(case: Case) -> None:
     flow, config = case.model.flow, case.model.config
     with torch.no_grad():
         out = flow(case.tensors["data"], case.tensors["text"])
-    _close(out.z_BTHWC, patchify(case.clip("prior"), config.patch_size), atol=1e-4)
+    _close(
+        out.z_BTHWC, patchify(case.clip("prior"), config.patch_size), atol=1e-4, scale=case.scale
+    )
     for index, log_det in enumerate(out.block_log_det):
         own = rearrange(log_det, "b t h w c -> b t (h w) c")
         own = own.flip(2) if config.reversed_order(index) else own
         expected = case.tensors[f"log_det_{index}"]
         _close(own.reshape(expected.shape), expected, atol=1e-5, rtol=1e-5)
-    _close(out.z_BTHWC, case.clip(f"block_output_{config.num_blocks}"), atol=1e-4)
+    _close(out.z_BTHWC, case.clip(f"block_output_{config.num_blocks}"), atol=1e-4, scale=case.scale)
 
 
 def test_block_outputs_agree_one_by_one(case: Case) -> None:
@@ -113,7 +130,7 @@ def test_block_outputs_agree_one_by_one(case: Case) -> None:
         outputs = flow.block_outputs(case.tensors["data"], case.tensors["text"])
     assert len(outputs) == config.num_blocks + 1
     for index, output in enumerate(outputs):
-        _close(output, case.clip(f"block_output_{index}"), atol=1e-4)
+        _close(output, case.clip(f"block_output_{index}"), atol=1e-4, scale=case.scale)
 
 
 def test_loss_and_its_gradient_in_the_data_agree(case: Case) -> None:
@@ -137,7 +154,7 @@ def test_denoiser_agrees(folder: Path) -> None:
     _close(s, case.tensors["denoiser_output"], atol=1e-5, rtol=1e-5)
 
 
-# How the reference made each: one by one, or in blocks (its context needs blocks) run to convergence.
+# How the reference made each: one by one, or in blocks run to convergence (context needs blocks).
 SCHEDULES = {
     "sample_sequential": "sequential",
     "sample_guided": "sequential",
@@ -183,4 +200,4 @@ def test_samples_agree(folder: Path, name: str) -> None:
         # Where sigma is small, sums split over another number of threads already differ by as much.
         with _threads(REFERENCE_THREADS):
             x = run()
-    _close(x, case.clip(name), atol=1e-4)
+    _close(x, case.clip(name), atol=1e-4, scale=case.scale)

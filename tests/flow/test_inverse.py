@@ -90,9 +90,9 @@ def test_work_counts_passes_positions_and_prefill() -> None:
     assert (inverter.work.iterations, inverter.work.evaluations) == (4, 4)
     before = inverter.work.copy()
     sweeps = inverter.solve(inverter.jacobi(z[:, 4:], z[:, 4:], tolerance=1e-2))
-    spent = inverter.work.since(before)
-    assert spent.iterations == sweeps
-    assert spent.evaluations == sum(8 - k for k in range(sweeps))
+    work = inverter.work.since(before)
+    assert work.iterations == sweeps
+    assert work.evaluations == sum(8 - k for k in range(sweeps))
 
 
 def test_nan_is_never_taken_for_convergence() -> None:
@@ -128,8 +128,8 @@ def test_guidance_is_the_tempered_product_of_the_two_gaussians() -> None:
 
     # Where no clip acts, log-ratios are those of p_c^(1+w) / p_u^w.
     expected = (score(x) - score(y))[wider]
-    found = (Normal(mu, sigma).log_prob(x) - Normal(mu, sigma).log_prob(y))[wider]
-    torch.testing.assert_close(found, expected)
+    ratio = (Normal(mu, sigma).log_prob(x) - Normal(mu, sigma).log_prob(y))[wider]
+    torch.testing.assert_close(ratio, expected)
     torch.testing.assert_close(guide(mu_c, sigma_c, mu_c, sigma_c, w), (mu_c, sigma_c))
 
 

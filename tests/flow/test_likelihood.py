@@ -1,4 +1,7 @@
-"""Log-densities: sums that agree, chunks that change nothing, memory that stays linear, a floor that cannot be passed."""
+"""Log-densities: sums that agree, chunks that change nothing, memory that stays linear.
+
+And a noise floor that no model can pass.
+"""
 
 from __future__ import annotations
 
@@ -42,34 +45,34 @@ def test_chunks_of_any_size_give_the_whole(structure: str, chunk: int) -> None:
     model = tiny_model(**STRUCTURES[structure])
     x, (text, _) = latents(model), texts(model, 2)
     whole = model.flow(x, text)
-    found = likelihood(model.flow, x, text, chunk_tokens=chunk)
+    clip = likelihood(model.flow, x, text, chunk_tokens=chunk)
     close = {"atol": 1e-10, "rtol": 0}
-    torch.testing.assert_close(found.loss_BTHW, whole.nats().sum(-1), **close)
-    torch.testing.assert_close(found.log_prob(), whole.log_prob(), **close)
-    torch.testing.assert_close(found.loss().mean(), whole.loss(), **close)
+    torch.testing.assert_close(clip.loss_BTHW, whole.nats().sum(-1), **close)
+    torch.testing.assert_close(clip.log_prob(), whole.log_prob(), **close)
+    torch.testing.assert_close(clip.loss().mean(), whole.loss(), **close)
 
 
 def test_the_log_prob_is_that_of_the_change_of_variables() -> None:
-    """A standard normal prior under z = f(x), by torch's own density and a determinant of autograd."""
+    """A standard normal prior under z = f(x), by torch's density and autograd's determinant."""
     model = tiny_model(layers_per_block=(1, 1, 1))
     x, (text, _) = latents(model, frames=2, batch=1), texts(model)
     rows = torch.autograd.functional.jacobian(lambda y: model.flow(y, text).z_BTHWC.flatten(), x)
     z = model.flow(x, text).z_BTHWC.detach()
     prior = torch.distributions.Normal(torch.zeros((), dtype=z.dtype), 1).log_prob(z).sum()
     expected = prior + torch.linalg.slogdet(rows.reshape(x.numel(), -1)).logabsdet
-    found = likelihood(model.flow, x, text, chunk_tokens=4).log_prob()
-    torch.testing.assert_close(found, expected[None], atol=1e-9, rtol=0)
+    log_prob = likelihood(model.flow, x, text, chunk_tokens=4).log_prob()
+    torch.testing.assert_close(log_prob, expected[None], atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_tokens_sum_to_frames_and_frames_to_the_video(structure: str) -> None:
     model = tiny_model(**STRUCTURES[structure])
     x, (text, _) = latents(model), texts(model, 2)
-    found = likelihood(model.flow, x, text, chunk_tokens=5)
+    clip = likelihood(model.flow, x, text, chunk_tokens=5)
     for value in (
-        found.log_prob,
-        lambda per: found.nll(per, "nats"),
-        lambda per: found.loss(per, "nats"),
+        clip.log_prob,
+        lambda per: clip.nll(per, "nats"),
+        lambda per: clip.loss(per, "nats"),
     ):
         token, frame, video = value("token"), value("frame"), value("video")
         torch.testing.assert_close(token.sum((-2, -1)), frame, atol=1e-11, rtol=0)
@@ -80,15 +83,15 @@ def test_tokens_sum_to_frames_and_frames_to_the_video(structure: str) -> None:
 
 def test_constants_and_units_are_what_their_names_say() -> None:
     model = tiny_model()
-    found = likelihood(model.flow, latents(model), texts(model, 2)[0])
+    clip = likelihood(model.flow, latents(model), texts(model, 2)[0])
     for per, dims in (("video", 4 * 6 * 4), ("frame", 6 * 4), ("token", 4)):
-        assert found.dims(per) == dims
-        nats, loss = found.nll(per, "nats"), found.loss(per, "nats")
+        assert clip.dims(per) == dims
+        nats, loss = clip.nll(per, "nats"), clip.loss(per, "nats")
         constant = dims * 0.5 * math.log(2 * math.pi)
         torch.testing.assert_close(nats - loss, torch.full_like(nats, constant))
-        torch.testing.assert_close(found.nll(per, "nats_per_dim") * dims, nats)
-        torch.testing.assert_close(found.nll(per, "bits_per_dim") * dims * math.log(2), nats)
-    assert torch.equal(found.log_prob("frame"), -found.nll("frame", "nats"))
+        torch.testing.assert_close(clip.nll(per, "nats_per_dim") * dims, nats)
+        torch.testing.assert_close(clip.nll(per, "bits_per_dim") * dims * math.log(2), nats)
+    assert torch.equal(clip.log_prob("frame"), -clip.nll("frame", "nats"))
 
 
 @pytest.mark.parametrize("structure", ["deep block reads forward", "deep block reads in reverse"])
@@ -108,8 +111,8 @@ def test_a_tokens_value_lies_at_its_place(structure: str) -> None:
     p = model.config.patch_size
     cells = 0.5 * x.square().sum(2)
     expected = cells.unflatten(-1, (-1, p)).unflatten(-3, (-1, p)).sum((-1, -3))
-    found = likelihood(model.flow, x, texts(model, 2)[0], chunk_tokens=5)
-    torch.testing.assert_close(found.loss_BTHW, expected, atol=1e-12, rtol=0)
+    clip = likelihood(model.flow, x, texts(model, 2)[0], chunk_tokens=5)
+    torch.testing.assert_close(clip.loss_BTHW, expected, atol=1e-12, rtol=0)
 
 
 def test_the_last_token_read_moves_only_its_own_value() -> None:
@@ -135,11 +138,11 @@ def test_an_image_is_a_clip_of_one_frame_and_wrong_shapes_are_refused() -> None:
     assert torch.equal(as_clip.loss_BTHW, as_image.loss_BTHW)
     with pytest.raises(ValueError, match="an image model takes one frame"):
         likelihood(model.flow, randn(1, 2, 4, 2, 3))
-    found = likelihood(model.flow, x)
+    clip = likelihood(model.flow, x)
     with pytest.raises(LikelihoodError, match="unit = 'bits'"):
-        found.nll("video", "bits")  # type: ignore[arg-type]
+        clip.nll("video", "bits")  # type: ignore[arg-type]
     with pytest.raises(LikelihoodError, match="per = 'clip'"):
-        found.loss("clip")  # type: ignore[arg-type]
+        clip.loss("clip")  # type: ignore[arg-type]
     with pytest.raises(LikelihoodError, match="chunk_tokens = 0"):
         likelihood(model.flow, x, chunk_tokens=0)
 
@@ -150,10 +153,12 @@ def test_a_long_video_is_seen_through_its_windows() -> None:
     spec = SampleSpec(num_frames=7, grid=(2, 3), window_frames=4, context_frames=2)
     windows = [*spec.context_windows()]
     assert len(windows) > 2
-    found = likelihood(model.flow, x, text, windows=windows, chunk_tokens=9).log_prob("frame")
+    log_prob = likelihood(model.flow, x, text, windows=windows, chunk_tokens=9).log_prob("frame")
     for start, new, end in windows:
         alone = likelihood(model.flow, x[:, start:end], text).log_prob("frame")
-        torch.testing.assert_close(found[:, new:end], alone[:, new - start :], atol=1e-10, rtol=0)
+        torch.testing.assert_close(
+            log_prob[:, new:end], alone[:, new - start :], atol=1e-10, rtol=0
+        )
     with pytest.raises(LikelihoodError, match="each of the 7 frames once"):
         likelihood(model.flow, x, text, windows=windows[:-1])
 
@@ -172,18 +177,18 @@ def test_noise_of_a_draw_depends_on_seed_draw_and_frame_alone() -> None:
 def test_draws_have_a_mean_and_an_error_that_shrinks() -> None:
     model = tiny_model()
     x, (text, _) = latents(model), texts(model, 2)
-    found = noisy_likelihood(model.flow, x, text, draws=24, seed=5, chunk_tokens=7)
-    assert found.loss_BTHW.shape == (24, 2, 4, 2, 3)
+    clips = noisy_likelihood(model.flow, x, text, draws=24, seed=5, chunk_tokens=7)
+    assert clips.loss_BTHW.shape == (24, 2, 4, 2, 3)
     one = x + 0.3 * draw_noise(5, 2, x.shape[1:]).double()
     direct = likelihood(model.flow, one, text).log_prob()
-    torch.testing.assert_close(found.log_prob()[2], direct, atol=1e-10, rtol=0)
+    torch.testing.assert_close(clips.log_prob()[2], direct, atol=1e-10, rtol=0)
     alone = noisy_likelihood(model.flow, lambda _: x[1:], text[1:], draws=3, seed=5)
-    torch.testing.assert_close(alone.log_prob()[:, 0], found.log_prob()[:3, 1])
-    mean, error = over_draws(found.nll("frame", "bits_per_dim"))
+    torch.testing.assert_close(alone.log_prob()[:, 0], clips.log_prob()[:3, 1])
+    mean, error = over_draws(clips.nll("frame", "bits_per_dim"))
     assert mean.shape == error.shape == (2, 4)
-    few = over_draws(found.nll("frame", "bits_per_dim")[:6]).standard_error
+    few = over_draws(clips.nll("frame", "bits_per_dim")[:6]).standard_error
     assert 0 < error.mean() < few.mean() < 1
-    assert over_draws(found.loss()[:1]).standard_error.isnan().all()
+    assert over_draws(clips.loss()[:1]).standard_error.isnan().all()
     with pytest.raises(LikelihoodError, match="draws = 0"):
         noisy_likelihood(model.flow, x, text, draws=0)
 
@@ -211,13 +216,13 @@ def test_a_perfect_model_reaches_the_floor_and_is_never_accused() -> None:
 
 
 def test_latents_without_their_noise_are_under_the_floor_and_said_so() -> None:
-    """The true density of noisy latents, asked about latents that never got the noise, or a third of it."""
+    """The true density of noisy latents, asked about latents with none of the noise or a third."""
     sigma, x = 0.3, torch.full((1, 4, 4, 2, 3), 0.7, dtype=torch.float64)
     model = _perfect(sigma, 0.7)
     for share in (0.0, 1 / 3):
         noise = torch.stack([draw_noise(0, d, x.shape[1:]) for d in range(4)])
-        found = likelihood(model.flow, x + share * sigma * noise).loss()
-        mean, error = over_draws(found)
+        losses = likelihood(model.flow, x + share * sigma * noise).loss()
+        mean, error = over_draws(losses)
         with pytest.warns(NoiseFloorWarning, match=r"test clip: .*carry no noise, or less than σ"):
             assert check_noise_floor(
                 float(mean), float(error), sigma, num_elements=4 * x.numel(), what="test clip"
@@ -232,8 +237,9 @@ from flow.config import FlowConfig
 from flow.flow import DeepShallowFlow
 from flow.likelihood import likelihood
 chunk = int(sys.argv[1])
-config = FlowConfig(latent_channels=16, text_len=8, text_dim=16, shallow_width=64, deep_width=256, head_dim=64,
-                    layers_per_block=(1, 1, 6), noise_std=0.3, pos_len=4.0, denoiser=False)
+config = FlowConfig(latent_channels=16, text_len=8, text_dim=16, shallow_width=64, deep_width=256,
+                    head_dim=64, layers_per_block=(1, 1, 6), noise_std=0.3, pos_len=4.0,
+                    denoiser=False)
 torch.manual_seed(0)
 flow = DeepShallowFlow(config)
 torch.nn.init.normal_(flow.deep.proj_out.weight, std=0.02)
@@ -254,23 +260,24 @@ print(json.dumps({"loss": loss, "extra": held("VmHWM:") - before}))
 
 
 def _measured(chunk: int) -> dict[str, float]:
-    """Loss of 24 frames of 256 tokens, and how far the peak memory of a process was over what it held before."""
-    done = subprocess.run(
+    """Loss of 24 frames of 256 tokens, and the peak memory over what the process held before."""
+    child = subprocess.run(
         [sys.executable, "-c", MEASURE, str(chunk)],
         capture_output=True,
         text=True,
         timeout=200,
         check=True,
     )
-    values = json.loads(done.stdout)
+    values = json.loads(child.stdout)
     assert isinstance(values, dict)
     return values
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_long_clip_is_that_of_one_attention() -> None:
-    """6144 tokens: one tensor of the deep block is 6.3 MB, a cache of its layers 76 MB, the square of the
-    sequence 151 MB per head.
+    """6144 tokens: one tensor of the deep block is 6.3 MB.
+
+    A cache of its layers is 76 MB, the square of the sequence 151 MB per head.
     """
     whole, chunked = _measured(0), _measured(256)
     assert chunked["loss"] == pytest.approx(whole["loss"], abs=1e-5)

@@ -1,4 +1,4 @@
-"""Videos far beyond the trained length: the same frames whatever follows, and no memory of what has gone."""
+"""Videos far beyond the trained length: frames do not depend on what follows, memory stays flat."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_twenty_times_the_trained_length_takes_no_more_memory() -> None:
     text, null = texts(model, dtype=torch.float32)
     deep = DeepStream(model.flow, text, null, dataclasses.replace(SPEC, tolerance=1e-3))
     frames = FrameStream(model, text)
-    held, made = [], 0
+    live_bytes, num_frames = [], 0
     while not deep.done:
-        made += len(frames.push(deep.next_frame()))
+        num_frames += len(frames.push(deep.next_frame()))
         if deep.frame_index % TRAINED_FRAMES == 0:
-            held.append(_live_bytes())
-    assert made + len(frames.finish()) == SPEC.num_frames
+            live_bytes.append(_live_bytes())
+    assert num_frames + len(frames.finish()) == SPEC.num_frames
     # The denoiser sees ten frames back, so its caches are full after four of these steps.
-    assert max(held[5:]) <= max(held[:5])
+    assert max(live_bytes[5:]) <= max(live_bytes[:5])

@@ -1,4 +1,7 @@
-"""Released checkpoints: every published name at full size, little memory for any file, refusals that name everything."""
+"""Released checkpoints: every published name at full size, little memory for any file.
+
+Refusals name everything that does not fit.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ import torch
 
 from flow.config import PRESETS, ConfigError
 from flow.flow import FlowModel
+from flow.model_folder import CheckpointError, load_model
 from flow.released_checkpoint import import_released, open_released
 from flow.released_yaml import ReleasedNotes, read_notes
-from flow.weights import CheckpointError, load_model
 from tests.flow.models import tiny_model
 from tests.flow.released_models import (
     billions,
@@ -26,32 +29,41 @@ from tests.flow.released_models import (
 from tests.places import ROOT
 
 STRUCTURE = {
-    "patch_size": 1, "nvp": 1, "rope": 1, "adaln": 0, "sos": 1, "seq_order": "L2R", "use_softplus": 1, "cond_top_only": 1,
-    "use_final_norm": 1, "soft_clip": 4, "lr": "5e-5",
+    "patch_size": 1, "nvp": 1, "rope": 1, "adaln": 0, "sos": 1, "seq_order": "L2R",
+    "use_softplus": 1, "cond_top_only": 1, "use_final_norm": 1, "soft_clip": 4, "lr": "5e-5",
 }  # fmt: skip
 VIDEO = STRUCTURE | {
-    "shallow_block_local": 1, "learnable_self_denoiser": 1, "conditional_denoiser": 1, "denoiser_window": 10,
-    "temporal_causal": 2, "fps_cond": 1, "mix_aspect": 1, "cond_noise_level": 1,
+    "shallow_block_local": 1, "learnable_self_denoiser": 1, "conditional_denoiser": 1,
+    "denoiser_window": 10, "temporal_causal": 2, "fps_cond": 1, "mix_aspect": 1,
+    "cond_noise_level": 1,
 }  # fmt: skip
 VIDEO_7B = VIDEO | {
-    "img_size": 640, "txt_size": 256, "vid_size": "81:16", "channel_size": 48, "channels": 3072, "top_block_channels": 4096,
-    "blocks": 6, "layers_per_block": "2 2 2 2 2 24", "noise_std": 0.5, "pt_seq_len": 32,
+    "img_size": 640, "txt_size": 256, "vid_size": "81:16", "channel_size": 48, "channels": 3072,
+    "top_block_channels": 4096, "blocks": 6, "layers_per_block": "2 2 2 2 2 24", "noise_std": 0.5,
+    "pt_seq_len": 32,
     "vae": "Wan-AI/Wan2.2-TI2V-5B-Diffusers:0.6", "text": "google/flan-t5-xl",
 }  # fmt: skip
 IMAGE_3B = STRUCTURE | {
-    "img_size": 256, "txt_size": 128, "channel_size": 4, "channels": 3072, "blocks": 6, "layers_per_block": "2 2 2 2 2 24",
-    "noise_std": 0.3, "vae": "stabilityai/sd-vae-ft-ema", "text": "google/flan-t5-xl",
+    "img_size": 256, "txt_size": 128, "channel_size": 4, "channels": 3072, "blocks": 6,
+    "layers_per_block": "2 2 2 2 2 24", "noise_std": 0.3, "vae": "stabilityai/sd-vae-ft-ema",
+    "text": "google/flan-t5-xl",
 }  # fmt: skip
 TINY = VIDEO | {
-    "img_size": 4, "channel_size": 4, "txt_size": 6, "channels": 32, "head_dim": 32, "layers_per_block": "1 1 1 2",
-    "noise_std": 0.3, "fps_cond": 0, "mix_aspect": 0, "cond_noise_level": 0,
+    "img_size": 4, "channel_size": 4, "txt_size": 6, "channels": 32, "head_dim": 32,
+    "layers_per_block": "1 1 1 2", "noise_std": 0.3, "fps_cond": 0, "mix_aspect": 0,
+    "cond_noise_level": 0,
 }  # fmt: skip
 
 
 def test_every_name_of_the_7b_release_finds_its_place(tmp_path: Path) -> None:
     shapes = released_shapes(
-        channels=48, shallow=3072, deep=4096, layers=(2, 2, 2, 2, 2, 24), text=2048, denoiser_layers=8
-    )  # fmt: skip
+        channels=48,
+        shallow=3072,
+        deep=4096,
+        layers=(2, 2, 2, 2, 2, 24),
+        text=2048,
+        denoiser_layers=8,
+    )
     path = sparse_checkpoint(tmp_path / "7b.pth", shapes)
     assert path.stat().st_size > 27e9
     assert path.stat().st_blocks * 512 < 1e8, "the file system makes no holes"
@@ -111,8 +123,8 @@ def test_every_tensor_that_does_not_fit_is_named_with_its_shapes_in_one_message(
     tmp_path: Path,
 ) -> None:
     state = released_state(tiny_model(torch.float32))
-    gone = [name for name in state if "blocks.1.attn_blocks.0" in name]
-    for name in gone:
+    removed = [name for name in state if "blocks.1.attn_blocks.0" in name]
+    for name in removed:
         del state[name]
     state |= {f"ema.{i}": torch.zeros(i + 1, 2) for i in range(5)}
     wrong = [f"blocks.3.attn_blocks.{i}.mlp.main.0.weight" for i in range(2)]
@@ -121,8 +133,8 @@ def test_every_tensor_that_does_not_fit_is_named_with_its_shapes_in_one_message(
     with pytest.raises(CheckpointError) as refusal:
         open_released(tmp_path / "w.pth", released_yaml(tmp_path / "c.yaml", **TINY))
     message = str(refusal.value)
-    assert len(gone) == 12
-    assert all(f"{name} [" in message for name in gone)
+    assert len(removed) == 12
+    assert all(f"{name} [" in message for name in removed)
     assert all(f"ema.{i} [{i + 1}, 2]" in message for i in range(5))
     assert all(f"{name} is [7, 3], needs [128, 32]" in message for name in wrong)
     assert message.index("missing: ") < message.index("unexpected: ")
@@ -174,8 +186,8 @@ def test_import_of_several_gigabytes_holds_under_two_and_the_largest_tensor(tmp_
     rows |= {"top_block_channels": 4096, "layers_per_block": "1 4", "noise_std": 0.3}
     config = released_yaml(tmp_path / "c.yaml", **rows)
     command = [
-        sys.executable, "-m", "pipeline.cli", "import-weights", str(tmp_path / "w.pth"), "--config", str(config),
-        "--out", str(tmp_path / "model"), "--dtype", "bf16",
+        sys.executable, "-m", "pipeline.cli", "import-weights", str(tmp_path / "w.pth"),
+        "--config", str(config), "--out", str(tmp_path / "model"), "--dtype", "bf16",
     ]  # fmt: skip
     peak = 0
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:

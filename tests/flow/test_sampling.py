@@ -1,4 +1,7 @@
-"""Streams: every schedule gives the sequential video, resumed gives uninterrupted, noise is (seed, n) alone."""
+"""Streams: every schedule gives the sequential video, and a resumed stream the uninterrupted one.
+
+Noise comes from seed and frame alone.
+"""
 
 from __future__ import annotations
 
@@ -81,14 +84,14 @@ def test_guided_sample_with_first_frame_and_text_meets_its_certificate(
     model = tiny_model(layers_per_block=ORDERS[order])
     text, null = texts(model)
     spec = dataclasses.replace(SPEC, schedule=schedule)
-    given = model.flow.shallow_forward(randn(1, 1, 4, 2, 3, seed=4)).detach()
+    first_u = model.flow.shallow_forward(randn(1, 1, 4, 2, 3, seed=4)).detach()
     for long in (spec, dataclasses.replace(spec, num_frames=8, window_frames=3, context_frames=2)):
-        u = torch.cat(_frames(model, long, first_frame_u=given), dim=1)
-        assert torch.equal(u[:, :1], given)
-        found = certificate(model.flow, u, text, null, long, given_frames=1)
-        assert found.max_abs < 1e-10
-        assert found.p999_abs <= found.max_abs
-        assert found.num_elements == u[:, 1:].numel()
+        u = torch.cat(_frames(model, long, first_frame_u=first_u), dim=1)
+        assert torch.equal(u[:, :1], first_u)
+        proof = certificate(model.flow, u, text, null, long, given_frames=1)
+        assert proof.max_abs < 1e-10
+        assert proof.p999_abs <= proof.max_abs
+        assert proof.num_elements == u[:, 1:].numel()
     loose = dataclasses.replace(SPEC, tolerance=0.3, block_size=6)
     u = torch.cat(_frames(model, loose), dim=1)
     assert certificate(model.flow, u, text, null, loose).max_abs > 1e-6
@@ -105,11 +108,11 @@ def test_null_text_is_not_read_without_guidance_and_text_may_be_absent() -> None
         sample(model, text, None, SPEC)
 
 
-@pytest.mark.parametrize("made", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("resume_at", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("window", [None, 3])
 def test_resumed_stream_equals_the_uninterrupted_one(
-    made: int, given: bool, window: int | None
+    resume_at: int, given: bool, window: int | None
 ) -> None:
     model = tiny_model()
     first = model.flow.shallow_forward(randn(1, 1, 4, 2, 3, seed=4)).detach() if given else None
@@ -117,8 +120,8 @@ def test_resumed_stream_equals_the_uninterrupted_one(
         SPEC, num_frames=7, window_frames=window, context_frames=2, tolerance=1e-3
     )
     whole = _frames(model, spec, first_frame_u=first)
-    resumed = _frames(model, spec, first_frame_u=first, emitted=whole[:made])
-    _same(resumed, whole[made:], atol=1e-9)
+    resumed = _frames(model, spec, first_frame_u=first, emitted=whole[:resume_at])
+    _same(resumed, whole[resume_at:], atol=1e-9)
 
 
 def test_long_video_restarts_from_its_context_as_a_new_video_would() -> None:
@@ -154,8 +157,8 @@ def test_loose_tolerance_saves_iterations_and_counters_say_so() -> None:
     assert [work.iterations for work in one_by_one.shallow] == [6] * 3
     assert len(loose.seconds) == 4
     assert loose.tokens_per_s > 0
-    made = loose.tokens_per_s * loose.ms_per_iteration * loose.iterations / 1e3
-    assert made == pytest.approx(4 * 6)
+    tokens = loose.tokens_per_s * loose.ms_per_iteration * loose.iterations / 1e3
+    assert tokens == pytest.approx(4 * 6)
 
 
 @pytest.mark.parametrize("mode", ["every", "once", "none"])
@@ -255,7 +258,7 @@ def test_trained_small_model_gives_its_reference_samples(guidance: float) -> Non
     expected = case["sample_guided" if guidance else "sample_sequential"][row]
     torch.testing.assert_close(x, expected, atol=1e-3, rtol=0)
     u = torch.cat([model.flow.shallow_forward(x[:, n : n + 1]).detach() for n in range(9)], dim=1)
-    found = certificate(
+    proof = certificate(
         model.flow,
         u,
         case["text"][row],
@@ -263,14 +266,14 @@ def test_trained_small_model_gives_its_reference_samples(guidance: float) -> Non
         spec,
         noise=lambda n: noise[row, n],
     )
-    assert found.max_abs < 1e-2
+    assert proof.max_abs < 1e-2
     if guidance:
         torch.testing.assert_close(u, case["deep_guided"][row], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("schedule", ["sliding", "jacobi", "sequential"])
 def test_bf16_weights_sample_with_affine_arithmetic_in_fp32(schedule: str) -> None:
-    """The certificate of the same weights in fp32 shows bf16 rounding in mu and sigma, and nothing worse."""
+    """The certificate of the same weights in fp32 shows bf16 rounding in mu and sigma, no worse."""
     model = tiny_model(torch.bfloat16)
     text, null = texts(model, dtype=torch.bfloat16)
     spec = dataclasses.replace(SPEC, schedule=schedule)

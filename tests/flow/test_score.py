@@ -1,4 +1,7 @@
-"""Score-based denoising: the gradient of the log-density, in closed form where there is one, by autograd everywhere."""
+"""Score-based denoising: the gradient of the log-density.
+
+It is held against a closed form where there is one, and against autograd everywhere.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ def test_score_is_the_gradient_of_the_log_prob(
     model = tiny_model(**STRUCTURES[structure])
     x, (text, _) = latents(model).requires_grad_(), texts(model, 2)
     (expected,) = torch.autograd.grad(model.flow(x, text).log_prob().sum(), x)
-    found = score(model.flow, x.detach(), text)
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    gradient = score(model.flow, x.detach(), text)
+    torch.testing.assert_close(gradient, expected, atol=1e-10, rtol=0)
     assert all(parameter.grad is None for parameter in model.parameters())
     torch.testing.assert_close(
         tweedie(model.flow, x.detach(), text), x.detach() + 0.3**2 * expected, atol=1e-10, rtol=0
     )
     if not model.config.video:
-        assert torch.equal(score(model.flow, x[:, 0].detach(), text), found[:, 0])
+        assert torch.equal(score(model.flow, x[:, 0].detach(), text), gradient[:, 0])
 
 
 def test_score_of_a_standard_normal_is_minus_x() -> None:
@@ -43,7 +46,7 @@ def test_score_of_a_standard_normal_is_minus_x() -> None:
 
 
 def test_score_denoising_finds_the_mean_of_noisy_gaussians() -> None:
-    """x ~ N(m, s²) with noise σ: the flow of the noisy density gives m + s²/(s² + σ²)·(x_noisy - m)."""
+    """x ~ N(m, s²) with noise σ: the noisy density gives m + s²/(s² + σ²)·(x_noisy - m)."""
     mean, spread, sigma = 0.7, 0.4, 0.3
     model = FlowModel(tiny_config(soft_clip=0.0)).double()
     bias = model.flow.deep.proj_out.bias
@@ -69,7 +72,7 @@ def test_score_of_a_long_video_is_that_of_its_windows() -> None:
     x, (text, _) = latents(model, frames=7), texts(model, 2)
     spec = SampleSpec(num_frames=7, grid=(2, 3), window_frames=4, context_frames=2)
     windows = [*spec.context_windows()]
-    found = score(model.flow, x, text, windows=windows)
+    gradient = score(model.flow, x, text, windows=windows)
 
     def log_prob(y: Tensor) -> float:
         return float(likelihood(model.flow, y, text, windows=windows).log_prob().sum())
@@ -77,7 +80,7 @@ def test_score_of_a_long_video_is_that_of_its_windows() -> None:
     for seed in range(3):
         step = 1e-5 * randn(*x.shape, seed=40 + seed)
         slope = (log_prob(x + step) - log_prob(x - step)) / 2
-        assert slope == pytest.approx(float((found * step).sum()), abs=1e-9)
+        assert slope == pytest.approx(float((gradient * step).sum()), abs=1e-9)
 
 
 def test_a_stream_answers_at_its_end_with_the_whole_clips_result() -> None:
@@ -105,8 +108,8 @@ def test_a_long_sample_is_denoised_through_the_windows_it_was_made_in() -> None:
     noisy = sample(model, text, None, spec, denoiser="none")
     expected = tweedie(model.flow, noisy, text, windows=[*spec.context_windows()])
     assert (tweedie(model.flow, noisy, text) - expected).abs().max() > 1e-6
-    found = sample(model, text, None, spec, denoiser="score")
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    clean = sample(model, text, None, spec, denoiser="score")
+    torch.testing.assert_close(clean, expected, atol=1e-10, rtol=0)
 
 
 def test_score_needs_no_denoiser_and_an_unknown_one_is_refused() -> None:

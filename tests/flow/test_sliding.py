@@ -140,17 +140,17 @@ def test_every_iteration_makes_at_least_one_token_final(tolerance: float) -> Non
     reference.solve(reference.sequential(z))
     inverter = _inverter(model)
     suggest(inverter, randn(2, LENGTH, 4, seed=6))
-    spent, final = 0, torch.zeros_like(z)
+    iterations, final = 0, torch.zeros_like(z)
     for until in range(1, LENGTH + 1):
-        spent += _slide(inverter, z, until, tolerance=tolerance)
-        assert inverter.solved >= max(until, spent)
-        kept = inverter.tokens_BLC[:, : inverter.solved]
+        iterations += _slide(inverter, z, until, tolerance=tolerance)
+        assert inverter.solved >= max(until, iterations)
+        solved = inverter.tokens_BLC[:, : inverter.solved]
         if tolerance == 0:
             expected = reference.tokens_BLC[:, : inverter.solved]
-            torch.testing.assert_close(kept, expected, atol=1e-11, rtol=0)
-        assert torch.equal(kept[:, : until - 1], final[:, : until - 1]), "a final token moved"
-        final[:, : inverter.solved] = kept
-    assert inverter.work.iterations == spent
+            torch.testing.assert_close(solved, expected, atol=1e-11, rtol=0)
+        assert torch.equal(solved[:, : until - 1], final[:, : until - 1]), "a final token moved"
+        final[:, : inverter.solved] = solved
+    assert inverter.work.iterations == iterations
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.5])
@@ -158,16 +158,16 @@ def test_every_iteration_makes_at_least_one_token_final(tolerance: float) -> Non
 def test_kept_cache_is_that_of_the_final_tokens(tolerance: float, dtype: torch.dtype) -> None:
     model, z = _model().to(dtype), randn(2, LENGTH, 4, seed=5).to(dtype)
     assert can_pack(model.flow.deep) == (dtype == torch.float32)
-    kept = _inverter(model)
-    iterations = _slide(kept, z, tolerance=tolerance)
+    inverter = _inverter(model)
+    iterations = _slide(inverter, z, tolerance=tolerance)
     assert iterations < LENGTH or tolerance < 0.5, "the test wants tokens accepted as they stand"
     again = _inverter(model)
-    again.restart(kept.tokens_BLC.clone())
+    again.restart(inverter.tokens_BLC.clone())
     atol = 1e-11 if dtype == torch.float64 else 2e-5
-    for a, b in zip(kept.caches, again.caches, strict=True):
+    for a, b in zip(inverter.caches, again.caches, strict=True):
         torch.testing.assert_close(a.k_BHSD, b.k_BHSD, atol=atol, rtol=0)
         torch.testing.assert_close(a.v_BHSD, b.v_BHSD, atol=atol, rtol=0)
-    torch.testing.assert_close(kept.mu_BLC, again.mu_BLC, atol=atol, rtol=0)
+    torch.testing.assert_close(inverter.mu_BLC, again.mu_BLC, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("start", [*_starts()])
@@ -199,14 +199,14 @@ def test_settling_seen_and_unseen_is_the_same(near: int) -> None:
     exact = torch.addcmul(inverter.mu_BLC[:, :8], inverter.sigma_BLC[:, :8], z)
     inverter.tokens_BLC[:, :near] = exact[:, :near]
     before = inverter.tokens_BLC.clone()
-    kept = _settle(inverter, 0, 8, z, carry, 1e-6)
-    seen = inverter.tokens_BLC.clone()
+    prefix = _settle(inverter, 0, 8, z, carry, 1e-6)
+    by_slices = inverter.tokens_BLC.clone()
     inverter.tokens_BLC.copy_(before)
-    unseen = _settle_unseen(inverter, 0, 8, z, carry, 1e-6)
-    assert kept == int(unseen) == near
-    torch.testing.assert_close(inverter.tokens_BLC, seen, atol=1e-12, rtol=0)
+    prefix_unseen = _settle_unseen(inverter, 0, 8, z, carry, 1e-6)
+    assert prefix == int(prefix_unseen) == near
+    torch.testing.assert_close(inverter.tokens_BLC, by_slices, atol=1e-12, rtol=0)
     assert torch.equal(
-        seen[:, : near + 1][:, :8], torch.cat([before[:, :near], exact[:, near : near + 1]], 1)
+        by_slices[:, : near + 1][:, :8], torch.cat([before[:, :near], exact[:, near : near + 1]], 1)
     )
 
 
@@ -234,10 +234,10 @@ def test_default_tolerance_meets_its_certificate_on_trained_weights() -> None:
     spec = SampleSpec(num_frames=9, grid=(8, 8), guidance=2.5)
     stream = DeepStream(model.flow, text, null, spec, noise=lambda n: case["noise"][:1, n])
     u = torch.cat([stream.next_frame() for _ in range(9)], dim=1)
-    found = certificate(model.flow, u, text, null, spec, noise=lambda n: case["noise"][:1, n])
+    proof = certificate(model.flow, u, text, null, spec, noise=lambda n: case["noise"][:1, n])
     # A token's root mean square within the tolerance bounds each of its numbers.
-    assert found.max_abs <= spec.token_tolerance * 48**0.5 + 1e-3
-    assert found.p999_abs < 0.2
+    assert proof.max_abs <= spec.token_tolerance * 48**0.5 + 1e-3
+    assert proof.p999_abs < 0.2
     expected = case["deep_guided"][:1]
     assert (u - expected).norm() / expected.norm() < 3e-2
     assert stream.counters.iterations <= 70

@@ -44,13 +44,13 @@ def test_streams_at_different_frames_get_what_they_get_alone(
 ) -> None:
     model = tiny_model().to(dtype)
     streams = [_stream(model, kind) for kind in KINDS]
-    made: list[list[Tensor]] = [[] for _ in streams]
+    frames_of: list[list[Tensor]] = [[] for _ in streams]
     for ahead, stream in enumerate(streams):  # stream i begins i frames ahead of the others
-        made[ahead] = [stream.next_frame() for _ in range(ahead)]
+        frames_of[ahead] = [stream.next_frame() for _ in range(ahead)]
     while waiting := [s for s in streams if not s.done]:
         for stream, frame in zip(waiting, next_frames(waiting), strict=True):
-            made[streams.index(stream)].append(frame)
-    for frames, kind in zip(made, KINDS, strict=True):
+            frames_of[streams.index(stream)].append(frame)
+    for frames, kind in zip(frames_of, KINDS, strict=True):
         torch.testing.assert_close(torch.cat(frames, dim=1), _alone(model, kind), atol=atol, rtol=0)
 
 

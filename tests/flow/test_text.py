@@ -38,10 +38,13 @@ PROMPTS = [
         {"fps": 0, "noise_std": 0.3, "aspect_ratio": "1:1"},
         "Noise Level 300:\nAn image:\nTWO BOATS\n\n in a 1:1 aspect ratio.\n",
     ),
-    ({"fps": 24, "aspect_ratio": "9:16"}, "A video with 24 fps:\nTWO BOATS\n\n in a 9:16 aspect ratio.\n"),
+    (
+        {"fps": 24, "aspect_ratio": "9:16"},
+        "A video with 24 fps:\nTWO BOATS\n\n in a 9:16 aspect ratio.\n",
+    ),
     ({"fps": 8, "noise_std": 0.25}, "Noise Level 250:\nA video with 8 fps:\nTWO BOATS\n"),
     ({}, "TWO BOATS"),
-]  # fmt: skip
+]
 """What a caption becomes by what is said with it; TWO BOATS stands for the caption."""
 
 
@@ -169,7 +172,7 @@ def test_byte_level_t5_reads_every_prompt_as_the_model_alone_does(tmp_path: Path
     assert text.dtype == torch.float32
     model = T5EncoderModel.from_pretrained(tmp_path).eval()
     for row, words in enumerate(texts):
-        # ByT5's code: bytes shifted by its three special tokens, an end mark (1) that survives the cut.
+        # ByT5's code: bytes shifted by its three special tokens; an end mark (1) outlives the cut.
         tokens = [*[byte + 3 for byte in words.encode()][:23], 1]
         with torch.no_grad():
             alone = model(torch.tensor([tokens])).last_hidden_state[0]
@@ -186,7 +189,8 @@ def test_t5_by_hub_id_comes_from_the_hubs_cache(tmp_path: Path) -> None:
     byte_t5(repository / "snapshots" / "0123abc")
     code = (
         "from flow.text import TextSpec, build_text_encoder\n"
-        "text = build_text_encoder(TextSpec('t5', 8, 16, path='google/flan-t5-xl')).encode(['a cat'])\n"
+        "encoder = build_text_encoder(TextSpec('t5', 8, 16, path='google/flan-t5-xl'))\n"
+        "text = encoder.encode(['a cat'])\n"
         "print(tuple(text.shape), bool(text[0, 6:].any()))"
     )
     child = subprocess.run(

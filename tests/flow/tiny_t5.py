@@ -8,7 +8,10 @@ import torch
 
 
 def byte_t5(folder: Path, width: int = 16) -> Path:
-    """Write tokenizer (ByT5's, which needs no vocabulary) and encoder to `folder`, as published models are laid out."""
+    """Write tokenizer and encoder to `folder`, in the layout of published models.
+
+    The tokenizer is ByT5's, which needs no vocabulary.
+    """
     from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
     ByT5Tokenizer().save_pretrained(folder)

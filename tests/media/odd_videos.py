@@ -96,7 +96,7 @@ _FORMATS = {"mkv": "matroska", "ts": "mpegts"}
 def remuxed(
     data: bytes, *, keep: Callable[[int, Any], bool], shift: int = 0, suffix: str = "mp4"
 ) -> bytes:
-    """The packets that `keep(number, packet)` names, copied, their times shifted by so many ticks."""
+    """The packets that `keep(number, packet)` names, their times shifted by so many ticks."""
     out = io.BytesIO()
     with av.open(io.BytesIO(data)) as source, av.open(out, "w", format=suffix) as container:
         stream = source.streams.video[0]
@@ -111,7 +111,7 @@ def remuxed(
 
 
 def cut_with_edit_list() -> bytes:
-    """What `ffmpeg -ss 1.0 -i x.mp4 -c copy y.mp4` makes: 25 of 100 frames hidden by an edit list."""
+    """What `ffmpeg -ss 1.0 -c copy` makes: 25 of 100 frames hidden by an edit list."""
     whole = video()
     with av.open(io.BytesIO(whole)) as container:
         one_second = round(1 / container.streams.video[0].time_base)
@@ -123,10 +123,9 @@ def without_first_keyframe() -> bytes:
     return remuxed(video(), keep=lambda number, packet: number >= 33)
 
 
-def size_changes() -> bytes:
-    """50 frames of 128×128, then 50 of 144×256, one transport stream after the other."""
-    first = video(suffix="ts", count=50)
-    return first + video(suffix="ts", count=50, size=(144, 256))
+def size_changes(first: int = 50) -> bytes:
+    """Frames of 128×128, then 50 of 144×256, one transport stream after the other."""
+    return video(suffix="ts", count=first) + video(suffix="ts", count=50, size=(144, 256))
 
 
 def with_matrix(a: int, b: int, c: int, d: int) -> bytes:
@@ -242,8 +241,9 @@ def playlists(folder: Path, url: str) -> Iterator[tuple[str, bytes]]:
     yield (
         "dash",
         (
-            f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period><AdaptationSet>'
-            f"<Representation><BaseURL>{url}/a.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>"
+            '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period>'
+            f"<AdaptationSet><Representation><BaseURL>{url}/a.mp4</BaseURL></Representation>"
+            "</AdaptationSet></Period></MPD>"
         ).encode(),
     )
     yield "dash without a declaration", f"<MPD><BaseURL>{url}/</BaseURL></MPD>".encode()

@@ -99,3 +99,18 @@ def test_only_web_formats_are_decoded() -> None:
     Image.new("RGB", (8, 8)).save(out, "BMP")
     with pytest.raises(UnreadableImage):
         decode_image(out.getvalue())
+
+
+def test_the_same_frames_give_the_same_file_every_time() -> None:
+    rng = np.random.default_rng(0)
+    still = rng.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    frames = np.concatenate([np.roll(still, n, axis=2) for n in range(24)])
+    assert len({encode_mp4(frames, 16.0) for _ in range(25)}) == 1
+
+
+def test_grey_of_sixteen_bits_keeps_its_levels() -> None:
+    levels = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    file = io.BytesIO()
+    Image.fromarray(levels).save(file, "PNG")
+    frame = decode_image(file.getvalue())
+    np.testing.assert_array_equal(frame[..., 0], levels >> 8)

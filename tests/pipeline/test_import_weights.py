@@ -1,4 +1,4 @@
-"""From a checkpoint as released to a picture and a video: `flowreel import-weights`, then `flowreel sample`."""
+"""From a released checkpoint to a picture and a video: `import-weights`, then `sample`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from flow.codec import LatentConvention, VideoCodec
 from flow.flow import FlowModel
-from flow.weights import load_model, read_spec
+from flow.model_folder import load_model, read_spec
 from media.read import read_video
 from pipeline.cli import app
 from serving.loading import load
@@ -80,8 +80,8 @@ def test_image_release_becomes_a_model_that_paints_through_the_sd_vae(
     assert spec.flow.pos_len == 4.0
 
     out = tmp_path / "picture.png"
-    flowreel("sample", tmp_path / "model", "--prompt", PROMPT, "--guidance", 1, "--seed", 3, "--out", out,
-             "--schedule", "sequential")  # fmt: skip
+    flowreel("sample", tmp_path / "model", "--prompt", PROMPT, "--guidance", 1, "--seed", 3,
+             "--out", out, "--schedule", "sequential")  # fmt: skip
     with Image.open(io.BytesIO(out.read_bytes())) as picture:
         painted = np.asarray(picture)
     assert painted.shape == (32, 32, 3)
@@ -106,7 +106,8 @@ def test_image_release_becomes_a_model_that_paints_through_the_sd_vae(
 def test_video_release_becomes_a_model_that_makes_videos(tmp_path: Path, text: Path) -> None:
     codec = made(WAN | STATISTICS, tmp_path / "wan")
     yaml = VIDEO | {
-        "img_size": 64, "vid_size": "9:8", "pt_seq_len": 4, "vae": "Wan-AI/Wan2.2-TI2V-5B-Diffusers:0.6",
+        "img_size": 64, "vid_size": "9:8", "pt_seq_len": 4,
+        "vae": "Wan-AI/Wan2.2-TI2V-5B-Diffusers:0.6",
     }  # fmt: skip
     command = released(tmp_path, yaml, prompt_fps=True)
     flowreel("import-weights", *command, "--codec", codec, "--text", text, "--dtype", "bf16")

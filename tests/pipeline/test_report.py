@@ -61,7 +61,8 @@ def test_prompts_are_text_on_the_page_never_markup(tmp_path: Path) -> None:
     sample = Sample("<script>alert(1)</script>", "text to video", path, frames)
     assert contact_sheet([sample]).width > 100
     page = write_report(
-        tmp_path, title="t", summary=SUMMARY, samples=[sample], history=history(0.1), spans=[], statuses={"kept": 1}
+        tmp_path, title="t", summary=SUMMARY, samples=[sample], history=history(0.1), spans=[],
+        statuses={"kept": 1},
     ).read_text()  # fmt: skip
     assert "<script>" not in page
     assert "&lt;script&gt;" in page

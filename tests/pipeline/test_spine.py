@@ -1,4 +1,4 @@
-"""The spine, felt from end to end: one real `flowreel demo` at its smallest, and what a user does with what it leaves."""
+"""The spine from end to end: one real `flowreel demo` at its smallest, and what follows it."""
 
 from __future__ import annotations
 
@@ -9,67 +9,46 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from media.read import read_video
 from pipeline.client import Request, VideoClient
+from tests.pipeline import command
 from tests.places import ROOT
 
 MICRO = (
     "world.num_clips=40", "world.num_images=8", "world.clips_per_shard=24", "train.steps=6",
-    "train.checkpoints.every_steps=3", "train.batches.batch_size=4", "train.batches.image_batch_size=4",
+    "train.checkpoints.every_steps=3", "train.batches.batch_size=4",
+    "train.batches.image_batch_size=4",
     "model.deep_width=64", "model.shallow_width=32",
-    "model.layers_per_block=[1,1,1,2]", "model.denoiser_layers=2", "evaluate.colour_clips=4", "evaluate.noise_draws=2",
+    "model.layers_per_block=[1,1,1,2]", "model.denoiser_layers=2", "evaluate.colour_clips=4",
+    "evaluate.noise_draws=2",
 )  # fmt: skip
 SETTINGS = [part for value in MICRO for part in ("--set", value)]
 SAMPLES = 48
 
 
-def flowreel(
-    *arguments: str, timeout_s: float = 280, mark: str = ""
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        cwd=ROOT,
-        env={**os.environ, "FLOWREEL_TEST_MARK": mark},
-        check=False,
+def flowreel(*arguments: str, mark: str = "", timeout_s: float = 280) -> str:
+    """Standard output of a command that succeeds."""
+    ended = command.flowreel(
+        *arguments, timeout_s=timeout_s, environment={"FLOWREEL_TEST_MARK": mark}
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def processes_with(mark: str) -> list[psutil.Process]:
-    """Processes that inherited the environment of a run."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("FLOWREEL_TEST_MARK") == mark:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out, mark = tmp_path_factory.mktemp("demo") / "run", secrets.token_hex(8)
     flowreel("demo", "--out", str(out), *SETTINGS, mark=mark)
-    give_up = time.monotonic() + 10
-    while processes_with(mark) and time.monotonic() < give_up:
-        time.sleep(0.2)
-    assert not processes_with(mark), "the demo left processes behind"
+    assert command.none_left(mark), "the demo left processes behind"
     return out
 
 
@@ -82,7 +61,8 @@ def summary(run: Path) -> dict[str, object]:
 
 def test_the_summary_holds_every_figure_it_promises(summary: dict[str, object]) -> None:
     for name in (
-        "held_out_nats_per_dim", "gaussian_nats_per_dim", "shuffled_caption_nats_per_dim", "colour_accuracy",
+        "held_out_nats_per_dim", "gaussian_nats_per_dim", "shuffled_caption_nats_per_dim",
+        "colour_accuracy",
         "colour_chance", "codec_psnr_db", "overlap_s", "noise_floor_nats_per_dim",
     ):  # fmt: skip
         assert isinstance(summary[name], float), name
@@ -142,7 +122,7 @@ def test_sample_makes_the_served_video_frame_for_frame(run: Path, tmp_path: Path
 
 def test_likelihood_prints_a_mean_with_its_standard_error(run: Path, tmp_path: Path) -> None:
     video = next(run.glob("text-to-video-000*.mp4"))
-    command = (
+    asked = (
         "likelihood",
         str(run / "train" / "model"),
         str(video),
@@ -151,12 +131,12 @@ def test_likelihood_prints_a_mean_with_its_standard_error(run: Path, tmp_path: P
         "--draws",
         "3",
     )
-    said = flowreel(*command).stdout
+    said = flowreel(*asked)
     match = re.search(r"loss\s+(-?\d+\.\d+) ± (\d+\.\d+) nats/dim", said)
     assert match is not None, said
     assert float(match.group(1)) > 0.5 + np.log(0.3)
     picture = tmp_path / "surprise.png"
-    again = flowreel(*command, "--per-token", str(picture)).stdout
+    again = flowreel(*asked, "--per-token", str(picture))
     assert picture.stat().st_size > 10_000
     assert again.splitlines()[-7:-1] == said.splitlines()[-6:], "seeded draws give the same figures"
 
@@ -181,11 +161,11 @@ def test_prepare_and_train_run_again_do_nothing(run: Path) -> None:
         "--recipe",
         recipe,
     )
-    assert "nothing to do" in said.stdout
+    assert "nothing to do" in said
     said = flowreel(
         "train", "--data", str(run / "latents"), "--out", str(run / "train"), "--recipe", recipe
     )
-    assert "nothing to do" in said.stdout
+    assert "nothing to do" in said
     after = state()
     assert {k: v for k, v in after.items() if k in before} == before
 
@@ -235,12 +215,12 @@ def test_the_whole_demo_runs_as_a_job_submitted_from_the_command_line(
     try:
         address = f"http://{context.address_info['webui_url']}"
         recipe = str(run / "recipe.yaml")
-        done = flowreel(
+        said = flowreel(
             "submit", recipe, "--address", address, "--", "--out", str(out), timeout_s=500
         )
     finally:
         ray.shutdown()
-    assert "SUCCEEDED" in done.stdout
+    assert "SUCCEEDED" in said
     assert (out / "report.html").is_file()
     assert len(list(out.glob("*.mp4"))) == 6
     assert json.loads((out / "summary.json").read_text())["steps"] == 6
@@ -269,34 +249,36 @@ def read_keys(tar: Path) -> set[str]:
         return {member.name.split(".")[0] for member in members}
 
 
-def test_serve_answers_until_interrupted_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
-    mark = secrets.token_hex(8)
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_serve_answers_where_it_is_told_until_it_is_stopped(
+    run: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    mark, port = secrets.token_hex(8), free_port()
     served = subprocess.Popen(
-        [sys.executable, "-u", "-m", "pipeline.cli", "serve", str(run / "train" / "model"), "--port", "0",
-         "--data-dir", str(tmp_path)],
+        [*command.PYTHON, "serve", str(run / "train" / "model"), "--json", "--set",
+         f"serve.port={port}", "--data-dir", str(tmp_path)],
         stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "FLOWREEL_TEST_MARK": mark},
     )  # fmt: skip
     try:
         assert served.stdout is not None
-        url = next(
-            m.group()
-            for line in served.stdout
-            if (m := re.search(r"http://127\.0\.0\.1:\d+", line))
-        )
+        text = "".join(iter(served.stdout.readline, "}\n"))
+        url = json.loads(text + "}")["url"]
+        assert url == f"http://127.0.0.1:{port}"
         with VideoClient(url) as client:
             video = client.make(Request("text to video", "a red circle", 5, 1), tmp_path)
         assert video.frames.shape == (5, 64, 64, 3)
-        served.send_signal(signal.SIGINT)
-        assert served.wait(60) == 130
+        served.send_signal(number)
+        assert served.wait(60) == code
     finally:
         served.kill()
-        served.wait()
-        if served.stdout is not None:
-            served.stdout.close()
-    give_up = time.monotonic() + 20
-    while (left := processes_with(mark)) and time.monotonic() < give_up:
-        time.sleep(0.2)
-    assert not left
+        served.communicate()
+    assert command.none_left(mark)
 
 
 def test_imported_reference_weights_make_a_model_folder(tmp_path: Path) -> None:
@@ -317,25 +299,9 @@ def test_imported_reference_weights_make_a_model_folder(tmp_path: Path) -> None:
     assert (out / "model.safetensors").stat().st_size > 1e6
 
 
-def refusal(*arguments: str) -> str:
-    """The one line with which a command refuses, exit code 2, no traceback."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("flowreel: ")]
-    return line
-
-
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(run: Path) -> None:
     before = sorted(p.name for p in (run / "train" / "checkpoints").iterdir())
-    line = refusal(
+    line = command.refused(
         "train", "--data", str(run / "latents"), "--out", str(run / "train"),
         "--recipe", str(run / "recipe.yaml"), "--set", "model.deep_width=96", "--steps", "9",
     )  # fmt: skip
@@ -347,7 +313,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(run: Path) -> None:
 
 def test_a_prompt_over_the_limit_is_refused_with_both_numbers(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "video.mp4"
-    line = refusal(
+    line = command.refused(
         "sample", str(run / "train" / "model"), "--prompt", "x" * 5000, "--out", str(out)
     )
     assert "5000" in line
@@ -357,7 +323,7 @@ def test_a_prompt_over_the_limit_is_refused_with_both_numbers(run: Path, tmp_pat
 
 def test_a_video_that_is_none_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
-    line = refusal(
+    line = command.refused(
         "likelihood", str(run / "train" / "model"), str(tmp_path / "broken.mp4"), "--prompt", "x"
     )
     assert "broken.mp4" in line or "video" in line

@@ -1,4 +1,4 @@
-"""`flowreel likelihood` and `evaluate` on a real model folder: figures, tables and files that agree."""
+"""`flowreel likelihood` and `evaluate` on a real model folder: figures and files that agree."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_evaluate_prints_the_loss_beside_its_baselines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from flow.flow import FlowModel
-    from flow.weights import ModelSpec, save_model
+    from flow.model_folder import ModelSpec, save_model
 
     root = write_dataset(tmp_path / "data", clips=160, images=0)
     torch.manual_seed(0)

@@ -11,8 +11,8 @@ import torch
 
 from flow.codec import VideoCodec, build_vae, save_codec
 from flow.flow import FlowModel
+from flow.model_folder import ModelSpec, VideoSpec, save_model
 from flow.text import TextSpec
-from flow.weights import ModelSpec, VideoSpec, save_model
 from serving.loading import LoadedModel, load
 from tests.flow.models import TINY
 from tests.tiny_codec import CODEC

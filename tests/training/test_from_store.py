@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flow.weights import load_model
+from flow.model_folder import load_model
 from tests.data_prep.s3_server import CREDENTIALS, running_store
 from tests.training.world import small_request, write_dataset
 from training.run import train_in_process

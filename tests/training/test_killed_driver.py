@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from flow.weights import load_model
+from flow.model_folder import load_model
 from tests.places import ROOT
 from tests.training.world import write_dataset
 from training.checkpoint import latest_complete

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from flow.weights import load_model
+from flow.model_folder import load_model
 from tests.training.world import small_config, small_request, two_workers, write_dataset
 from training.on_ray import TrainingFailed, train_on_ray
 from training.run import train_in_process

@@ -10,8 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from flow.flow import FlowModel
+from flow.model_folder import VideoSpec, load_model
 from flow.text import TextSpec
-from flow.weights import VideoSpec, load_model
 from tests.training.world import (
     CODEC,
     TEXT,

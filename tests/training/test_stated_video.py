@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.latents.dataset import LatentDataset
 from flow.codec_factors import SD_FACTORS, WAN_FACTORS
-from flow.weights import VideoSpec
+from flow.model_folder import VideoSpec
 from tests.training.world import write_dataset
 from training.stated_video import StatedVideo, VideoMismatch, video_spec
 

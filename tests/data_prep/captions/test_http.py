@@ -185,16 +185,16 @@ def test_the_key_is_sent_and_nowhere_else_to_be_seen(
     monkeypatch.setenv("OUR_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     config = settings(endpoint, api_key_env="OUR_KEY")
-    seen: list[str] = []
+    keys_sent: list[str] = []
 
     def behave(e: Endpoint, r: Any, body: dict[str, Any]) -> Any:
-        seen.append(r.headers["authorization"])
+        keys_sent.append(r.headers["authorization"])
         # Some endpoints repeat what they were sent.
-        return JSONResponse({"error": f"bad header {seen[-1]}"}, status_code=400)
+        return JSONResponse({"error": f"bad header {keys_sent[-1]}"}, status_code=400)
 
     endpoint.behave = behave
     (written,) = captions(config, CLIPS[:1])
-    assert seen == [f"Bearer {KEY}"]
+    assert keys_sent == [f"Bearer {KEY}"]
     endpoint.behave = lambda e, r, body: JSONResponse({"no": KEY}, status_code=401)
     with pytest.raises(CaptionerUnavailable) as caught:
         captions(config, CLIPS[:1])
@@ -242,6 +242,6 @@ def test_settings_that_cannot_work_are_refused_with_the_rule(
         CaptionConfig.model_validate({**BASE, **values})
     assert KEY not in str(caught.value)
     override = f"prepare.captioner={json.dumps({**BASE, **values})}"
-    with pytest.raises(RecipeError, match=words) as said:
+    with pytest.raises(RecipeError, match=words) as refusal:
         load_recipe("tiny", [override])
-    assert KEY not in str(said.value)
+    assert KEY not in str(refusal.value)

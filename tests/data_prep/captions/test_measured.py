@@ -32,9 +32,9 @@ def test_scenes_are_read_back(radius: float, noise: float) -> None:
     total = 60
     for seed in range(total):
         spec = random_spec(1000 + seed)
-        found = measure(softened(render_clip(spec, 17, 8.0), radius, noise, seed))
+        scene = measure(softened(render_clip(spec, 17, 8.0), radius, noise, seed))
         for name in right:
-            right[name] += getattr(found, name) == getattr(spec, name)
+            right[name] += getattr(scene, name) == getattr(spec, name)
     assert right["colour"] >= 0.98 * total
     assert right["motion"] >= 0.98 * total
     assert right["shape"] >= 0.95 * total
@@ -44,16 +44,16 @@ def test_scenes_are_read_back(radius: float, noise: float) -> None:
 def test_stills_are_read_back() -> None:
     for seed in range(60):
         spec = random_spec(seed)
-        found = measure(render_image(spec)[None])
-        assert (found.colour, found.shape, found.motion) == (spec.colour, spec.shape, "still")
+        scene = measure(render_image(spec)[None])
+        assert (scene.colour, scene.shape, scene.motion) == (spec.colour, spec.shape, "still")
 
 
 @pytest.mark.parametrize("size", [32, 128])
 def test_size_does_not_matter(size: int) -> None:
     for seed in range(12):
         spec = random_spec(seed)
-        found = measure(render_clip(spec, 9, 8.0, size, size))
-        assert (found.colour, found.motion) == (spec.colour, spec.motion)
+        scene = measure(render_clip(spec, 9, 8.0, size, size))
+        assert (scene.colour, scene.motion) == (spec.colour, spec.motion)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_moments_of_sharp_shapes_are_the_ideal_ones(
 ) -> None:
     frame_HW3 = render_clip(random_spec(1, shape=shape, colour="red"), 1, 1.0, 512, 512)[0]
     chroma_HW = np.ptp(frame_HW3.astype(int), axis=-1)
-    found = rotational_moments(chroma_HW > 100)
-    assert found[1:] == pytest.approx((third, fourth), abs=0.02)
+    moments = rotational_moments(chroma_HW > 100)
+    assert moments[1:] == pytest.approx((third, fourth), abs=0.02)
 
 
 def test_captions_are_sentences_about_what_is_there() -> None:

@@ -61,10 +61,10 @@ def picture(height: int = 60, width: int = 100) -> np.ndarray:
 @pytest.mark.parametrize("bars", [(10, 10, 0, 0), (0, 0, 20, 21), (8, 7, 12, 12), (0, 0, 0, 0)])
 def test_bars_are_measured_to_the_pixel(bars: tuple[int, int, int, int]) -> None:
     framed = np.pad(picture(), (bars[:2], bars[2:], (0, 0)), constant_values=16)
-    found = measured(framed, framed)
-    assert found == Bars(*bars)
-    np.testing.assert_array_equal(found.cut(framed), picture())
-    assert found.size_inside(*framed.shape[:2]) == (60, 100)
+    meter_bars = measured(framed, framed)
+    assert meter_bars == Bars(*bars)
+    np.testing.assert_array_equal(meter_bars.cut(framed), picture())
+    assert meter_bars.size_inside(*framed.shape[:2]) == (60, 100)
 
 
 def test_what_only_looks_like_bars_is_left_alone() -> None:

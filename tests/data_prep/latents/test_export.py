@@ -25,10 +25,10 @@ def test_webdataset_reads_back_what_was_exported(tmp_path: Path) -> None:
     write_dataset(tmp_path / "in")
     paths = export_webdataset(tmp_path / "in", tmp_path / "out", shard_bytes=100_000)
     assert len(paths) > len({path.name.partition("-")[0] for path in paths}) == 2
-    found = read_back(paths)
+    samples = read_back(paths)
     dataset = LatentDataset(tmp_path / "in", "all")
-    assert sorted(found) == sorted(i for ids in dataset.buckets.values() for i in ids)
-    for name, sample in found.items():
+    assert sorted(samples) == sorted(i for ids in dataset.buckets.values() for i in ids)
+    for name, sample in samples.items():
         record = dataset.get(name)
         np.testing.assert_array_equal(sample["mean.npy"], record.mean)
         np.testing.assert_array_equal(sample["logvar.npy"], record.logvar)

@@ -106,20 +106,20 @@ class Watched:
         """Files of finished samples of shards that are not committed."""
         while True:
             try:
-                found = self.out.glob("staging/*/*/*.arrow")
-                return [path for path in found if path.stem.isdigit()]
+                paths = self.out.glob("staging/*/*/*.arrow")
+                return [path for path in paths if path.stem.isdigit()]
             except FileNotFoundError:  # a shard was committed while its folder was listed
                 continue
 
     def finished(self) -> set[str]:
         """SHARD/NUMBER of every sample that is staged or in a shard whose manifest stands."""
-        found = set()
+        names = set()
         for path in self.staged():
-            found.add(f"{path.parts[-3]}/{int(path.stem)}")
+            names.add(f"{path.parts[-3]}/{int(path.stem)}")
         for path in self.out.glob("manifests/*.json"):
             manifest = json.loads(path.read_text())
-            found |= {f"{manifest['shard']}/{n}" for n in range(manifest["num_samples"])}
-        return found
+            names |= {f"{manifest['shard']}/{n}" for n in range(manifest["num_samples"])}
+        return names
 
     def unfinished_shards(self) -> set[str]:
         """Shards with staged samples and no manifest."""
@@ -129,13 +129,13 @@ class Watched:
     def living(self, stage: str) -> list[psutil.Process]:
         """Processes of a stage that are there, the youngest last."""
         pids = [int(line.split()[1]) for line in self.lines("pids") if line.startswith(stage)]
-        found = []
+        processes = []
         for pid in dict.fromkeys(pids):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
                 if process.name().startswith(("ray", "python")):
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
 
 def kill_tree(pid: int) -> None:
@@ -199,7 +199,7 @@ def test_twenty_kills_leave_the_bytes_of_an_uninterrupted_run(
     total = CLIPS + IMAGES
     # One sample from the end there is nothing left to interrupt.
     targets = iter(sorted(rng.uniform(0, total - 2) for kinds in runs for _ in kinds))
-    inside, progress, seen = 0, [], []
+    inside, progress, moments = 0, [], []
     for kinds in runs:
         begun = len(watched.lines("pids"))
         driver = watched.start("" if "cluster" in kinds else address)
@@ -210,7 +210,7 @@ def test_twenty_kills_leave_the_bytes_of_an_uninterrupted_run(
             for kind in kinds:
                 wait_for(watched, driver, next(targets))
                 finished = watched.finished()
-                seen.append((finished, len(watched.lines("encodes"))))
+                moments.append((finished, len(watched.lines("encodes"))))
                 progress.append(len(finished) / total)
                 inside += bool(watched.unfinished_shards())
                 strike(kind, watched, driver, rng)
@@ -228,7 +228,7 @@ def test_twenty_kills_leave_the_bytes_of_an_uninterrupted_run(
     assert inside >= 15
     assert digests(out) == digests(whole)
     assert not list(out.glob("staging/*"))
-    for finished, before in seen:
+    for finished, before in moments:
         assert not finished & set(encodes[before:]), "a finished sample was encoded again"
     # What is encoded twice was in flight: a block or two between encoder and sink.
     assert len(encodes) - total <= 20 * 8

@@ -221,11 +221,11 @@ def test_a_full_disk_stops_with_a_word_and_goes_on_when_there_is_room(
     prepare_locally(config, world, whole, codec_dir)
     out.mkdir()
     small, large = (64 << 10, 64 << 20) if mode == "disk" else (9000, 64 << 20)
-    code, said = _run_full(mode, small, config, str(out), str(codec_dir), *world)
+    code, message = _run_full(mode, small, config, str(out), str(codec_dir), *world)
     assert code == 3
     words = "No space left on device" if mode == "disk" else "File too large"
-    assert words in said
-    assert "free some space, then run the same command again: what is finished is kept" in said
+    assert words in message
+    assert "free some space, then run the same command again: what is finished is kept" in message
     kept = out if mode == "limit" else Path(f"{out}-kept")
     assert list(kept.glob("staging/*/*/*.arrow")) or list(kept.glob("manifests/*.json"))
     assert not list(kept.rglob("*.tmp"))

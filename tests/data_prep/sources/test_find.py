@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep.config import PrepareConfig
 from data_prep.run import plan_run
 from data_prep.sources.find import find_shards, name_shards
-from data_prep.sources.samples import ShardError
+from data_prep.sources.listing import ShardError
 from tests.data_prep.bad_media import moving, video
 from tests.data_prep.in_process import prepare_locally
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import io
@@ -19,9 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.sources.find import content_sha256, fingerprint
+from data_prep.sources.listing import ShardError
 from data_prep.sources.samples import (
-    ShardError,
     ShardSummary,
     parse_metadata,
     plain_caption,
@@ -29,6 +29,7 @@ from data_prep.sources.samples import (
     read_shard,
     write_shard,
 )
+from data_prep.storage.location import StorageError
 
 
 def tar_of(path: Path, members: list[tuple[tarfile.TarInfo | str, bytes]], mode: str = "w") -> str:
@@ -65,6 +66,24 @@ def test_same_samples_give_the_same_tar(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
+def test_a_full_disk_is_said_and_leaves_the_old_tar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(path, [{"__key__": "a", "txt": "old"}])
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(
+        StorageError, match=r"cannot write .*a\.tar: No space left.*free some space"
+    ):
+        write_shard(path, [{"__key__": "a", "txt": "new"}])
+    assert [sample.caption for sample in read_shard(str(path))] == ["old"]
+    assert os.listdir(tmp_path) == ["a.tar"]
+
+
 @pytest.mark.parametrize("key", ["a.b", "../a", "", "/a"])
 def test_keys_that_would_not_come_back_are_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(ShardError, match="key"):
@@ -81,14 +100,14 @@ def test_every_cut_keeps_what_is_before_it(tmp_path: Path) -> None:
     for cut in range(600, len(data) - 8192, 700):
         cut_path.write_bytes(data[:cut])
         summary = ShardSummary()
-        found = list(read_shard(str(cut_path), summary=summary))
-        assert [s.key for s in found] == keys[: len(found)]
-        assert summary.num_samples == len(found)
-        assert all(not s.problem for s in found[:-1])
-        assert all(s.media for s in found[:-1])
+        samples = list(read_shard(str(cut_path), summary=summary))
+        assert [s.key for s in samples] == keys[: len(samples)]
+        assert summary.num_samples == len(samples)
+        assert all(not s.problem for s in samples[:-1])
+        assert all(s.media for s in samples[:-1])
         assert summary.truncated or summary.error or cut % 512 == 0
-        if found and found[-1].problem:
-            assert found[-1].problem == "truncated_shard"
+        if samples and samples[-1].problem:
+            assert samples[-1].problem == "truncated_shard"
             assert summary.truncated
 
 
@@ -153,16 +172,16 @@ def test_a_failed_download_keeps_its_status_and_first_caption(tmp_path: Path) ->
         tmp_path / "0.tar",
         [("a.json", json.dumps(record).encode()), ("a.txt", b"['A car.', 'A road.']")],
     )
-    (found,) = read_shard(source)
-    assert (found.problem, found.detail) == ("failed_to_download", "gone")
-    assert found.caption == "A car."
+    (only,) = read_shard(source)
+    assert (only.problem, only.detail) == ("failed_to_download", "gone")
+    assert only.caption == "A car."
 
 
 @pytest.mark.parametrize("status", ["<b>no</b>", "a" * 41, "", None, 7.5, ["x"], "success"])
 def test_only_a_downloaders_word_becomes_a_reason(tmp_path: Path, status: Any) -> None:
     source = tar_of(tmp_path / "0.tar", [("a.json", json.dumps({"status": status}).encode())])
-    (found,) = read_shard(source)
-    assert found.problem == "no_media"
+    (only,) = read_shard(source)
+    assert only.problem == "no_media"
 
 
 def test_a_second_sample_of_the_same_key_is_marked(tmp_path: Path) -> None:
@@ -173,8 +192,8 @@ def test_a_second_sample_of_the_same_key_is_marked(tmp_path: Path) -> None:
 def test_keys_may_hold_dots(tmp_path: Path) -> None:
     names = ["x.y/a.b.mp4", "x.y/a.b.txt", "./c.mp4", "./c.JSON", "v1.2.json", "v1.2.txt"]
     source = tar_of(tmp_path / "0.tar", [(name, b"1") for name in names])
-    found = [(s.key, s.problem, s.caption) for s in read_shard(source)]
-    assert found == [("x.y/a.b", "", "1"), ("c", "", ""), ("v1.2", "no_media", "1")]
+    samples = [(s.key, s.problem, s.caption) for s in read_shard(source)]
+    assert samples == [("x.y/a.b", "", "1"), ("c", "", ""), ("v1.2", "no_media", "1")]
 
 
 def test_what_hangs_on_a_key_is_no_sample_of_its_own(tmp_path: Path) -> None:
@@ -189,8 +208,8 @@ def test_what_hangs_on_a_key_is_no_sample_of_its_own(tmp_path: Path) -> None:
         "c.flo",
     ]
     source = tar_of(tmp_path / "0.tar", [(name, name.encode()) for name in names])
-    found = [(s.key, s.caption, s.problem) for s in read_shard(source)]
-    assert found == [
+    samples = [(s.key, s.caption, s.problem) for s in read_shard(source)]
+    assert samples == [
         ("a", "a.txt", ""), ("b.left", "", ""), ("b.right", "", ""), ("c", "", "no_media"),
     ]  # fmt: skip
 
@@ -207,12 +226,12 @@ def test_members_of_a_sample_may_lie_anywhere(tmp_path: Path, suffix: str) -> No
         path = tmp_path / f"{seed}.{suffix}"
         tar_of(path, data, "w:gz" if suffix.endswith("gz") else "w")
         summary = ShardSummary()
-        found = list(read_shard(str(path), summary=summary))
+        samples = list(read_shard(str(path), summary=summary))
         first = list(dict.fromkeys(name.rpartition(".")[0] for name, _ in data))
-        assert [s.key for s in found] == first
-        assert all(s.media == s.key.encode() * 400 for s in found)
-        assert all(s.caption == f"about {s.key}" for s in found)
-        assert all(s.metadata["matching_score"] == [float(f"0.{s.key[2:]}")] for s in found)
+        assert [s.key for s in samples] == first
+        assert all(s.media == s.key.encode() * 400 for s in samples)
+        assert all(s.caption == f"about {s.key}" for s in samples)
+        assert all(s.metadata["matching_score"] == [float(f"0.{s.key[2:]}")] for s in samples)
         assert summary.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -228,18 +247,18 @@ def test_members_of_a_sample_may_lie_anywhere(tmp_path: Path, suffix: str) -> No
 )
 def test_captions_of_any_encoding_become_text(tmp_path: Path, data: bytes, caption: str) -> None:
     source = tar_of(tmp_path / "0.tar", [("a.mp4", b"1"), ("a.txt", data)])
-    (found,) = read_shard(source)
-    assert (found.caption, found.problem) == (caption, "")
-    assert found.caption.encode().decode() == caption
+    (only,) = read_shard(source)
+    assert (only.caption, only.problem) == (caption, "")
+    assert only.caption.encode().decode() == caption
 
 
 @pytest.mark.parametrize("suffix", ["txt", "json"])
 def test_huge_texts_are_not_read_and_the_sample_says_so(tmp_path: Path, suffix: str) -> None:
     huge = b'{"caption": "' + b"a" * 2_000_000 + b'"}'
     source = tar_of(tmp_path / "0.tar", [("a.mp4", b"1"), (f"a.{suffix}", huge)])
-    (found,) = read_shard(source)
-    assert (found.problem, found.caption, found.metadata) == ("", "", {})
-    assert found.note == f"{suffix}: {len(huge)} bytes not read, over 1048576"
+    (only,) = read_shard(source)
+    assert (only.problem, only.caption, only.metadata) == ("", "", {})
+    assert only.note == f"{suffix}: {len(huge)} bytes not read, over 1048576"
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -267,9 +286,9 @@ def test_lying_headers_end_the_shard_at_once(tmp_path: Path, head: bytes) -> Non
     whole = header("a.mp4", 512) + b"1" * 512
     path.write_bytes(whole + head + b"2" * 1024)
     summary = ShardSummary()
-    found = list(read_shard(str(path), summary=summary))
-    assert found[0].key == "a"
-    assert [s.problem for s in found][-1] == "truncated_shard"
+    samples = list(read_shard(str(path), summary=summary))
+    assert samples[0].key == "a"
+    assert [s.problem for s in samples][-1] == "truncated_shard"
     assert summary.truncated
 
 
@@ -288,57 +307,6 @@ def test_a_compressed_shard_that_grows_without_end_is_left(tmp_path: Path) -> No
     assert (bomb.key, bomb.problem) == ("bomb", "truncated_shard")
     assert summary.error.startswith("decompression bomb")
     assert summary.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def loose(root: Path) -> Path:
-    """A folder as video2dataset's `files` output leaves it, with what may stray into it."""
-    root.mkdir(parents=True)
-    for n in range(3):
-        (root / f"0000{n}.mp4").write_bytes(b"%d" % n * 400)
-        (root / f"0000{n}.txt").write_text(f"about {n}")
-        (root / f"0000{n}.json").write_text(json.dumps({"matching_score": f"0.{n}"}))
-    (root / "00003.json").write_text(json.dumps({"status": "failed_to_download"}))
-    (root / ".00001.mp4.part").write_bytes(b"half")
-    return root
-
-
-def test_a_folder_of_loose_files_is_a_shard(tmp_path: Path) -> None:
-    root = loose(tmp_path / "00000")
-    summary = ShardSummary()
-    found = list(read_shard(str(root), summary=summary))
-    assert [(s.key, s.number, s.problem) for s in found] == [
-        ("00000", 0, ""), ("00001", 1, ""), ("00002", 2, ""), ("00003", 3, "failed_to_download"),
-    ]  # fmt: skip
-    assert [s.caption for s in found] == ["about 0", "about 1", "about 2", ""]
-    assert found[2].metadata == {"matching_score": 0.2}
-    assert summary.ignored_members == 1
-    assert summary.sha256 == content_sha256(str(root))
-    seen = fingerprint(str(root))
-    assert fingerprint(str(root)) == seen
-    (root / "00001.txt").write_text("ABOUT 1")
-    assert fingerprint(str(root)) != seen
-    assert content_sha256(str(root)) != summary.sha256
-
-
-def test_a_folder_gives_nothing_that_lies_outside_it(tmp_path: Path) -> None:
-    root = loose(tmp_path / "in")
-    (tmp_path / "secret.mp4").write_bytes(b"secret")
-    (root / "link.mp4").symlink_to(tmp_path / "secret.mp4")
-    (root / "around").symlink_to(root, target_is_directory=True)
-    os.mkfifo(root / "pipe.mp4")
-    summary = ShardSummary()
-    assert [s.key for s in read_shard(str(root), summary=summary)][-1] == "00003"
-    assert summary.ignored_members == 4
-
-
-def test_plain_folders_may_be_deep_and_names_of_any_bytes(tmp_path: Path) -> None:
-    (tmp_path / "a" / "b.c").mkdir(parents=True)
-    (tmp_path / "a" / "b.c" / "my film.v2.MP4").write_bytes(b"1")
-    (tmp_path / "a" / "b.c" / "my film.v2.txt").write_text("mine")
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).write_bytes(b"2")
-    first, second = read_shard(str(tmp_path))
-    assert (first.key, first.caption) == ("a/b.c/my film.v2", "mine")
-    assert (second.key, second.media) == ("ÿ", b"2")
 
 
 def test_a_shard_behind_a_uri_is_read_like_a_file(tmp_path: Path) -> None:
@@ -374,8 +342,8 @@ def test_gzipped_shards_are_read_too(tmp_path: Path) -> None:
         info = tarfile.TarInfo("a.png")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"png"))
-    (found,) = read_shard(str(path))
-    assert (found.key, found.is_image) == ("a", True)
+    (only,) = read_shard(str(path))
+    assert (only.key, only.is_image) == ("a", True)
 
 
 def test_the_real_shards_hold_what_their_readme_says(panda_samples: Path) -> None:

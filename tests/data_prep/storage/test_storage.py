@@ -19,7 +19,8 @@ from data_prep.sources.find import (
     fingerprint,
     name_shards,
 )
-from data_prep.sources.samples import ShardError, read_shard
+from data_prep.sources.listing import ShardError
+from data_prep.sources.samples import read_shard
 from data_prep.storage import lease
 from data_prep.storage import location as locations
 from data_prep.storage.folder import Folder, LockHeld
@@ -177,24 +178,24 @@ def quick_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_lease")
 def test_a_store_s_lock_has_one_holder_however_many_come_at_once(store: Store) -> None:
-    inside, most, done = 0, 0, 0
+    inside, most, finished = 0, 0, 0
     counting = threading.Lock()
 
     def work() -> None:
-        nonlocal inside, most, done
+        nonlocal inside, most, finished
         with open_folder(store.uri("locked")).lock("lock", wait_s=60):
             with counting:
                 inside, most = inside + 1, max(most, inside + 1)
             time.sleep(0.3)
             with counting:
-                inside, done = inside - 1, done + 1
+                inside, finished = inside - 1, finished + 1
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (most, done) == (1, 3)
+    assert (most, finished) == (1, 3)
     assert store.files("locked") == {}
 
 

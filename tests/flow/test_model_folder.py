@@ -13,14 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import flow.weights as weights
+import flow.model_folder as model_folder
 from flow import tensor_files
 from flow.codec import LatentConvention
 from flow.config import ConfigError
 from flow.flow import FlowModel
-from flow.tensor_files import TensorFolder, write_tensors
-from flow.text import TextSpec
-from flow.weights import (
+from flow.model_folder import (
     CheckpointError,
     ModelSpec,
     VideoSpec,
@@ -28,6 +26,8 @@ from flow.weights import (
     read_spec,
     save_model,
 )
+from flow.tensor_files import TensorFolder, write_tensors
+from flow.text import TextSpec
 from tests.flow.models import TINY, randn, texts, tiny_config, tiny_model
 from tests.places import ROOT
 
@@ -97,7 +97,7 @@ def test_a_failing_save_leaves_nothing_and_keeps_what_was_there(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights, "sync_file", full)
+    monkeypatch.setattr(model_folder, "sync_file", full)
     for name in ("m", "new"):
         with pytest.raises(OSError, match="no space"):
             save_model(tmp_path / name, model, SPEC)
@@ -190,9 +190,9 @@ def test_shards_hold_the_same_model_as_one_file(
     count = len(set(index["weight_map"].values()))
     for i, name in enumerate(sorted(set(index["weight_map"].values())), start=1):
         assert name == f"model-{i:05d}-of-{count:05d}.safetensors"
-        found = load_file(folder / name)
-        assert sorted(found) == sorted(k for k, v in index["weight_map"].items() if v == name)
-        assert len(found) == 1 or sum(v.nbytes for v in found.values()) <= shard_bytes
+        tensors = load_file(folder / name)
+        assert sorted(tensors) == sorted(k for k, v in index["weight_map"].items() if v == name)
+        assert len(tensors) == 1 or sum(v.nbytes for v in tensors.values()) <= shard_bytes
     assert index["metadata"]["total_size"] == sum(v.nbytes for v in model.state_dict().values())
 
 
@@ -201,23 +201,23 @@ def test_conversion_is_of_floating_point_tensors_and_views_are_written_alone(
 ) -> None:
     base = torch.arange(8.0)
     tensors = {"a": base[2:5], "b": base[5:], "t": base.view(2, 4).T, "n": torch.arange(3)}
-    seen: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     write_tensors(
         tmp_path,
         tensors,
         dtype=torch.bfloat16,
         shard_bytes=12,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda done, total: reports.append((done, total)),
     )
-    found = {k: v for part in TensorFolder.open(tmp_path).read() for k, v in part.items()}
-    assert found["n"].dtype == torch.int64
+    written = {k: v for part in TensorFolder.open(tmp_path).read() for k, v in part.items()}
+    assert written["n"].dtype == torch.int64
     for name in ("a", "b", "t"):
-        assert torch.equal(found[name], tensors[name].bfloat16()), name
-    assert seen == [(12, 52), (28, 52), (52, 52)]
+        assert torch.equal(written[name], tensors[name].bfloat16()), name
+    assert reports == [(12, 52), (28, 52), (52, 52)]
     (tmp_path / "kept").mkdir()
     write_tensors(tmp_path / "kept", tensors)
-    (found,) = TensorFolder.open(tmp_path / "kept").read()
-    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    (written,) = TensorFolder.open(tmp_path / "kept").read()
+    assert all(torch.equal(written[name], value) for name, value in tensors.items())
 
 
 def test_broken_shards_and_indices_are_named(tmp_path: Path, model: FlowModel) -> None:
@@ -251,8 +251,8 @@ def test_broken_shards_and_indices_are_named(tmp_path: Path, model: FlowModel) -
 
 KILLED = """
 import os, signal, sys
-from flow.weights import write_model
-from tests.flow.test_weights import SPEC, tiny_model, torch
+from flow.model_folder import write_model
+from tests.flow.test_model_folder import SPEC, tiny_model, torch
 
 def die(done, total):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -267,12 +267,12 @@ def test_a_writer_killed_between_shards_leaves_no_half_model_and_its_remains_are
 ) -> None:
     if before:
         save_model(tmp_path / "m", model, SPEC)
-    done = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "m")],
         cwd=ROOT,
         check=False,
     )
-    assert done.returncode == -signal.SIGKILL
+    assert child.returncode == -signal.SIGKILL
     assert (tmp_path / "m").exists() == before
     assert len(list(tmp_path.glob(".m-*.tmp"))) == 1
     if before:
@@ -296,7 +296,7 @@ def test_a_model_that_a_killed_writer_had_put_aside_is_kept_until_another_stands
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights, "sync_file", full)
+    monkeypatch.setattr(model_folder, "sync_file", full)
     with pytest.raises(OSError, match="no space"):
         save_model(tmp_path / "m", model, SPEC)
     monkeypatch.undo()
@@ -308,28 +308,28 @@ def test_a_model_that_a_killed_writer_had_put_aside_is_kept_until_another_stands
 def test_two_writers_of_one_folder_do_not_remove_each_others_work(
     tmp_path: Path, model: FlowModel
 ) -> None:
-    def write_another(done: int, total: int) -> None:
-        if done == total and not (tmp_path / "m").exists():
+    def write_another(written_bytes: int, total: int) -> None:
+        if written_bytes == total and not (tmp_path / "m").exists():
             save_model(tmp_path / "m", model, SPEC)
 
-    weights.write_model(tmp_path / "m", model.state_dict(), SPEC, progress=write_another)
+    model_folder.write_model(tmp_path / "m", model.state_dict(), SPEC, progress=write_another)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     load_model(tmp_path / "m")
 
 
 LOADING = """
 import sys, threading, time
-from flow.weights import load_model
+from flow.model_folder import load_model
 
 def anonymous():
     line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
 
-before, peak, done = anonymous(), 0, threading.Event()
+before, peak, stop = anonymous(), 0, threading.Event()
 
 def watch():
     global peak
-    while not done.is_set():
+    while not stop.is_set():
         peak = max(peak, anonymous())
         time.sleep(0.002)
 
@@ -337,7 +337,7 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 model, _ = load_model(sys.argv[1])
 peak = max(peak, anonymous())
-done.set()
+stop.set()
 watcher.join()
 print((peak - before) / sum(p.nbytes for p in model.parameters()))
 """
@@ -353,11 +353,11 @@ def test_loading_and_converting_holds_the_model_once(tmp_path: Path, shard_bytes
     write_tensors(tmp_path, tensors, shard_bytes=shard_bytes)
     spec = dataclasses.replace(SPEC, flow=wide)
     (tmp_path / "config.json").write_text(json.dumps(spec.to_dict()))
-    done = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-c", LOADING, str(tmp_path)],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
     )
-    assert float(done.stdout) < 1.15, "multiples of the model's own size in fp32"
+    assert float(child.stdout) < 1.15, "multiples of the model's own size in fp32"

@@ -1,7 +1,7 @@
 """Which frames of a video make a window: exact arithmetic on its times, seed and key.
 
 All times are whole numbers of one unit that divides both the video's ticks and the wanted steps, so
-that every machine chooses the same frames. Knows nothing of pixels, decoders or files.
+that every machine chooses the same frames. Knows nothing of decoders or files.
 
     ClipTooShort(FlowreelError, ValueError)   too_short: the source ends before the window does
 """

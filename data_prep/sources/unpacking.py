@@ -1,7 +1,7 @@
 """The tar inside a compressed shard, as a stream that grows like one.
 
 Which compression it is shows in the first bytes, whatever the file is called. What unpacks to more
-than media can is left. Knows nothing of tars or samples.
+than media can is left. Knows nothing of samples.
 """
 
 from __future__ import annotations

@@ -196,7 +196,6 @@ SHARDS: dict[str, Callable[[Path], Any]] = {
     ),
     "xz_shard": lambda p: p.write_bytes(lzma.compress(packed_tar(p, "xz_shard.mp4"))),
     "leftover": lambda p: tar_of(p, [("leftover.f230.mp4", GOOD), ("leftover.mp4", GOOD)]),
-    "two_videos": lambda p: tar_of(p, [("two_videos.a.mp4", GOOD), ("two_videos.txt", b"words")]),
 }
 
 

@@ -89,8 +89,8 @@ def _connect(config: ClusterConfig, address: str | None) -> None:
         "log_to_driver": verbose,
         "logging_level": logging.INFO if verbose else logging.WARNING,
     }
-    if address is None:
-        with _without_line(b"Set ray log level from environment variable"):
+    with _without_line(b"Set ray log level from environment variable"):
+        if address is None:
             ray.init(
                 num_cpus=config.num_cpus or os.cpu_count(),
                 object_store_memory=config.object_store_mb * 1024**2,
@@ -99,14 +99,14 @@ def _connect(config: ClusterConfig, address: str | None) -> None:
                 _node_ip_address="127.0.0.1",
                 **logs,
             )
-        return
-    try:
-        ray.init(address=address, **logs)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"no Ray cluster at {address} ({' '.join(str(error).split())[:200]}); start one with "
-            "`ray start --head`, or leave --address and RAY_ADDRESS out"
-        ) from error
+            return
+        try:
+            ray.init(address=address, **logs)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"no Ray cluster at {address} ({' '.join(str(error).split())[:200]}); start one "
+                "with `ray start --head`, or leave --address and RAY_ADDRESS out"
+            ) from error
 
 
 @contextmanager
@@ -197,7 +197,8 @@ def submit(
         timeout_s: how long to wait; the job goes on after that.
 
     Raises:
-        SubmitError: no cluster at the address, an unknown stage, or no `--out` in `arguments`.
+        SubmitError: no cluster at the address or none that takes jobs, an unknown stage, or no
+            `--out` in `arguments`.
     """
     if stage not in SUBMITTED_STAGES:
         raise SubmitError(f"stage {stage!r}; allowed: {', '.join(SUBMITTED_STAGES)}")
@@ -219,11 +220,18 @@ def submit(
         ) from error
     with tempfile.TemporaryDirectory(prefix="flowreel-submit-") as folder:
         _stage_code(Path(folder), recipe)
-        job_id = client.submit_job(
-            entrypoint=_entrypoint(stage, arguments or []),
-            runtime_env={"working_dir": folder},
-            metadata={"recipe": recipe.name, "stage": stage},
-        )
+        try:
+            job_id = client.submit_job(
+                entrypoint=_entrypoint(stage, arguments or []),
+                runtime_env={"working_dir": folder},
+                metadata={"recipe": recipe.name, "stage": stage},
+            )
+        except RuntimeError as error:
+            # So Ray says whatever its dashboard answers, a cluster that is still starting included.
+            raise SubmitError(
+                f"the cluster at {address} took no job ({' '.join(str(error).split())[:200]}); "
+                "if it has just been started, try again in a minute"
+            ) from error
     deadline = time.monotonic() + timeout_s
     status = client.get_job_status(job_id)
     while wait and not status.is_terminal() and time.monotonic() < deadline:

@@ -113,7 +113,7 @@ def test_networks_and_media_import_without_the_heavy_libraries(package: str) -> 
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys\nimport pipeline.cli\n"
+        "import sys\nfrom pipeline.cli import app\n"
         "heavy = {'ray', 'torch', 'diffusers', 'transformers', 'mlflow', 'fastapi'}\n"
         "bad = heavy & set(sys.modules)\n"
         "sys.exit(f'imported {bad}' if bad else 0)"

@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu import clip, codec
 from benchmarks.gpu.correctness import Answers, _rows
 from benchmarks.gpu.fixtures import REFERENCE, read_released_yaml
-from benchmarks.gpu.parts import BY_NAME, PARTS, PASS_GOAL
+from benchmarks.gpu.parts import BUSY_GOAL, BY_NAME, PARTS, PASS_GOAL
 from benchmarks.gpu.recorder import PlannedFault, Recorder
 from benchmarks.gpu.report import (
     COMPLETE,
@@ -106,7 +106,6 @@ def test_a_killed_parent_leaves_what_it_had_and_no_child(tmp_path: Path) -> None
     assert parts["pass"]["state"] == RUNNING
     assert parts["pass"]["tables"]
     assert "copy bandwidth" in (tmp_path / "gpu.md").read_text()
-    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
     while Path(f"/proc/{child}").exists():
         time.sleep(0.1)
 
@@ -238,6 +237,13 @@ def test_the_codec_is_timed_where_diffusers_is_installed() -> None:
     assert encoded is not None
     tables = [message["table"] for message in rows_of(recorder)]
     assert tables == ["figures", "codec", "figures", "codec"]
+
+
+def test_the_goal_of_the_feeder_is_its_own_bar() -> None:
+    pytest.importorskip("pyarrow")
+    from benchmarks.feeder import BUSY_BAR
+
+    assert BUSY_GOAL.bound == BUSY_BAR
 
 
 def test_the_full_codec_is_wan22s_own() -> None:

@@ -111,7 +111,8 @@ def encode_first_frame(loaded: LoadedModel, request: Generation, image_HWC: Fram
     codec, model = loaded.codec, loaded.model
     assert codec is not None, "only FrameDecoder, which holds the codec, takes images"
     frame_HWC = fit_image(image_HWC, loaded.facts.height, loaded.facts.width)
-    mean_BTCHW, logvar_BTCHW = codec.encode(torch.from_numpy(frame_HWC)[None, None])
+    # A copy: a picture that needs no scaling may be a view of memory that nobody may write to.
+    mean_BTCHW, logvar_BTCHW = codec.encode(torch.from_numpy(frame_HWC.copy())[None, None])
 
     def noise(index: int) -> Tensor:
         noise_CHW = frame_noise(request.seed, index, tuple(mean_BTCHW.shape[2:]))

@@ -1,4 +1,4 @@
-"""Who may import whom: the table of DESIGN.md, read from the source without running it."""
+"""Who may import whom: the table of docs/architecture.md, read from the source, not run."""
 
 from __future__ import annotations
 

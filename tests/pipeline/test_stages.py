@@ -39,11 +39,8 @@ def test_the_story_begins_with_the_demo_and_follows_its_order() -> None:
 def test_the_service_listens_where_it_is_told(
     monkeypatch: pytest.MonkeyPatch, settings: list[str], port: int | None, listens: int
 ) -> None:
-    default = inspect.signature(stages.serve_model).parameters["port"].default
     asked: list[int] = []
-    monkeypatch.setattr(
-        stages, "serve_model", lambda _model, *, port=default, **_: asked.append(port)
-    )
+    monkeypatch.setattr(stages, "serve_model", lambda spec, *_, **__: asked.append(spec.port))
     stages.serve(load_recipe("tiny", settings), Path("model"), Path("served"), port=port)
     assert asked == [listens]
 

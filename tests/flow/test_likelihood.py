@@ -273,6 +273,7 @@ def _measured(chunk: int) -> dict[str, float]:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_long_clip_is_that_of_one_attention() -> None:
     """6144 tokens: one tensor of the deep block is 6.3 MB.

@@ -49,6 +49,7 @@ def test_a_frame_made_alone_is_the_frame_of_the_long_video(schedule: str, contex
         torch.testing.assert_close(alone.next_frame(), video[n], atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 def test_twenty_times_the_trained_length_takes_no_more_memory() -> None:
     model = tiny_model(dtype=torch.float32)
     text, null = texts(model, dtype=torch.float32)

@@ -343,6 +343,7 @@ print((peak - before) / sum(p.nbytes for p in model.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("shard_bytes", [16 << 20, 1 << 30])
 def test_loading_and_converting_holds_the_model_once(tmp_path: Path, shard_bytes: int) -> None:

@@ -176,6 +176,7 @@ def _anonymous_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_import_of_several_gigabytes_holds_under_two_and_the_largest_tensor(tmp_path: Path) -> None:
     shapes = released_shapes(channels=8, shallow=512, deep=4096, layers=(1, 4), text=64)

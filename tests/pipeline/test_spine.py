@@ -170,6 +170,7 @@ def test_prepare_and_train_run_again_do_nothing(run: Path) -> None:
     assert {k: v for k, v in after.items() if k in before} == before
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_as_a_job_of_a_ray_cluster(run: Path, tmp_path: Path) -> None:
     import ray
 

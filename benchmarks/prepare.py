@@ -46,10 +46,11 @@ QUIET = 0.1
 
 
 def bare_loop(
-    config: PrepareConfig, shards: list[str], codec: str, start: float, stop: float
+    config: PrepareConfig, shards: list[str], codec: str, seconds: float
 ) -> tuple[int, float, float]:
-    """What one thread decodes and encodes between two times of the monotonic clock.
+    """What one thread decodes and encodes from a time of the monotonic clock on.
 
+    Says `ready` when it has loaded everything, then reads that time from its standard input.
     Returns clips, seconds and CPU seconds.
     """
     from data_prep.clips.decode import DecodeStage
@@ -59,9 +60,11 @@ def bare_loop(
     decode = DecodeStage(config, bucket_sizes(config, codec))
     encode = EncodeStage(config, codec, frozenset())
     encode.process(decode.process(rows[0]))
+    print("ready", flush=True)
+    start = float(sys.stdin.readline())
     time.sleep(max(0.0, start - time.monotonic()))
     began_s, cpu_s, clips = time.monotonic(), cpu_seconds(os.getpid()), 0
-    while time.monotonic() < stop:
+    while not clips or time.monotonic() < start + seconds:
         encode.process(decode.process(rows[clips % len(rows)]))
         clips += 1
     figures = clips, time.monotonic() - began_s, cpu_seconds(os.getpid()) - cpu_s
@@ -73,13 +76,30 @@ def bare_rate(
     config: PrepareConfig, shards: list[str], codec: str, cpus: int, seconds: float
 ) -> tuple[float, float]:
     """Clips per second of `cpus` loops at once, added up; and CPUs that other programs took."""
-    start = time.monotonic() + 12.0 + cpus
-    arguments = [config.model_dump_json(), codec, str(start), str(start + seconds), *shards]
+    arguments = [config.model_dump_json(), codec, str(seconds), *shards]
     command = [sys.executable, "-m", "benchmarks.prepare", "--loop", *arguments]
     loops = [
-        subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(cpus)
     ]
+    # They begin together when the slowest is loaded, however busy the machine is.
+    ready = [loop.stdout.readline() == "ready\n" for loop in loops if loop.stdout]
+    start = time.monotonic() + 0.5
+    if not all(ready):
+        for loop in loops:
+            loop.kill()
+        raise RuntimeError("a bare loop failed before it began; its message is above")
+    for loop in loops:
+        assert loop.stdin is not None
+        loop.stdin.write(f"{start}\n")
+        loop.stdin.flush()
     time.sleep(max(0.0, start - time.monotonic()))
     before, _ = machine_seconds()
     time.sleep(max(0.0, start + seconds - time.monotonic()))
@@ -319,9 +339,9 @@ def _show_feeder(options: argparse.Namespace, config: PrepareConfig, scratch: Pa
 def main(arguments: list[str]) -> int:
     """Measure, print, write `prepare.json`; 0 where every bar is met."""
     if arguments[:1] == ["--loop"]:
-        text, codec, start, stop, *shards = arguments[1:]
+        text, codec, seconds, *shards = arguments[1:]
         config = PrepareConfig.model_validate_json(text)
-        figures = bare_loop(config, shards, codec, float(start), float(stop))
+        figures = bare_loop(config, shards, codec, float(seconds))
         print(json.dumps(figures))
         return 0
     options = _options(arguments)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flow.config import tiny
 from flow.likelihood import NoiseFloorWarning, draw_noise
 from pipeline.cli.options import show_warning
 from pipeline.console import Reporter
@@ -28,7 +29,7 @@ from serving.session import prompt_text
 from tests.serving.conftest import (
     model_dir as model_dir,
 )  # the tiny model folder of the service's tests
-from tests.training.world import TEXT, small_flow, write_dataset
+from tests.training.world import TEXT, write_dataset
 
 PROMPT = "a red circle"
 
@@ -108,7 +109,7 @@ def test_evaluate_prints_the_loss_beside_its_baselines(
 
     root = write_dataset(tmp_path / "data", clips=160, images=0)
     torch.manual_seed(0)
-    save_model(tmp_path / "model", FlowModel(small_flow()), ModelSpec(small_flow(), TEXT))
+    save_model(tmp_path / "model", FlowModel(tiny()), ModelSpec(tiny(), TEXT))
     say_evaluation(likelihoods(tmp_path / "model", root, draws=2), Reporter())
     said = capsys.readouterr().out
     for what in (

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from data_prep.latents.dataset import LatentDataset
+from flow.config import tiny
 from flow.text import build_text_encoder
-from tests.training.world import SMALL, TEXT, small_flow, write_dataset
+from tests.training.world import SMALL, TEXT, write_dataset
 from training.batch_sampler import BatchSampler
 from training.batches import BatchMaker, LatentStore, Prompts
 from training.config import BatchConfig
@@ -28,7 +29,7 @@ def maker(
     root: Path, *, cache_bytes: int = 1 << 30, flow: Any = None, **changes: Any
 ) -> BatchMaker:
     dataset = LatentDataset(root, "train")
-    prompts = Prompts(build_text_encoder(TEXT), flow or small_flow(), dataset.info.fps)
+    prompts = Prompts(build_text_encoder(TEXT), flow or tiny(), dataset.info.fps)
     config = BatchConfig(**{**SMALL["batches"], **changes})
     return BatchMaker(LatentStore(dataset, cache_bytes), prompts, config, SEED)
 
@@ -74,7 +75,7 @@ def test_captions_are_mixed_at_the_configured_rates(root: Path) -> None:
 
 
 def test_the_template_says_what_the_model_is_told_to_read(root: Path) -> None:
-    flow = small_flow(prompt_fps=True, prompt_aspect=True, prompt_noise=True)
+    flow = tiny(prompt_fps=True, prompt_aspect=True, prompt_noise=True)
     one = maker(root, flow=flow, caption_dropout=1.0, image_ratio=0.5)
     sampler = sampler_of(one)
     texts = {one.make(sampler.plan(s), 0, 1).prompts[0] for s in range(20)}
@@ -84,7 +85,7 @@ def test_the_template_says_what_the_model_is_told_to_read(root: Path) -> None:
 
 
 def test_an_image_model_reads_images_whatever_the_mode(root: Path) -> None:
-    flow = small_flow(prompt_fps=True, video=False)
+    flow = tiny(prompt_fps=True, video=False)
     one = maker(root, flow=flow, caption_dropout=1.0, image_ratio=0.5, first_frame_dropout=0.0)
     batches = [one.make(sampler_of(one).plan(step), 0, 1) for step in range(4)]
     assert {batch.mode for batch in batches} == {"image", "video"}
@@ -94,7 +95,7 @@ def test_an_image_model_reads_images_whatever_the_mode(root: Path) -> None:
 
 def test_a_prompt_names_the_aspect_of_its_bucket(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "data", clips=0, images=0, more_buckets={(64, 96): 24})
-    flow = small_flow(prompt_aspect=True)
+    flow = tiny(prompt_aspect=True)
     one = maker(root, flow=flow, caption_dropout=1.0, image_ratio=0.0, first_frame_dropout=0.0)
     assert set(one.make(sampler_of(one).plan(0), 0, 1).prompts) == {"\n in a 3:2 aspect ratio.\n"}
 
@@ -102,6 +103,6 @@ def test_a_prompt_names_the_aspect_of_its_bucket(tmp_path: Path) -> None:
 def test_noise_has_the_configured_strength(root: Path) -> None:
     one = maker(root, first_frame_dropout=0.0)
     plan = sampler_of(one).plan(0)
-    two = maker(root, flow=small_flow(noise_std=0.6), first_frame_dropout=0.0)
+    two = maker(root, flow=tiny(noise_std=0.6), first_frame_dropout=0.0)
     difference = two.make(plan, 0, 1).x_noisy - one.make(plan, 0, 1).x_noisy
     assert float(difference.std()) == pytest.approx(0.3, rel=0.1)

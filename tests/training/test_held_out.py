@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from data_prep.latents.dataset import LatentDataset
+from flow.config import tiny
 from flow.flow import DeepShallowFlow, FlowModel
 from flow.likelihood import NoiseFloorWarning, noise_floor
 from flow.text import build_text_encoder
-from tests.training.world import TEXT, small_flow, write_dataset
+from tests.training.world import TEXT, write_dataset
 from training.batches import LatentStore, Prompts
 from training.config import EvaluationConfig
 from training.held_out import (
@@ -35,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_start_model_scores_the_second_moment(root: Path) -> None:
     """At its start the flow is the identity, so its loss is half the mean square."""
     held_out = LatentDataset(root, "held_out")
-    flow = FlowModel(small_flow()).flow
+    flow = FlowModel(tiny()).flow
     encoder = build_text_encoder(TEXT)
     loss = evaluate_nats(flow, held_out, encoder, measurement=Measurement(draws=3))
     again = evaluate_nats(flow, held_out, encoder, measurement=Measurement(draws=3, batch_size=5))
@@ -66,13 +67,13 @@ def test_the_gaussian_beats_the_identity(root: Path) -> None:
     held_out = LatentDataset(root, "held_out")
     baseline = gaussian_nats_per_dim(LatentDataset(root, "train"), held_out, 0.3)
     torch.manual_seed(0)
-    identity = evaluate_nats(FlowModel(small_flow()).flow, held_out, build_text_encoder(TEXT))
+    identity = evaluate_nats(FlowModel(tiny()).flow, held_out, build_text_encoder(TEXT))
     assert noise_floor(0.3) < baseline.mean < identity.mean
     assert baseline.ids == identity.ids
 
 
 def test_unknown_captions_and_empty_splits_are_refused(root: Path, tmp_path: Path) -> None:
-    flow, encoder = FlowModel(small_flow()).flow, build_text_encoder(TEXT)
+    flow, encoder = FlowModel(tiny()).flow, build_text_encoder(TEXT)
     with pytest.raises(EvaluationError, match="captions is 'all'"):
         evaluate_nats(flow, LatentDataset(root, "held_out"), encoder, captions="all")  # type: ignore[arg-type]
     few = write_dataset(tmp_path / "few", clips=1, images=0)
@@ -83,7 +84,7 @@ def test_unknown_captions_and_empty_splits_are_refused(root: Path, tmp_path: Pat
 
 def leaky_flow() -> DeepShallowFlow:
     """A flow whose deep block sees the token it predicts and has learnt to copy it."""
-    flow = FlowModel(small_flow()).flow
+    flow = FlowModel(tiny()).flow
 
     def copied(s_BLC: Tensor, rope: object, text: object = None) -> tuple[Tensor, Tensor]:
         return 0.95 * s_BLC, torch.full_like(s_BLC, 0.1)
@@ -100,7 +101,7 @@ def test_a_leak_of_causality_is_under_the_floor_and_warned_of(root: Path) -> Non
 
 
 def test_training_warns_of_the_floor_on_its_first_worker_alone(root: Path) -> None:
-    prompts = Prompts(build_text_encoder(TEXT), small_flow(), 8.0)
+    prompts = Prompts(build_text_encoder(TEXT), tiny(), 8.0)
     store = LatentStore(LatentDataset(root, "held_out"), cache_bytes=0)
     config = EvaluationConfig(clips=8, draws=1)
     during = HeldOut(store, prompts, config, batch_size=4, seed=0)
@@ -108,4 +109,4 @@ def test_training_warns_of_the_floor_on_its_first_worker_alone(root: Path) -> No
     with pytest.warns(NoiseFloorWarning, match="8 held-out clips"):
         during.mean_nats(leaky_flow(), one)
     during.mean_nats(leaky_flow(), Parallel(1, 2, torch.device("cpu"), None))
-    during.mean_nats(FlowModel(small_flow()).flow, one)
+    during.mean_nats(FlowModel(tiny()).flow, one)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from flow.config import tiny
 from flow.flow import FlowModel
 from tests.training import workers
-from tests.training.world import TEXT, small_config, small_flow, two_workers, write_dataset
+from tests.training.world import TEXT, small_config, two_workers, write_dataset
 from training.checkpoint import (
     MARKER_NAME,
     CheckpointMismatch,
@@ -33,7 +34,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(dataset: Path, out: Path, **changes: Any) -> TrainJob:
-    return TrainJob(small_flow(**changes), TEXT, dataset, out)
+    return TrainJob(tiny(**changes), TEXT, dataset, out)
 
 
 def averaged(work: TrainJob) -> dict[str, Tensor]:

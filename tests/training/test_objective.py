@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from flow.config import tiny
 from flow.flow import FlowModel, FlowOutput
 from flow.likelihood import noise_floor
-from tests.training.world import small_flow
 from training.objective import denoiser_backward, flow_backward
 
 
@@ -43,7 +43,7 @@ def test_with_the_exact_score_the_denoiser_is_tweedie() -> None:
 
 def test_the_target_is_the_gradient_of_the_log_density_of_a_real_flow() -> None:
     torch.manual_seed(0)
-    config = small_flow()
+    config = tiny()
     flow = FlowModel(config).flow.double()
     for parameter in flow.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -68,7 +68,7 @@ def test_the_target_of_a_sample_does_not_depend_on_its_batch() -> None:
 
 def test_every_parameter_gets_a_gradient() -> None:
     torch.manual_seed(0)
-    config = small_flow()
+    config = tiny()
     model = FlowModel(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -83,7 +83,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 
 def test_the_denoiser_backward_leaves_the_flow_alone() -> None:
-    model = FlowModel(small_flow())
+    model = FlowModel(tiny())
     x, text = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 6, 16)
     loss = flow_backward(model.flow, x, text, 0.3, with_target=True)
     before = [p.grad.clone() for p in model.flow.parameters() if p.grad is not None]

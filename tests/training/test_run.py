@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from flow.config import tiny
 from flow.flow import FlowModel
 from flow.model_folder import VideoSpec, load_model
 from flow.text import TextSpec
@@ -16,7 +17,6 @@ from tests.training.world import (
     CODEC,
     TEXT,
     small_config,
-    small_flow,
     small_request,
     two_workers,
     write_dataset,
@@ -49,7 +49,7 @@ def test_a_run_leaves_a_model_of_its_averaged_weights(dataset: Path, tmp_path: P
     assert spec.latents.later_frame_scale == 0.6
     checkpoint = latest_complete(result.checkpoint_dir.parent)
     assert checkpoint is not None
-    expected = FlowModel(small_flow())
+    expected = FlowModel(tiny())
     load_averaged(checkpoint, expected)
     state = expected.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
@@ -80,7 +80,7 @@ def test_a_run_killed_between_its_last_step_and_its_export_is_exported(
     (first.model_dir / "model.safetensors").unlink()
     again = train_in_process(request)
     assert again.resumed_from == 6
-    assert load_model(again.model_dir)[0].config == small_flow()
+    assert load_model(again.model_dir)[0].config == tiny()
 
 
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run(dataset: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(RunError, match=r"latent_channels is 8, but .* of 4 channels"):
-        train_in_process(small_request(dataset, out, flow=small_flow(latent_channels=8)))
+        train_in_process(small_request(dataset, out, flow=tiny(latent_channels=8)))
     with pytest.raises(RunError, match="gives 6 vectors of 32, but the flow reads 6 of 16"):
         train_in_process(small_request(dataset, out, text=TextSpec("hashed", 6, 32)))
     assert not out.exists()

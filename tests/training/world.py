@@ -22,7 +22,7 @@ from data_prep.latents.records import (
 )
 from flow.codec import LatentConvention
 from flow.codec_factors import WAN_FACTORS
-from flow.config import FlowConfig
+from flow.config import tiny
 from flow.text import TextSpec
 from tests.data_prep.handmade import captions_entry, latents_entry, write_handmade_manifest
 from training.config import TrainConfig
@@ -32,23 +32,6 @@ CHANNELS = 4
 CODEC = "0123456789abcdef"
 TEXT = TextSpec(kind="hashed", length=6, dim=16)
 WORDS = ("red", "green", "blue", "cyan")
-
-
-def small_flow(**changes: Any) -> FlowConfig:
-    values: dict[str, Any] = {
-        "latent_channels": CHANNELS,
-        "text_len": 6,
-        "text_dim": 16,
-        "shallow_width": 32,
-        "deep_width": 32,
-        "head_dim": 32,
-        "layers_per_block": (1, 1, 1, 2),
-        "noise_std": 0.3,
-        "pos_len": 4.0,
-        "denoiser": True,
-        "denoiser_layers": 2,
-    }
-    return FlowConfig(**{**values, **changes})
 
 
 SMALL: dict[str, Any] = {
@@ -86,7 +69,7 @@ def small_request(
     dataset: str | Path, out: Path, config: TrainConfig | None = None, **changes: Any
 ) -> TrainRequest:
     """A run of a small model; changes are other fields of the request."""
-    values: dict[str, Any] = {"flow": small_flow(), "text": TEXT, **changes}
+    values: dict[str, Any] = {"flow": tiny(), "text": TEXT, **changes}
     return TrainRequest(config or small_config(), dataset=dataset, out=out, **values)
 
 

@@ -14,6 +14,9 @@ from typing import Literal, NamedTuple
 
 from flowreel.errors import FlowreelError
 
+Schedule = Literal["jacobi", "sliding", "sequential"]
+"""How the deep block is inverted; at tolerance 0 all schedules give the sequential result."""
+
 
 class SampleError(FlowreelError, ValueError):
     """A sampling request that cannot be met; the message names field, value and rule."""
@@ -53,7 +56,7 @@ class SampleSpec:
     """Frame n's noise comes from (seed, n) alone."""
     guidance: float = 0.0
     """Weight w >= 0; above 0 both a text and a null text are needed."""
-    schedule: Literal["jacobi", "sliding", "sequential"] = "sliding"
+    schedule: Schedule = "sliding"
     """How the deep block is inverted; at tolerance 0 all schedules give the sequential result."""
     block_size: int = 16
     """Tokens that `jacobi` solves at once in a frame that has no frame before it."""

@@ -23,6 +23,7 @@ from flow.certificate import Certificate
 from flow.config import FlowConfig
 from flow.counters import Counters
 from flow.likelihood import over_draws
+from flow.sample_spec import Schedule
 from flow.video_spec import VideoSpec
 from flowreel.errors import FlowreelError
 from flowreel.files import write_whole
@@ -32,7 +33,6 @@ from media.write import decode_image, encode_mp4, encode_png
 from pipeline.make_video import request_for
 from pipeline.recipes import Recipe, load_recipe
 from pipeline.video_likelihood import VideoFitError, fit_video, measure_likelihood
-from serving.config import Schedule
 from serving.loading import LoadedModel
 from serving.loading import load as load_session
 from serving.session import generate

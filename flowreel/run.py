@@ -56,14 +56,14 @@ def prepare(
             which, and what to do.
     """
     recipe, out, reporter = _recipe(recipe), str(out), _reporter(verbose)
-    found = find_shards(shards) if isinstance(shards, str) else shards
+    sources = find_shards(shards) if isinstance(shards, str) else shards
     if only == "captions":
-        given = None if found is None else list(found)
+        given = None if sources is None else list(sources)
         left = stages.captions_to_do(recipe, given, out)
         with local_or_given(recipe.cluster, address, needed=left > 0):
             report = stages.caption_again(recipe, given, out, reporter)
     else:
-        given = list(found or ())
+        given = list(sources or ())
         left = stages.shards_to_do(recipe, given, out, redo=redo)
         with local_or_given(recipe.cluster, address, needed=left > 0):
             report = stages.prepare_latents(recipe, given, out, reporter, redo=redo)

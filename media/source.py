@@ -51,10 +51,10 @@ class Source:
         self._file = file
         self._max_pixels = max_pixels
         head = file.read(HEAD_BYTES)
-        found = recognise(head)
-        if isinstance(found, Refused):
-            raise Refusal(found.reason, found.message)
-        self.container: Container = found
+        container = recognise(head)
+        if isinstance(container, Refused):
+            raise Refusal(container.reason, container.message)
+        self.container: Container = container
         self.orientation = Orientation()
         self._list_packets()
         first = next(self._decoded(0))

@@ -58,14 +58,14 @@ def inspect(
     """
     inspection = inspect_dataset(root)
     print_tables(inspection, reporter)
-    kept: list[Picture] = []
+    shown: list[Picture] = []
     if pictures and inspection.counts.get("kept"):
         from flow.codec import VideoCodec
 
-        kept = kept_pictures(root, VideoCodec.load(codec), pictures)
+        shown = kept_pictures(root, VideoCodec.load(codec), pictures)
     dropped = dropped_pictures(root, pictures) if pictures else []
     page = page or (Path("inspect.html") if is_uri(root) else Path(root, "inspect.html"))
-    write_whole(page, render(inspection, kept, dropped))
+    write_whole(page, render(inspection, shown, dropped))
     reporter.outcome(f"page  {page}")
     reporter.document({**figures(inspection), "page": page})
     return page

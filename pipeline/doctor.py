@@ -95,8 +95,8 @@ def pinned_versions(constraints: str) -> dict[str, str]:
     >>> pinned_versions("# all\\ntorch==2.13.0\\nPyYAML==6.0.3 ; python_version > '3'\\n")
     {'torch': '2.13.0', 'pyyaml': '6.0.3'}
     """
-    found = re.findall(r"^([\w.-]+)==([^\s;]+)", constraints, flags=re.MULTILINE)
-    return {name.lower(): version for name, version in found}
+    pins = re.findall(r"^([\w.-]+)==([^\s;]+)", constraints, flags=re.MULTILINE)
+    return {name.lower(): version for name, version in pins}
 
 
 def _packages(_recipe: Recipe) -> Iterator[Finding]:

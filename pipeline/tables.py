@@ -42,8 +42,8 @@ def say_prepared(report: PrepareReport, reporter: Reporter) -> None:
 
 def say_captioned(report: PrepareReport, reporter: Reporter) -> None:
     """How many clips have a synthetic caption, and what still keeps others from one."""
-    kept, failed = report.counts.get("kept", 0), sum(report.captions_failed.values())
-    reporter.outcome(f"  {kept - failed} of {kept} clips have a synthetic caption")
+    num_kept, failed = report.counts.get("kept", 0), sum(report.captions_failed.values())
+    reporter.outcome(f"  {num_kept - failed} of {num_kept} clips have a synthetic caption")
     if report.samples_now == 0:
         reporter.outcome("  nothing to do: every caption was written before")
     if report.unprepared_shards:

@@ -13,9 +13,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Schedule = Literal["jacobi", "sliding", "sequential"]
-"""How the deep block is inverted; see `flow.sample_spec.SampleSpec`."""
-
 
 class Limits(BaseModel):
     """What the service admits.

@@ -14,7 +14,8 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flow.codec_factors import CodecFactors
-from serving.config import Limits, Schedule
+from flow.sample_spec import Schedule
+from serving.config import Limits
 from serving.errors import FrameCountError, InvalidRequest
 
 

@@ -40,8 +40,8 @@ def compression_of(head: bytes) -> str:
     >>> compression_of(bytes.fromhex("28b52ffd0000")), compression_of(b"a.mp4")
     ('zstd', '')
     """
-    found = (name for magic, name in _SIGNATURES.items() if head.startswith(magic))
-    return next(found, "")
+    names = (name for magic, name in _SIGNATURES.items() if head.startswith(magic))
+    return next(names, "")
 
 
 class _Readable(Protocol):

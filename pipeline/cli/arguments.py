@@ -199,7 +199,7 @@ def complete_denoiser(incomplete: str) -> list[str]:
 
 def schedules() -> tuple[str, ...]:
     """The schedules that a request may name."""
-    from serving.config import Schedule
+    from flow.sample_spec import Schedule
 
     return get_args(Schedule)
 

@@ -46,10 +46,10 @@ def video(model: flowreel.Model) -> flowreel.Video:
 def loaded_by(code: str) -> set[str]:
     """Names of the modules that a fresh interpreter has loaded after `code`."""
     code += "\nimport sys\nprint(*sys.modules)"
-    done = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
     )
-    return set(done.stdout.split())
+    return set(ended.stdout.split())
 
 
 def test_import_loads_nothing_that_is_not_asked_for() -> None:
@@ -120,14 +120,14 @@ with flowreel.serve("folder", port=0) as app:
 def test_editors_and_mypy_see_every_signature(tmp_path: Path) -> None:
     (tmp_path / "typed.py").write_text(TYPED)
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports"]
-    done = subprocess.run(
+    ended = subprocess.run(
         [*command, "--config-file=", str(tmp_path / "typed.py")],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 def test_a_sample_is_the_video_that_the_service_makes(
@@ -201,7 +201,7 @@ def test_videos_are_saved_whole_as_what_their_name_says(
 def test_log_prob_is_the_flows_own_on_the_noised_latents(
     model: flowreel.Model, loaded: LoadedModel, video: flowreel.Video
 ) -> None:
-    found = model.log_prob(video, PROMPT, draws=3, seed=4)
+    likelihood = model.log_prob(video, PROMPT, draws=3, seed=4)
     assert loaded.codec is not None
     assert loaded.text_encoder is not None
     mean, _ = loaded.codec.encode(torch.from_numpy(video.frames)[None])
@@ -210,18 +210,18 @@ def test_log_prob_is_the_flows_own_on_the_noised_latents(
     noised = [x + 0.3 * draw_noise(4, draw, x.shape[1:]) for draw in range(3)]
     with torch.no_grad():
         nats = [float(loaded.model.flow(each, text).log_prob()) for each in noised]
-    assert found.nats == pytest.approx(np.mean(nats), rel=1e-5)
-    assert found.stderr == pytest.approx(np.std(nats, ddof=1) / 3**0.5, rel=1e-3)
-    assert found.dims == x.numel() == 3 * 4 * 2 * 2
-    assert found.bits_per_dim == pytest.approx(-found.nats / found.dims / np.log(2))
-    nats_per_dim = found.bits_per_dim * np.log(2)
-    assert nats_per_dim - found.loss == pytest.approx(0.5 * np.log(2 * np.pi))
-    assert found.floor == pytest.approx(0.5 + np.log(0.3))
-    assert found.draws == 3
-    assert found.frame_nats.shape == (3,)
-    assert found.token_nats.shape == (3, 2, 2)
-    assert found.frame_nats.sum() == pytest.approx(found.nats)
-    np.testing.assert_allclose(found.token_nats.sum((1, 2)), found.frame_nats)
+    assert likelihood.nats == pytest.approx(np.mean(nats), rel=1e-5)
+    assert likelihood.stderr == pytest.approx(np.std(nats, ddof=1) / 3**0.5, rel=1e-3)
+    assert likelihood.dims == x.numel() == 3 * 4 * 2 * 2
+    assert likelihood.bits_per_dim == pytest.approx(-likelihood.nats / likelihood.dims / np.log(2))
+    nats_per_dim = likelihood.bits_per_dim * np.log(2)
+    assert nats_per_dim - likelihood.loss == pytest.approx(0.5 * np.log(2 * np.pi))
+    assert likelihood.floor == pytest.approx(0.5 + np.log(0.3))
+    assert likelihood.draws == 3
+    assert likelihood.frame_nats.shape == (3,)
+    assert likelihood.token_nats.shape == (3, 2, 2)
+    assert likelihood.frame_nats.sum() == pytest.approx(likelihood.nats)
+    np.testing.assert_allclose(likelihood.token_nats.sum((1, 2)), likelihood.frame_nats)
 
 
 def test_log_prob_takes_a_file_and_a_folder(

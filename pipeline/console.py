@@ -81,7 +81,9 @@ class Reporter:
         """
         if self.quiet and self.as_json:
             return
-        table = Table(title=title, title_justify="left", show_header=any(columns))
+        # A table's own title would be wrapped at the width of its columns.
+        self._words.print(title, style="italic", soft_wrap=True)
+        table = Table(show_header=any(columns))
         for index, column in enumerate(columns):
             to_the_left = left or index == 0
             table.add_column(column, justify="left" if to_the_left else "right", overflow="fold")

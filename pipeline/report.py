@@ -120,7 +120,8 @@ def loss_curve(history: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         axes.set_ylim(low - 0.1, float(np.quantile(losses, 0.98)) + 0.3)
     axes.set_xlabel("step")
     axes.set_ylabel("nats per dimension")
-    axes.legend(frameon=False, ncols=2, fontsize=9)
+    # Above the axes: inside, a line would cross its words sooner or later.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, ncols=3, fontsize=9)
     return _svg(figure)
 
 

@@ -14,7 +14,7 @@ from pipeline.console import PlainProgress, Reporter
 def say_everything(reporter: Reporter) -> None:
     reporter.say("on the way")
     reporter.outcome("outcome [red] of a path")
-    reporter.table("a table", ["name", "count"], [["a [b]", "1"]])
+    reporter.table("a table with a title longer than its rows", ["name", "count"], [["a [b]", "1"]])
     with reporter.progress("working") as update:
         update(1, 2, "things")
     reporter.document({"count": 1, "loss": float("inf")})
@@ -37,7 +37,7 @@ def test_quiet_leaves_only_outcomes(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert "on the way" not in out
     assert "outcome" in out
-    assert "a table" in out
+    assert "a table with a title longer than its rows\n" in out
     assert not err
 
 

@@ -118,11 +118,13 @@ class _Stepwise:
             decompressor = self._decompressor
             data = b""
             if decompressor.eof:
-                rest = decompressor.unused_data or self._packed.read(_CHUNK_BYTES)
-                # Padding of zeros may stand between two streams, and at the end.
-                rest = rest.lstrip(b"\0")
-                if not rest:
-                    return b""
+                # Padding of zeros may stand between two streams, and at the end; of any length.
+                rest = decompressor.unused_data.lstrip(b"\0")
+                while not rest:
+                    packed = self._packed.read(_CHUNK_BYTES)
+                    if not packed:
+                        return b""
+                    rest = packed.lstrip(b"\0")
                 self._decompressor = decompressor = self._make()
                 data = decompressor.decompress(rest, size_bytes)
             elif decompressor.needs_input:

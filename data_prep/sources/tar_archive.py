@@ -201,7 +201,8 @@ class _Blocks:
         self._back -= len(data)
         while len(data) < size_bytes and (more := self._stream.read(size_bytes - len(data))):
             data += more
-        self._last = data or self._last
+        if not self._back:
+            self._last = data or self._last
         self._place += len(data)
         return data
 

@@ -3,6 +3,7 @@
     sampling.py           samplers of the deep block: time, error against the exact inverse,
                           certificate, on the trained model of `tests/fixtures`
     iteration.py          one pass of the deep block, by context and window, against the machine
+    attention.py          attention over a long cache on a GPU, whole and split
     readers.py            video readers side by side: speed, and whose frames are right
     prepare.py            data preparation on Ray against bare loops over the same calls; its memory
     gpu/                  one command for the day a GPU is there; docs/gpu.md

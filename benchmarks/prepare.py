@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.clips import UNIQUE_CLIPS, bucket_sizes, rows_of_shard, write_clips
+from benchmarks.clips import bucket_sizes, rows_of_shard, write_clips
 from benchmarks.feeder import BUSY_BAR, feeder
 from benchmarks.processes import OTHERS, Watch, cpu_seconds, machine_seconds
 from data_prep.config import BucketConfig, PrepareConfig
@@ -41,6 +41,8 @@ BAR = 0.9
 """The pipeline must reach this share of the loops' speed."""
 MEMORY_BAR = 1.1
 """Ten times the shards may take this many times the memory."""
+FEEDER_CLIPS = 2
+"""Rendered for the feeder, which takes them over and over; at 720p one takes ten seconds."""
 QUIET = 0.1
 """CPUs that other programs may take in any of the three parts; with more, the ratio is void."""
 
@@ -320,8 +322,8 @@ def _show_feeder(options: argparse.Namespace, config: PrepareConfig, scratch: Pa
     """Measure and print the feeder; 0 where its bar is met."""
     shards = options.shards or write_clips(
         scratch / "in",
-        UNIQUE_CLIPS,
-        UNIQUE_CLIPS,
+        FEEDER_CLIPS,
+        FEEDER_CLIPS,
         options.source,
         config.bucket.num_frames,
         options.fps,

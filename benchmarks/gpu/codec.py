@@ -23,7 +23,7 @@ from benchmarks.gpu.shapes import Shapes
 from flow.codec_factors import WAN_FACTORS
 
 ROOT = Path(__file__).resolve().parents[2]
-FEEDER_NEEDS = ("diffusers", "pydantic", "pyarrow", "av")
+FEEDER_NEEDS = ("diffusers", "pydantic", "typing_inspection", "pyarrow", "av", "webdataset")
 """Libraries without which `benchmarks.prepare --feeder` does not start."""
 FEEDER_CLIPS = 8
 FEEDER_DECODERS = 8

@@ -96,7 +96,8 @@ def main() -> int:
         q = torch.randn(BATCH, HEADS, 128, DIM, device=device, dtype=torch.bfloat16)
         began = time.perf_counter()
         for length in range(9000, 9010):
-            attend_split(q, *cache[:, :, :, : length + 128], past=length)
+            k, v = cache[:, :, :, : length + 128]
+            attend_split(q, k, v, past=length)
         torch.cuda.synchronize()
         print(f"a new length of the past: {100 * (time.perf_counter() - began):.0f} ms to plan")
     return 0

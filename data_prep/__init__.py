@@ -11,8 +11,9 @@ At the top, in this order:
     progress.py   what is called as work goes on
     strict.py     the base of every settings class
 
-and six wings, in the order in which a sample passes them:
+and the wings, in the order in which a sample passes them:
 
+    preflight/    what a cluster has, may come to have, and sees
     sources/      what comes in: shards and their samples
     clips/        a sample becomes frames
     captions/     who says what is seen

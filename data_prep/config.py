@@ -219,8 +219,17 @@ class CapConfig(Strict):
 class ConcurrencyConfig(Strict):
     """How much runs at once; None lets the preflight choose from the cluster's CPUs."""
 
-    shards_in_flight: int = Field(
-        default=2, ge=1, description="Input shards read at the same time."
+    shards_in_flight: int | None = Field(
+        default=None,
+        ge=1,
+        description="Input shards read at the same time; None: 2, and one more for every 8 CPUs "
+        "beyond 16.",
+    )
+    grow_to_cpus: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPUs that an autoscaling cluster may come to have: pools may grow to fill "
+        "them. None: what the autoscaler says, or those that are there.",
     )
     block_bytes: int = Field(
         default=16 * 2**20,

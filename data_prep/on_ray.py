@@ -30,19 +30,15 @@ from data_prep.captions.on_ray import caption_with_vllm
 from data_prep.captions.stage import CaptionStage
 from data_prep.captions.vllm import vllm_gpus
 from data_prep.clips.decode import DecodeStage
-from data_prep.config import ConcurrencyConfig, PrepareConfig
+from data_prep.config import PrepareConfig
 from data_prep.latents.encode import EncodeStage
+from data_prep.latents.records import INFO_NAME
 from data_prep.ledger.locks import lock_output
 from data_prep.ledger.on_ray import Sink
 from data_prep.ledger.reuse import Reuse
+from data_prep.preflight.on_ray import check_shared, plan_on_cluster
 from data_prep.progress import RunProgress
-from data_prep.resources import (
-    ResourceError,
-    StageResources,
-    describe,
-    needed_concurrency,
-    plan_resources,
-)
+from data_prep.resources import StageResources, describe, needed_concurrency
 from data_prep.row import PAYLOAD, ROW_SCHEMA, Row, is_closing, rows_of, table_of
 from data_prep.run import (
     PrepareReport,
@@ -63,8 +59,8 @@ from flowreel.errors import FlowreelError
 
 log = logging.getLogger("flowreel.prepare")
 
-_FREEING_S = 30.0
-"""How long a killed run may take to give its CPUs back, in seconds."""
+_SOURCES_LOOKED_AT = 16
+"""Of so many local shards it is asked whether all machines see them."""
 
 
 class _Operator:
@@ -163,7 +159,7 @@ def build_pipeline(
     rows = ray.data.read_datasource(
         ShardSource(plan.jobs, config, plan.out),
         num_cpus=read.cpus,
-        compute=TaskPoolStrategy(size=read.workers),
+        compute=TaskPoolStrategy(size=max(read.workers, read.most)),
         override_num_blocks=len(plan.jobs),
     )
     skip = frozenset(job.name for job in plan.jobs if not job.encode)
@@ -230,6 +226,7 @@ def prepare(
         SizeError: the codec does not take clips of the bucket's size or length.
         CodecError: the codec cannot be loaded.
         CaptionerUnavailable: the captioner cannot work; what is done stays, run again to go on.
+        NotShared: a local output or shard is not seen by every machine of the cluster.
         ResourceError: the cluster's free CPUs cannot hold the stages.
         StorageError: the disk or the store failed; run the same command again when it is well.
     """
@@ -253,14 +250,17 @@ def _run(
     is_vllm = config.captioner.backend == "vllm"
     if is_vllm and find_spec("vllm") is None:
         raise CaptionerUnavailable("vLLM is not installed; pip install 'flowreel[vllm]'")
+    check_shared([f"{plan.out}/{INFO_NAME}"], "--out")
+    check_shared([job.source for job in plan.jobs[:_SOURCES_LOOKED_AT]], "--shards")
     encodes = any(job.encode for job in plan.jobs)
     gpus = vllm_gpus(config.captioner) if is_vllm else None
     concurrency = needed_concurrency(config.concurrency, vllm_gpus=gpus, encodes=encodes)
-    cpus, resources = _resources(concurrency, config.encoder_threads)
+    cpus, resources = plan_on_cluster(concurrency, config.encoder_threads)
     if not encodes:
         del resources["encode"]
     read = resources["read"]
-    resources["read"] = read._replace(workers=min(read.workers, len(plan.jobs)))
+    readers = min(max(read.workers, read.most), len(plan.jobs))
+    resources["read"] = read._replace(workers=min(read.workers, readers), most=readers)
     figures = RunFigures(resources=describe(resources, cpus))
     log.info("preparing %d shards on %s", len(plan.jobs), figures.resources)
     say: RunProgress = progress or (lambda unit, count, total: None)
@@ -309,29 +309,6 @@ def _stage_figures(
             rows=int(operator.output_num_rows.sum),
             bytes_out=int(operator.output_size_bytes.sum),
         )
-
-
-def _resources(
-    concurrency: ConcurrencyConfig, encoder_threads: int
-) -> tuple[float, dict[str, StageResources]]:
-    """Free CPUs, and the stages on them; what a run killed just now still holds is waited for."""
-    deadline = time.monotonic() + _FREEING_S
-    while True:
-        free = ray.available_resources()
-        cpus, gpus = float(free.get("CPU", 0.0)), float(free.get("GPU", 0.0))
-        total = float(ray.cluster_resources().get("CPU", 0.0))
-        is_late = time.monotonic() >= deadline
-        try:
-            plan = plan_resources(cpus, gpus, concurrency, encoder_threads=encoder_threads)
-        except ResourceError:
-            if is_late:
-                raise
-        else:
-            # A share of a busy cluster is enough to work on, but crumbs of an idle one mean that a
-            # killed run still holds the rest.
-            if is_late or cpus >= min(total, 1.0):
-                return cpus, plan
-        time.sleep(0.5)
 
 
 @contextlib.contextmanager

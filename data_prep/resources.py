@@ -15,6 +15,11 @@ from data_prep.config import ConcurrencyConfig, bounds
 from flowreel.errors import FlowreelError
 
 _MIN_CPUS = 0.5
+GROWING_CPUS = 4.0
+"""A cluster that grows is waited for until so many CPUs are free: enough for one worker of each
+stage with whole CPUs for those that decode and encode."""
+_CPUS_PER_SHARD = 8
+"""Reading one shard feeds about so many decoders."""
 _SMALL = {
     "read": 0.15, "decode": 0.25, "filter": 0.03, "caption": 0.12, "encode": 0.32, "sink": 0.03
 }  # fmt: skip
@@ -37,7 +42,12 @@ class StageResources(NamedTuple):
 
 
 def plan_resources(
-    cpus: float, gpus: float, concurrency: ConcurrencyConfig, *, encoder_threads: int = 1
+    cpus: float,
+    gpus: float,
+    concurrency: ConcurrencyConfig,
+    *,
+    encoder_threads: int = 1,
+    most_cpus: float = 0.0,
 ) -> dict[str, StageResources]:
     """Workers and shares of the six stages that fit `cpus` and `gpus` together.
 
@@ -45,6 +55,9 @@ def plan_resources(
     machine, which its workers divide among them: all of them fit at once. Above that, decoders and
     encoders get whole CPUs, and their pools grow and shrink with the work. What the pools begin
     with fits beside everything else, so no stage ever waits for another's CPUs.
+
+    Where the cluster may grow, to `most_cpus` free ones, pools begin as the CPUs that are there
+    allow and may grow as large as they would be there.
 
     >>> plan = plan_resources(2, 0, ConcurrencyConfig())
     >>> plan["decode"]
@@ -58,10 +71,12 @@ def plan_resources(
             f"{cpus:g} CPUs are free; preparing needs at least {_MIN_CPUS:g}. "
             "Start Ray with more, or wait for other work to end"
         )
-    if cpus <= 4:
+    if cpus <= 4 and most_cpus <= 4:
         plan = _small(cpus, concurrency)
     else:
         plan = _large(cpus, gpus, concurrency, encoder_threads)
+    if most_cpus > max(cpus, 4):
+        plan = _growing(plan, _large(most_cpus, gpus, concurrency, encoder_threads))
     if concurrency.captioner_gpus:
         plan["caption"] = plan["caption"]._replace(gpus=concurrency.captioner_gpus)
     if concurrency.encoder_gpus:
@@ -72,7 +87,7 @@ def plan_resources(
 
 def _small(cpus: float, concurrency: ConcurrencyConfig) -> dict[str, StageResources]:
     """Shares of a machine of up to four CPUs."""
-    shards = concurrency.shards_in_flight
+    shards = concurrency.shards_in_flight or _shards(cpus)
     # One encoder for every core: encoding is the bulk of the work, and the other stages run in
     # between, as the system divides its time.
     encoders = 1 if concurrency.encoder_gpus else max(1, int(cpus))
@@ -94,7 +109,7 @@ def _large(
     cpus: float, gpus: float, concurrency: ConcurrencyConfig, encoder_threads: int
 ) -> dict[str, StageResources]:
     """Whole CPUs for decoders and encoders; pools that nobody sized go from half to double."""
-    shards = concurrency.shards_in_flight
+    shards = concurrency.shards_in_flight or _shards(cpus)
     free = cpus - 0.3 * shards - 0.2
     threads = 1 if concurrency.encoder_gpus else encoder_threads
     pools = {
@@ -119,6 +134,26 @@ def _large(
         "encode": _pool(pools["encode"] or _around(encoders), float(threads)),
         "sink": StageResources(1, 0.1),
     }
+
+
+def _shards(cpus: float) -> int:
+    """How many shards are read at once on so many CPUs.
+
+    >>> [_shards(cpus) for cpus in (2, 16, 64, 3200)]
+    [2, 2, 8, 400]
+    """
+    return max(2, int(cpus // _CPUS_PER_SHARD))
+
+
+def _growing(
+    now: dict[str, StageResources], later: dict[str, StageResources]
+) -> dict[str, StageResources]:
+    """Pools of today that may become as large as those of the grown cluster."""
+    plan = {}
+    for stage, need in now.items():
+        most = max(need.most, later[stage].workers, later[stage].most)
+        plan[stage] = need._replace(most=most if most > need.workers else 0)
+    return plan
 
 
 def _around(workers: int) -> tuple[int, int]:

@@ -29,6 +29,17 @@ def test_pools_of_large_machines_can_grow_to_use_them() -> None:
         assert others + plan[stage].most * plan[stage].cpus > 60
 
 
+@pytest.mark.parametrize("cpus", [4, 8, 64])
+def test_pools_begin_on_what_is_there_and_may_fill_what_the_cluster_becomes(cpus: float) -> None:
+    now = plan_resources(cpus, 0, ConcurrencyConfig(), most_cpus=3200)
+    grown = plan_resources(3200, 0, ConcurrencyConfig())
+    assert sum(r.workers * r.cpus for r in now.values()) <= cpus
+    for stage in ("read", "decode", "encode"):
+        assert now[stage].most >= grown[stage].workers > now[stage].workers
+        assert now[stage].cpus == grown[stage].cpus
+    assert grown["read"].workers > 100
+
+
 @pytest.mark.parametrize("cpus", [1, 2, 4, 8, 64])
 def test_pools_keep_to_the_bounds_of_the_recipe(cpus: float) -> None:
     wanted = ConcurrencyConfig(decoders=(1, 3), encoders=2, captioners=(1, 2))

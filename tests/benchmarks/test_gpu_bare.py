@@ -91,6 +91,7 @@ def test_the_environment_is_bare(bare_python: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_every_part_of_the_rehearsal_is_complete(rehearsal: Path) -> None:
     parts = json.loads((rehearsal / "gpu.json").read_text())["parts"]
     assert {name: part["state"] for name, part in parts.items()} == {
@@ -112,6 +113,7 @@ def test_every_part_of_the_rehearsal_is_complete(rehearsal: Path) -> None:
     assert verdict == {"compared": 36, "outside": 0, "verdict": "right"}
 
 
+@pytest.mark.slow
 def test_the_page_has_every_table(rehearsal: Path) -> None:
     page = (rehearsal / "gpu.md").read_text()
     assert "A rehearsal on a CPU at toy shapes" in page

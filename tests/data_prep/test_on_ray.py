@@ -207,6 +207,7 @@ prepare(config, sys.argv[5:], Path(sys.argv[2]), Path(sys.argv[3]))
 """
 
 
+@pytest.mark.slow
 def test_every_stage_is_closed_when_a_run_ends(
     config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
 ) -> None:

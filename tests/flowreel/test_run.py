@@ -27,6 +27,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 def test_shards_become_latents_a_model_and_a_service(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,6 +74,7 @@ def test_while_ray_starts(training: list[str], tmp_path: Path) -> None:
     assert none_left(mark)
 
 
+@pytest.mark.slow
 def test_while_workers_train(training: list[str], tmp_path: Path) -> None:
     mark, stderr = secrets.token_hex(8), tmp_path / "stderr"
     code, _ = interrupted(

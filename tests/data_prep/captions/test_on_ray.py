@@ -24,6 +24,7 @@ from tests.data_prep.vlm_models import save_llava
 from tests.places import ROOT
 
 
+@pytest.mark.slow
 def test_a_model_captions_on_ray_as_in_one_process_and_only_captions_goes_on_from_a_kill(
     cluster: None, config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
 ) -> None:
@@ -46,6 +47,7 @@ def test_a_model_captions_on_ray_as_in_one_process_and_only_captions_goes_on_fro
         assert name.startswith(("manifests", "prepare.json")) or digest == expected[name]
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_refuses_stops_a_run_on_ray_with_its_own_words(
     cluster: None, config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path
 ) -> None:

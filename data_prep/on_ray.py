@@ -1,10 +1,12 @@
 """Data preparation on Ray Data: only the wiring. What happens to a sample is in `data_prep.stages`.
 
-    ShardSource (one read task per shard) → Decode → Filter → Caption → Encode → Sink
+    ShardSource (one read task per shard) → Decode → Caption → Encode → Sink
 
-Each stage is a Ray Data operator of its own: actor pools never fuse with one another, and the read
-task's share of a CPU differs from the decoder's. Pools grow and shrink between their bounds. All of
-it streams, and the number of read tasks bounds the shards in flight. The caller starts Ray. Knows
+Each is a Ray Data operator of its own: actor pools never fuse with one another, and the read task's
+share of a CPU differs from the decoder's. Filters run in the actor that decodes, where the frames
+are. The last operator hands rows to the sinks, actors beside Ray Data (`data_prep.ledger.on_ray`).
+Pools grow and shrink between their bounds. All of it streams, and the number of read tasks bounds
+the shards in flight. The caller starts Ray. Knows
 nothing of what makes a sample good or bad.
 """
 
@@ -33,7 +35,7 @@ from data_prep.clips.decode import DecodeStage
 from data_prep.config import ConcurrencyConfig, PrepareConfig
 from data_prep.latents.encode import EncodeStage
 from data_prep.ledger.locks import lock_output
-from data_prep.ledger.on_ray import Sink
+from data_prep.ledger.on_ray import Sink, blocks_in_flight, running_sinks
 from data_prep.ledger.reuse import Reuse
 from data_prep.progress import RunProgress
 from data_prep.resources import (
@@ -56,7 +58,7 @@ from data_prep.run import (
     report_of,
 )
 from data_prep.sources.on_ray import ShardSource
-from data_prep.stages import FilterStage, Stage, run_stage
+from data_prep.stages import FilterStage, Stage, StageChain, run_stage
 from data_prep.storage.location import Location, absolute
 from data_prep.storage.store import open_folder
 from flowreel.errors import FlowreelError
@@ -116,19 +118,14 @@ def _through(stage: Stage, batch: pa.Table) -> pa.Table:
 
 
 class Decode(_Operator):
-    """`DecodeStage` as an actor."""
+    """`DecodeStage` and `FilterStage` as one actor: what a filter drops never leaves it."""
 
     def __init__(
         self, config: PrepareConfig, sizes: Sequence[tuple[int, int]], reuse: Reuse
     ) -> None:
-        super().__init__(lambda: DecodeStage(config, sizes, reuse=reuse))
-
-
-class Filter(_Operator):
-    """`FilterStage` as an actor."""
-
-    def __init__(self, config: PrepareConfig, reuse: Reuse) -> None:
-        super().__init__(lambda: FilterStage(config, reuse))
+        super().__init__(
+            lambda: StageChain(DecodeStage(config, sizes, reuse=reuse), FilterStage(config, reuse))
+        )
 
 
 class Caption(_Operator):
@@ -156,9 +153,19 @@ def _device() -> str:
 
 
 def build_pipeline(
-    plan: RunPlan, config: PrepareConfig, resources: dict[str, StageResources]
+    plan: RunPlan,
+    config: PrepareConfig,
+    resources: dict[str, StageResources],
+    sinks: Sequence[Any],
 ) -> Dataset:
-    """The dataset of six operators; nothing runs before it is iterated."""
+    """The dataset of five operators; nothing runs before it is iterated.
+
+    Args:
+        plan: what is to be done.
+        config: the settings.
+        resources: workers of each stage.
+        sinks: see `data_prep.ledger.on_ray.running_sinks`.
+    """
     read = resources["read"]
     rows = ray.data.read_datasource(
         ShardSource(plan.jobs, config, plan.out),
@@ -170,10 +177,9 @@ def build_pipeline(
     reuse = Reuse(plan.out, plan.jobs)
     stages: list[tuple[str, type, tuple[Any, ...]]] = [
         ("decode", Decode, (config, plan.sizes, reuse)),
-        ("filter", Filter, (config, reuse)),
         ("caption", Caption, (config,)),
         ("encode", Encode, (config, plan.codec, skip)),
-        ("sink", Sink, (config, plan.out, plan.jobs)),
+        ("sink", Sink, (sinks,)),
     ]
     captioner = config.captioner
     calls = captioner.batch_size if captioner.backend == "vlm" else captioner.requests_in_flight
@@ -188,13 +194,22 @@ def build_pipeline(
         rows = rows.map_batches(
             operator,
             fn_constructor_args=arguments,
-            compute=ActorPoolStrategy(min_size=need.workers, max_size=max(need.workers, need.most)),
+            compute=_pool(need, blocks_in_flight(plan.out) if name == "sink" else 1),
             num_cpus=need.cpus,
             num_gpus=need.gpus or None,
             batch_size=batch_sizes.get(name, 1 if need.gpus else None),
             batch_format="pyarrow",
         )
     return rows
+
+
+def _pool(need: StageResources, calls: int) -> ActorPoolStrategy:
+    """The actors of a stage, each of which is called by so many threads."""
+    threads: dict[str, Any] = {}
+    if calls > 1:
+        threads = {"enable_true_multi_threading": True, "max_concurrent_calls_per_actor": calls}
+    most = max(need.workers, need.most)
+    return ActorPoolStrategy(min_size=need.workers, max_size=most, **threads)
 
 
 def prepare(
@@ -266,8 +281,12 @@ def _run(
     say: RunProgress = progress or (lambda unit, count, total: None)
     shards = len(plan.names) - len(plan.jobs)
     say("shards", shards, len(plan.names))
-    with _our_ray_data(config), _plain_errors():
-        pipeline = build_pipeline(plan, config, resources)
+    with (
+        _our_ray_data(config),
+        _plain_errors(),
+        running_sinks(config, plan.out, plan.jobs, resources["sink"].workers) as sinks,
+    ):
+        pipeline = build_pipeline(plan, config, resources, sinks)
         for receipt in _receipts(pipeline):
             figures.startup_s = figures.startup_s or time.monotonic() - begun_s
             if not is_closing(receipt):

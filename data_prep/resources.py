@@ -16,9 +16,11 @@ from flowreel.errors import FlowreelError
 
 _MIN_CPUS = 0.5
 _SMALL = {
-    "read": 0.15, "decode": 0.25, "filter": 0.03, "caption": 0.12, "encode": 0.32, "sink": 0.03
+    "read": 0.15, "decode": 0.28, "caption": 0.12, "encode": 0.32, "sink": 0.03
 }  # fmt: skip
 """Shares of a small machine, by where the time goes; they add up to 0.9."""
+_CPUS_PER_SINK = 16
+"""A sink writes what so many CPUs make, with much to spare."""
 
 
 class ResourceError(FlowreelError, ValueError):
@@ -39,7 +41,7 @@ class StageResources(NamedTuple):
 def plan_resources(
     cpus: float, gpus: float, concurrency: ConcurrencyConfig, *, encoder_threads: int = 1
 ) -> dict[str, StageResources]:
-    """Workers and shares of the six stages that fit `cpus` and `gpus` together.
+    """Workers and shares of the five operators that fit `cpus` and `gpus` together.
 
     Up to four CPUs, every stage has one worker (unless more are asked for) and a fixed share of the
     machine, which its workers divide among them: all of them fit at once. Above that, decoders and
@@ -48,7 +50,7 @@ def plan_resources(
 
     >>> plan = plan_resources(2, 0, ConcurrencyConfig())
     >>> plan["decode"]
-    StageResources(workers=1, cpus=0.5, gpus=0.0, most=0)
+    StageResources(workers=1, cpus=0.56, gpus=0.0, most=0)
 
     Raises:
         ResourceError: less than half a CPU is free, or what was asked for does not fit.
@@ -78,8 +80,7 @@ def _small(cpus: float, concurrency: ConcurrencyConfig) -> dict[str, StageResour
     encoders = 1 if concurrency.encoder_gpus else max(1, int(cpus))
     pools = {
         "read": (shards, shards),
-        "filter": (1, 1),
-        "sink": (1, 1),
+        "sink": (concurrency.sinks or 1,) * 2,
         "decode": bounds(concurrency.decoders) or (1, 1),
         "caption": bounds(concurrency.captioners) or (1, 1),
         "encode": bounds(concurrency.encoders) or (encoders, encoders),
@@ -95,7 +96,8 @@ def _large(
 ) -> dict[str, StageResources]:
     """Whole CPUs for decoders and encoders; pools that nobody sized go from half to double."""
     shards = concurrency.shards_in_flight
-    free = cpus - 0.3 * shards - 0.2
+    sinks = concurrency.sinks or max(1, int(cpus // _CPUS_PER_SINK))
+    free = cpus - 0.3 * shards - 0.1 * sinks
     threads = 1 if concurrency.encoder_gpus else encoder_threads
     pools = {
         "decode": bounds(concurrency.decoders),
@@ -114,10 +116,9 @@ def _large(
     return {
         "read": StageResources(shards, 0.3),
         "decode": _pool(pools["decode"] or _around(decoders), 1.0),
-        "filter": StageResources(1, 0.1),
         "caption": _pool(pools["caption"] or _around(captioners), 0.5),
         "encode": _pool(pools["encode"] or _around(encoders), float(threads)),
-        "sink": StageResources(1, 0.1),
+        "sink": StageResources(sinks, 0.1),
     }
 
 

@@ -95,7 +95,7 @@ class Staging:
 
     def numbers(self, job: ShardJob) -> set[int]:
         """Numbers of the samples that an earlier run, or this one, has finished."""
-        return {number for base in self._bases(job) for number in _numbers_of(base)}
+        return {number for base in self._bases(job) for number in numbers_in(base)}
 
     def _bases(self, job: ShardJob) -> list[str]:
         return [base for base in self.folder.names(_folder(job)) if _NAME.fullmatch(base)]
@@ -282,7 +282,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
     >>> _ranges([3, 4, 5, 9])
     '00000003-00000005_00000009'
-    >>> sorted(_numbers_of("00000003-00000005_00000009.arrow"))
+    >>> sorted(numbers_in("00000003-00000005_00000009.arrow"))
     [3, 4, 5, 9]
     """
     ranges: list[list[int]] = []
@@ -294,8 +294,8 @@ def _ranges(numbers: Iterable[int]) -> str:
     return "_".join(f"{a:08d}" if a == b else f"{a:08d}-{b:08d}" for a, b in ranges)
 
 
-def _numbers_of(base: str) -> set[int]:
-    """The numbers of the samples in a staged file, from its name."""
+def numbers_in(base: str) -> set[int]:
+    """The numbers of the samples in a staged file, from its base name."""
     numbers: set[int] = set()
     for text in base.removesuffix(".arrow").split("_"):
         first, _, last = text.partition("-")

@@ -23,6 +23,7 @@ from data_prep.config import PrepareConfig
 from data_prep.ledger.job import ShardJob
 from data_prep.ledger.locks import lock_writing
 from data_prep.ledger.sink import SinkStage, sink_of
+from data_prep.row import window_tables
 from data_prep.storage.store import open_folder
 from flowreel.errors import FlowreelError
 
@@ -115,14 +116,8 @@ def _receipts(block: pa.Table, committed: set[str]) -> pa.Table:
 
 def _is_reused(block: pa.Table, at: int) -> bool:
     """Whether a row, or a window of a carrier, has its latents or verdict of an earlier run."""
-    packed = block["windows"][at]
-    if not packed.is_valid or not len(packed):
-        return bool(block["reused"][at].as_py())
-    for window in packed.values:
-        with pa.ipc.open_stream(window.as_buffer()) as stream:
-            if any(stream.read_all()["reused"].to_pylist()):
-                return True
-    return False
+    windows = window_tables(block, at) or [block.slice(at, 1)]
+    return any(any(window["reused"].to_pylist()) for window in windows)
 
 
 @contextlib.contextmanager

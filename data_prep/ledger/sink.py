@@ -26,7 +26,7 @@ from data_prep.ledger.job import ShardJob
 from data_prep.ledger.manifest import Manifest, read_manifest
 from data_prep.ledger.recaption import commit_captions, numbers_to_caption
 from data_prep.ledger.staging import STAGED_SCHEMA, Staging
-from data_prep.row import PAYLOAD, Row, decided, join_windows
+from data_prep.row import PAYLOAD, Row, buffers_of, decided, join_windows, window_tables
 from data_prep.sources.samples import ShardSummary
 from data_prep.storage.location import Location
 from data_prep.storage.store import open_folder
@@ -237,8 +237,7 @@ class SinkStage:
                 continue
             texts = ("window", "caption", "synthetic", "captioner", "caption_error")
             staged_row = {**head, **{name: part[name] for name in texts}}
-            mean = table["mean"][at]
-            if not mean.is_valid:
+            if table["mean"].slice(at, 1).null_count:
                 staged.append((staged_row, None))
                 continue
             facts = self._record(part, table, at).facts()
@@ -249,9 +248,10 @@ class SinkStage:
         """A window's record; its moments are views of the table's memory."""
         frames, height, width = row["frames_shape"][:3]
         shape = row["latent_shape"]
+        buffers = (buffers_of(table[name].slice(at, 1))[0] for name in MOMENTS)
         mean, logvar = (
-            np.frombuffer(value.as_buffer(), dtype="<f2").reshape(shape) if value.is_valid else None
-            for value in (table[name][at] for name in MOMENTS)
+            np.frombuffer(buffer, dtype="<f2").reshape(shape) if buffer is not None else None
+            for buffer in buffers
         )
         assert mean is not None
         assert math.prod(shape) == mean.size
@@ -284,15 +284,10 @@ def _pieces(table: pa.Table, places: Sequence[int]) -> list[_Piece]:
 
 def _windows(piece: _Piece) -> list[_Piece]:
     """One piece per window of a carrier (`data_prep.row`); any other by itself."""
-    packed = piece.table["windows"][piece.at]
-    if not packed.is_valid or not len(packed):
-        return [piece]
     parts: list[_Piece] = []
-    for window in packed.values:
-        with pa.ipc.open_stream(window.as_buffer()) as stream:
-            table = stream.read_all()
+    for table in window_tables(piece.table, piece.at):
         parts += _pieces(table, range(len(table)))
-    return parts
+    return parts or [piece]
 
 
 def _gathered(sources: Sequence[tuple[pa.Table, int] | None], name: str) -> pa.ChunkedArray:

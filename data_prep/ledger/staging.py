@@ -131,7 +131,7 @@ class Staging:
                 commit that follows at once.
         """
         if not base:
-            self._held[job.digest] = table
+            self._held[_folder(job)] = table
         self._count(self.samples(job), table.select(_LIGHT).to_pylist(), base)
 
     @staticmethod
@@ -147,14 +147,14 @@ class Staging:
 
         They are read from the folder once and then held in memory.
         """
-        if job.digest not in self._samples:
+        if _folder(job) not in self._samples:
             samples: dict[int, StagedSample] = {}
             bases = self._bases(job) if job.name in self._begun_shards() else []
             light = map_at_once(lambda b: self._light_rows(job, b), bases, self.folder.threads)
             for base, rows in zip(bases, light, strict=True):
                 self._count(samples, rows, base)
-            self._samples[job.digest] = samples
-        return self._samples[job.digest]
+            self._samples[_folder(job)] = samples
+        return self._samples[_folder(job)]
 
     def _begun_shards(self) -> set[str]:
         # Listed once: most shards have nothing staged, and asking a store for each would take a
@@ -193,8 +193,8 @@ class Staging:
             bases = sorted({place.base for place in part} - {""})
             read = map_at_once(lambda b: self._table(job, b), bases, self.folder.threads)
             tables = dict(zip(bases, read, strict=True))
-            if job.digest in self._held:
-                tables[""] = self._held[job.digest].select(LATENT_SCHEMA.names)
+            if _folder(job) in self._held:
+                tables[""] = self._held[_folder(job)].select(LATENT_SCHEMA.names)
             for base, row in part:
                 yield tables[base].slice(row, 1)
 
@@ -210,11 +210,11 @@ class Staging:
 
     def note_end(self, job: ShardJob, summary: ShardSummary) -> None:
         """Hold in memory what the reader says at the shard's end, for a commit that follows."""
-        self._summaries[job.digest] = summary
+        self._summaries[_folder(job)] = summary
 
     def summary(self, job: ShardJob) -> ShardSummary | None:
         """What the reader said at the shard's end; None if it has not come there."""
-        if job.digest not in self._summaries:
+        if _folder(job) not in self._summaries:
             summary = None
             if job.name in self._begun_shards():
                 try:
@@ -222,14 +222,14 @@ class Staging:
                     summary = ShardSummary(**values)
                 except FileNotFoundError:
                     summary = None
-            self._summaries[job.digest] = summary
-        return self._summaries[job.digest]
+            self._summaries[_folder(job)] = summary
+        return self._summaries[_folder(job)]
 
     def forget(self, job: ShardJob) -> None:
         """Remove what is held and staged of a finished job."""
-        self._samples.pop(job.digest, None)
-        self._held.pop(job.digest, None)
-        self._summaries.pop(job.digest, None)
+        self._samples.pop(_folder(job), None)
+        self._held.pop(_folder(job), None)
+        self._summaries.pop(_folder(job), None)
         if job.name in self._begun_shards():
             self.sweep(job.name)
             self._begun_shards().discard(job.name)
@@ -240,6 +240,7 @@ class Staging:
 
 
 def _folder(job: ShardJob) -> str:
+    # The digest alone would not do: two shards may have one size and one time.
     return f"{STAGING}/{job.name}/{job.digest}"
 
 

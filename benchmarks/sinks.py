@@ -281,34 +281,31 @@ def counted_store(folder: Path) -> Iterator[tuple[str, Path]]:
                     os.environ[name] = value
 
 
-def requests_of_shards(shards: int, folder: Path, blocks: int = 1) -> dict[str, float]:
-    """What so many tiny shards cost a store: requests by kind that their sink made, and seconds.
+def requests_of_shards(shards: int, out: str, log: Path, *, first: int = 0) -> dict[str, float]:
+    """What tiny shards cost a store: requests by kind that their sink made, and seconds.
 
     Args:
-        shards: how many there are, of two clips each.
-        folder: for the server's log.
-        blocks: 1: each shard comes in one block, as tiny ones do; 2: one clip after the other.
+        shards: how many there are, of two clips each, in one block each.
+        out: the output in the store of `counted_store`.
+        log: its log.
+        first: number of the first shard.
     """
     shape, frames = (2, 4, 2, 2), (5, 16, 16)
     moments = gaussian_moments(shape)
-    names = [f"{number:05d}" for number in range(shards)]
+    names = [f"{number:05d}" for number in range(first, first + shards)]
+    stage = SinkStage(_CONFIG, out, [job_of(name) for name in names])
+    # A run lists once what is staged.
+    stage.staging.summary(job_of(names[0]))
 
-    def run(stage: SinkStage, name: str) -> None:
-        if blocks == 2:
-            stage.accept(block_of(name, [0], moments, shape, frames))
-        rest = [0, 1] if blocks == 1 else [1]
-        assert stage.accept(block_of(name, rest, moments, shape, frames, closing=2)) == {name}
+    def run(name: str) -> None:
+        block = block_of(name, [0, 1], moments, shape, frames, closing=2)
+        assert stage.accept(block) == {name}
 
-    with counted_store(folder) as (out, log):
-        stage = SinkStage(_CONFIG, out, [job_of(name) for name in names])
-        _ = stage.staging.summary(job_of("none"))
-        before = log.stat().st_size
-        begun_s = time.monotonic()
-        with ThreadPoolExecutor(stage.folder.threads // 2) as pool:
-            list(pool.map(lambda name: run(stage, name), names))
-        took_s = time.monotonic() - begun_s
-        lines = log.read_bytes()[before:]
-    counts = Counter(kind.decode() for kind in _REQUEST.findall(lines))
+    before, begun_s = log.stat().st_size, time.monotonic()
+    with ThreadPoolExecutor(stage.folder.threads // 2) as pool:
+        list(pool.map(run, names))
+    took_s = time.monotonic() - begun_s
+    counts = Counter(kind.decode() for kind in _REQUEST.findall(log.read_bytes()[before:]))
     return {**dict(sorted(counts.items())), "seconds": took_s}
 
 
@@ -331,8 +328,9 @@ def scale(clips: int, store_shards: int, scratch: Path) -> dict[str, Any]:
     result["store_shards"] = store_shards
     if store_shards:
         half = max(1, store_shards // 2)
-        result["requests_half"] = requests_of_shards(half, scratch)
-        result["requests"] = requests_of_shards(store_shards, scratch)
+        with counted_store(scratch) as (out, log):
+            result["requests_half"] = requests_of_shards(half, out, log, first=store_shards)
+            result["requests"] = requests_of_shards(store_shards, out, log)
     return result
 
 

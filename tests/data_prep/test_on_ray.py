@@ -49,7 +49,8 @@ def test_the_whole_run_on_ray_equals_one_process(
     junk = tmp_path / "junk.tar"
     junk.write_bytes(b"junk" * 500)
     shards = [*world, str(cut), str(junk)]
-    config = config.model_copy(update={"windows_per_clip": 2})
+    concurrency = ConcurrencyConfig(sinks=2)
+    config = config.model_copy(update={"windows_per_clip": 2, "concurrency": concurrency})
     calls: list[tuple[str, int, int | None]] = []
     report = prepare(
         config,
@@ -284,7 +285,9 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
     config: PrepareConfig, codec_dir: Path, tmp_path: Path
 ) -> None:
     shards = [str(p) for p in write_world(tmp_path / "in", 90, 30, clips_per_shard=30)]
-    config = config.model_copy(update={"concurrency": ConcurrencyConfig(shards_in_flight=2)})
+    # A block a sample: otherwise a shard is one block, and nothing is left to take up within it.
+    concurrency = ConcurrencyConfig(shards_in_flight=2, block_bytes=1)
+    config = config.model_copy(update={"concurrency": concurrency})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     prepare_locally(config, shards, whole, codec_dir)
     command = [sys.executable, "-c", DRIVER, config.model_dump_json(), str(broken), str(codec_dir)]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.sinks import block_of, job_of, requests_of_shards
+from benchmarks.sinks import block_of, counted_store, job_of, requests_of_shards
 from data_prep.config import BucketConfig, PrepareConfig
 from data_prep.latents.records import write_groups
 from data_prep.ledger.errors import OutputBusy
@@ -242,7 +242,9 @@ def test_a_new_run_waits_for_every_writer_of_a_killed_one(
 
 
 def test_every_tiny_shard_costs_a_store_the_same_requests(tmp_path: Path) -> None:
-    few, many = (requests_of_shards(count, tmp_path) for count in (3, 9))
+    with counted_store(tmp_path) as (out, log):
+        few = requests_of_shards(3, out, log)
+        many = requests_of_shards(9, out, log, first=3)
     for requests in (few, many):
         del requests["seconds"]
     assert many == {kind: 3 * count for kind, count in few.items()}

@@ -13,6 +13,7 @@ What they are made of:
     sampling_case.py      the model and the samplers that are compared
     sampling_figures.py   the two plots of the sampling benchmark
     clips.py              shards of moving shapes, and their rows
+    sinks.py              how fast sinks write, and the requests that a shard costs a store
     feeder.py             how busy decoding threads keep one encoder
     on_ray.py             one measured run of `prepare`, a process of its own
     processes.py          CPU time and memory of a process and its children

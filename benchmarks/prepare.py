@@ -2,6 +2,7 @@
 
     python -m benchmarks.prepare [--cpus N] [--bucket 17x192x320] [--clips 256] [--no-memory]
     python -m benchmarks.prepare --feeder [--device cuda] [--codec DIR]
+    python -m benchmarks.prepare --scale [--clips 192] [--store-shards 10000]
 
 N loops at once, a thread each, decode and encode clips for a while; then the pipeline prepares the
 same clips; then the loops run again. The ratio is the pipeline's clips per second over the mean of
@@ -10,8 +11,9 @@ codec) is not in it: the pipeline is timed from its first finished sample to its
 and ten times as many are prepared, for the peak of memory: the sum of proportional set sizes over
 all processes of a run.
 
-`--feeder` (`benchmarks/feeder.py`) says how busy decoders keep one encoder, without Ray. Ray runs
-in a process of its own (`benchmarks/on_ray.py`); this file knows nothing of it.
+`--feeder` (`benchmarks/feeder.py`) says how busy decoders keep one encoder, `--scale`
+(`benchmarks/sinks.py`) how fast sinks write; both without Ray. Ray runs in a process of its own
+(`benchmarks/on_ray.py`); this file knows nothing of it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import sinks
 from benchmarks.clips import bucket_sizes, rows_of_shard, write_clips
 from benchmarks.feeder import BUSY_BAR, feeder
 from benchmarks.processes import OTHERS, Watch, cpu_seconds, machine_seconds
@@ -311,6 +314,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--feeder", action="store_true", help="decoders feeding one encoder, no Ray"
     )
+    parser.add_argument("--scale", action="store_true", help="sinks and stores, no Ray")
+    parser.add_argument(
+        "--store-shards", type=int, default=10_000, help="tiny shards of --scale; 0: none"
+    )
     parser.add_argument("--device", default="cpu", help="of the feeder's encoder: cpu or cuda")
     parser.add_argument("--decoders", type=int, default=4, help="decoding threads of the feeder")
     options = parser.parse_args(arguments)
@@ -338,6 +345,16 @@ def _show_feeder(options: argparse.Namespace, config: PrepareConfig, scratch: Pa
     return 0 if figures["busy_share"] >= BUSY_BAR else 1
 
 
+def _show_scale(options: argparse.Namespace) -> int:
+    """Measure and print the sinks, write `sinks.json`; 0 where every bar is met."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="flowreel-benchmark-", dir=options.out) as folder:
+        result = sinks.scale(options.clips, options.store_shards, Path(folder))
+    sinks.show(result)
+    (options.out / "sinks.json").write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(holds for _, holds in sinks.verdicts(result)) else 1
+
+
 def main(arguments: list[str]) -> int:
     """Measure, print, write `prepare.json`; 0 where every bar is met."""
     if arguments[:1] == ["--loop"]:
@@ -347,6 +364,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(figures))
         return 0
     options = _options(arguments)
+    if options.scale:
+        return _show_scale(options)
     bucket = Bucket.parse(options.bucket)
     sizes: dict[str, Any] = {
         "num_frames": bucket.frames,

@@ -116,6 +116,8 @@ def _title(pid: int) -> str:
         return ""
     if "MapBatches(" in text:
         return text.partition("MapBatches(")[2].partition(")")[0]
+    if "SinkActor" in text:
+        return "SinkActor"
     if "read_child" in text:
         return "Decode: child"
     if "benchmarks.on_ray" in text:

@@ -18,7 +18,7 @@ from flow.aspects import SizeError, ratio_of, size_of
 from flow.codec_factors import CodecFactors
 from flowreel.values import digest_of
 
-PREPARE_VERSION = 4
+PREPARE_VERSION = 5
 """Raised when the code changes what a sample becomes."""
 
 MAX_SIDE = 4096
@@ -250,6 +250,12 @@ class ConcurrencyConfig(Strict):
     encoders: Pool = Field(default=None, description="Codec actors: a number, or [least, most].")
     encoder_gpus: float = Field(
         default=0.0, ge=0, description="GPUs per codec actor; 0 encodes on CPU."
+    )
+    sinks: int | None = Field(
+        default=None,
+        ge=1,
+        description="Actors that write the output, each for shards of its own; None: one for every "
+        "16 CPUs.",
     )
 
     @model_validator(mode="after")

@@ -1,10 +1,12 @@
 """Data preparation on Ray Data: only the wiring. What happens to a sample is in `data_prep.stages`.
 
-    ShardSource (one read task per shard) → Decode → Filter → Caption → Encode → Sink
+    ShardSource (one read task per shard) → Decode → Caption → Encode → Sink
 
-Each stage is a Ray Data operator of its own: actor pools never fuse with one another, and the read
-task's share of a CPU differs from the decoder's. Pools grow and shrink between their bounds. All of
-it streams, and the number of read tasks bounds the shards in flight. The caller starts Ray. Knows
+Each is a Ray Data operator of its own: actor pools never fuse with one another, and the read task's
+share of a CPU differs from the decoder's. Filters run in the actor that decodes, where the frames
+are. The last operator hands rows to the sinks, actors beside Ray Data (`data_prep.ledger.on_ray`).
+Pools grow and shrink between their bounds. All of it streams, and the number of read tasks bounds
+the shards in flight. The caller starts Ray. Knows
 nothing of what makes a sample good or bad.
 """
 
@@ -34,7 +36,7 @@ from data_prep.config import PrepareConfig
 from data_prep.latents.encode import EncodeStage
 from data_prep.latents.records import INFO_NAME
 from data_prep.ledger.locks import lock_output
-from data_prep.ledger.on_ray import Sink
+from data_prep.ledger.on_ray import Sink, blocks_in_flight, running_sinks
 from data_prep.ledger.reuse import Reuse
 from data_prep.preflight.on_ray import check_shared, plan_on_cluster
 from data_prep.progress import RunProgress
@@ -52,7 +54,7 @@ from data_prep.run import (
     report_of,
 )
 from data_prep.sources.on_ray import ShardSource
-from data_prep.stages import FilterStage, Stage, run_stage
+from data_prep.stages import FilterStage, Stage, StageChain, run_stage
 from data_prep.storage.location import Location, absolute
 from data_prep.storage.store import open_folder
 from flowreel.errors import FlowreelError
@@ -112,19 +114,14 @@ def _through(stage: Stage, batch: pa.Table) -> pa.Table:
 
 
 class Decode(_Operator):
-    """`DecodeStage` as an actor."""
+    """`DecodeStage` and `FilterStage` as one actor: what a filter drops never leaves it."""
 
     def __init__(
         self, config: PrepareConfig, sizes: Sequence[tuple[int, int]], reuse: Reuse
     ) -> None:
-        super().__init__(lambda: DecodeStage(config, sizes, reuse=reuse))
-
-
-class Filter(_Operator):
-    """`FilterStage` as an actor."""
-
-    def __init__(self, config: PrepareConfig, reuse: Reuse) -> None:
-        super().__init__(lambda: FilterStage(config, reuse))
+        super().__init__(
+            lambda: StageChain(DecodeStage(config, sizes, reuse=reuse), FilterStage(config, reuse))
+        )
 
 
 class Caption(_Operator):
@@ -152,9 +149,19 @@ def _device() -> str:
 
 
 def build_pipeline(
-    plan: RunPlan, config: PrepareConfig, resources: dict[str, StageResources]
+    plan: RunPlan,
+    config: PrepareConfig,
+    resources: dict[str, StageResources],
+    sinks: Sequence[Any],
 ) -> Dataset:
-    """The dataset of six operators; nothing runs before it is iterated."""
+    """The dataset of five operators; nothing runs before it is iterated.
+
+    Args:
+        plan: what is to be done.
+        config: the settings.
+        resources: workers of each stage.
+        sinks: see `data_prep.ledger.on_ray.running_sinks`.
+    """
     read = resources["read"]
     rows = ray.data.read_datasource(
         ShardSource(plan.jobs, config, plan.out),
@@ -166,10 +173,9 @@ def build_pipeline(
     reuse = Reuse(plan.out, plan.jobs)
     stages: list[tuple[str, type, tuple[Any, ...]]] = [
         ("decode", Decode, (config, plan.sizes, reuse)),
-        ("filter", Filter, (config, reuse)),
         ("caption", Caption, (config,)),
         ("encode", Encode, (config, plan.codec, skip)),
-        ("sink", Sink, (config, plan.out, plan.jobs)),
+        ("sink", Sink, (sinks,)),
     ]
     captioner = config.captioner
     calls = captioner.batch_size if captioner.backend == "vlm" else captioner.requests_in_flight
@@ -184,13 +190,22 @@ def build_pipeline(
         rows = rows.map_batches(
             operator,
             fn_constructor_args=arguments,
-            compute=ActorPoolStrategy(min_size=need.workers, max_size=max(need.workers, need.most)),
+            compute=_pool(need, blocks_in_flight(plan.out) if name == "sink" else 1),
             num_cpus=need.cpus,
             num_gpus=need.gpus or None,
             batch_size=batch_sizes.get(name, 1 if need.gpus else None),
             batch_format="pyarrow",
         )
     return rows
+
+
+def _pool(need: StageResources, calls: int) -> ActorPoolStrategy:
+    """The actors of a stage, each of which is called by so many threads."""
+    threads: dict[str, Any] = {}
+    if calls > 1:
+        threads = {"enable_true_multi_threading": True, "max_concurrent_calls_per_actor": calls}
+    most = max(need.workers, need.most)
+    return ActorPoolStrategy(min_size=need.workers, max_size=most, **threads)
 
 
 def prepare(
@@ -259,15 +274,19 @@ def _run(
     if not encodes:
         del resources["encode"]
     read = resources["read"]
-    readers = min(max(read.workers, read.most), len(plan.jobs))
+    readers = _most(read, plan)
     resources["read"] = read._replace(workers=min(read.workers, readers), most=readers)
     figures = RunFigures(resources=describe(resources, cpus))
     log.info("preparing %d shards on %s", len(plan.jobs), figures.resources)
     say: RunProgress = progress or (lambda unit, count, total: None)
     shards = len(plan.names) - len(plan.jobs)
     say("shards", shards, len(plan.names))
-    with _our_ray_data(config), _plain_errors():
-        pipeline = build_pipeline(plan, config, resources)
+    with (
+        _our_ray_data(config),
+        _plain_errors(),
+        running_sinks(config, plan.out, plan.jobs, _most(resources["sink"], plan)) as sinks,
+    ):
+        pipeline = build_pipeline(plan, config, resources, sinks)
         for receipt in _receipts(pipeline):
             figures.startup_s = figures.startup_s or time.monotonic() - begun_s
             if not is_closing(receipt):
@@ -280,6 +299,11 @@ def _run(
         figures.stages = tuple(_stage_figures(pipeline, resources))
     figures.startup_s = figures.startup_s or time.monotonic() - begun_s
     return figures
+
+
+def _most(need: StageResources, plan: RunPlan) -> int:
+    """As many workers as a stage may come to have, of which each has a shard to itself."""
+    return min(max(need.workers, need.most), len(plan.jobs))
 
 
 def _receipts(pipeline: Dataset) -> Iterator[Row]:

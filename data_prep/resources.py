@@ -21,9 +21,11 @@ stage with whole CPUs for those that decode and encode."""
 _CPUS_PER_SHARD = 8
 """Reading one shard feeds about so many decoders."""
 _SMALL = {
-    "read": 0.15, "decode": 0.25, "filter": 0.03, "caption": 0.12, "encode": 0.32, "sink": 0.03
+    "read": 0.15, "decode": 0.28, "caption": 0.12, "encode": 0.32, "sink": 0.03
 }  # fmt: skip
 """Shares of a small machine, by where the time goes; they add up to 0.9."""
+_CPUS_PER_SINK = 16
+"""A sink writes what so many CPUs make, with much to spare."""
 
 
 class ResourceError(FlowreelError, ValueError):
@@ -49,7 +51,7 @@ def plan_resources(
     encoder_threads: int = 1,
     most_cpus: float = 0.0,
 ) -> dict[str, StageResources]:
-    """Workers and shares of the six stages that fit `cpus` and `gpus` together.
+    """Workers and shares of the five operators that fit `cpus` and `gpus` together.
 
     Up to four CPUs, every stage has one worker (unless more are asked for) and a fixed share of the
     machine, which its workers divide among them: all of them fit at once. Above that, decoders and
@@ -61,7 +63,7 @@ def plan_resources(
 
     >>> plan = plan_resources(2, 0, ConcurrencyConfig())
     >>> plan["decode"]
-    StageResources(workers=1, cpus=0.5, gpus=0.0, most=0)
+    StageResources(workers=1, cpus=0.56, gpus=0.0, most=0)
 
     Raises:
         ResourceError: less than half a CPU is free, or what was asked for does not fit.
@@ -93,8 +95,7 @@ def _small(cpus: float, concurrency: ConcurrencyConfig) -> dict[str, StageResour
     encoders = 1 if concurrency.encoder_gpus else max(1, int(cpus))
     pools = {
         "read": (shards, shards),
-        "filter": (1, 1),
-        "sink": (1, 1),
+        "sink": (concurrency.sinks or 1,) * 2,
         "decode": bounds(concurrency.decoders) or (1, 1),
         "caption": bounds(concurrency.captioners) or (1, 1),
         "encode": bounds(concurrency.encoders) or (encoders, encoders),
@@ -110,7 +111,8 @@ def _large(
 ) -> dict[str, StageResources]:
     """Whole CPUs for decoders and encoders; pools that nobody sized go from half to double."""
     shards = concurrency.shards_in_flight or _shards(cpus)
-    free = cpus - 0.3 * shards - 0.2
+    sinks = concurrency.sinks or max(1, int(cpus // _CPUS_PER_SINK))
+    free = cpus - 0.3 * shards - 0.1 * sinks
     threads = 1 if concurrency.encoder_gpus else encoder_threads
     pools = {
         "decode": bounds(concurrency.decoders),
@@ -129,10 +131,9 @@ def _large(
     return {
         "read": StageResources(shards, 0.3),
         "decode": _pool(pools["decode"] or _around(decoders), 1.0),
-        "filter": StageResources(1, 0.1),
         "caption": _pool(pools["caption"] or _around(captioners), 0.5),
         "encode": _pool(pools["encode"] or _around(encoders), float(threads)),
-        "sink": StageResources(1, 0.1),
+        "sink": StageResources(sinks, 0.1),
     }
 
 

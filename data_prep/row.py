@@ -157,6 +157,39 @@ def rows_of(table: pa.Table) -> list[Row]:
     views = [name for name in PAYLOAD if name != "media"]
     rows: list[Row] = table.drop_columns(views).to_pylist()
     for name in views:
-        for row, value in zip(rows, table[name], strict=True):
-            row[name] = memoryview(value.as_buffer()) if value.is_valid else None
+        for row, buffer in zip(rows, buffers_of(table[name]), strict=True):
+            row[name] = memoryview(buffer) if buffer is not None else None
     return rows
+
+
+def window_tables(table: pa.Table, at: int) -> list[pa.Table]:
+    """The windows of a carrier as tables of ROW_SCHEMA, views of its memory; none of other rows."""
+    packed = table["windows"][at]
+    if not packed.is_valid:
+        return []
+    tables = []
+    for buffer in buffers_of(pa.chunked_array([packed.values])):
+        with pa.ipc.open_stream(buffer) as stream:
+            tables.append(stream.read_all())
+    return tables
+
+
+def buffers_of(column: pa.ChunkedArray) -> list[pa.Buffer | None]:
+    """The values of a column of large binaries as views of its memory; None for a null.
+
+    Arrow's own scalars are copies.
+
+    >>> column = pa.chunked_array([[b"ab", None], [b"c"]], pa.large_binary())
+    >>> [buffer and buffer.to_pybytes() for buffer in buffers_of(column)]
+    [b'ab', None, b'c']
+    """
+    views: list[pa.Buffer | None] = []
+    for chunk in column.chunks:
+        if not len(chunk):
+            continue
+        _, offsets, data = chunk.buffers()
+        ends = np.frombuffer(offsets, "<i8")[chunk.offset :][: len(chunk) + 1].tolist()
+        for begin, end, value in zip(ends, ends[1:], chunk.is_valid(), strict=False):
+            is_there = value.as_py()
+            views.append(data.slice(begin, end - begin) if is_there else None)
+    return views

@@ -78,6 +78,33 @@ def _run_window(stage: Stage, row: Row) -> Row:
         return decided(row, "failed", "internal_error", f"{type(error).__name__}: {error}")
 
 
+class StageChain:
+    """Stages one after another, as one; each sees a sample window by window, as if it were alone.
+
+    >>> class Note:
+    ...     def __init__(self, word): self.word = word
+    ...     def process(self, row): return {**row, "note": row["note"] + self.word}
+    ...     def close(self): pass
+    >>> chain = StageChain(Note("decoded, "), Note("filtered"))
+    >>> run_stage(chain, {"status": "", "number": 0, "note": ""})["note"]
+    'decoded, filtered'
+    """
+
+    def __init__(self, *stages: Stage) -> None:
+        self.stages = stages
+
+    def process(self, row: Row) -> Row:
+        """The row after all of them."""
+        for stage in self.stages:
+            row = run_stage(stage, row)
+        return row
+
+    def close(self) -> None:
+        """Close all of them."""
+        for stage in self.stages:
+            stage.close()
+
+
 def read_rows(job: ShardJob, config: PrepareConfig, skip: set[int]) -> Iterator[Row]:
     """Rows of a shard's samples, in order, then the closing row.
 

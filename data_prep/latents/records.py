@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,6 +40,8 @@ FORMAT_VERSION = 1
 INFO_NAME = "dataset.json"
 GROUP_BYTES = 1 << 20
 """About how many bytes of moments a row group holds."""
+MOMENTS = ("mean", "logvar")
+"""The columns that hold megabytes."""
 HELD_OUT_SHARE = 16
 """One key in so many is held out."""
 
@@ -162,16 +164,20 @@ class LatentRecord:
 
     def row(self) -> dict[str, Any]:
         """The record as a row of LATENT_SCHEMA."""
+        moments = {
+            name: None if array is None else np.ascontiguousarray(array, dtype="<f2").tobytes()
+            for name, array in (("mean", self.mean), ("logvar", self.logvar))
+        }
+        return {**self.facts(), **moments}
+
+    def facts(self) -> dict[str, Any]:
+        """The record as a row of LATENT_SCHEMA without its moments."""
         return {
             "key": self.key,
             "window": self.window,
             "number": self.number,
             "shape": list(self.mean.shape),
             "dtype": "float16",
-            "mean": np.ascontiguousarray(self.mean, dtype="<f2").tobytes(),
-            "logvar": None
-            if self.logvar is None
-            else np.ascontiguousarray(self.logvar, dtype="<f2").tobytes(),
             "pts_s": [float(t) for t in self.pts_s],
             "fps": self.fps,
             "bucket": str(self.bucket),
@@ -182,9 +188,8 @@ class LatentRecord:
         }
 
 
-def rows_per_group(row: dict[str, Any]) -> int:
+def rows_per_group(record_bytes: int) -> int:
     """Rows in a row group: about a megabyte of moments, so that one record is read cheaply."""
-    record_bytes = len(row.get("mean") or b"") + len(row.get("logvar") or b"")
     return max(1, min(64, GROUP_BYTES // record_bytes)) if record_bytes else 4096
 
 
@@ -193,19 +198,67 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) ->
 
     Only one row group is held in memory.
     """
-    count = 0
+    return write_groups(path, row_groups(rows, schema), schema)[0]
+
+
+def row_groups(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Rows as tables, each for one row group."""
     group: list[dict[str, Any]] = []
+    for row in rows:
+        group.append(row)
+        moments_bytes = len(row.get("mean") or b"") + len(row.get("logvar") or b"")
+        if len(group) >= rows_per_group(moments_bytes):
+            yield pa.Table.from_pylist(group, schema=schema)
+            group = []
+    if group:
+        yield pa.Table.from_pylist(group, schema=schema)
+
+
+def write_groups(path: Path, groups: Iterable[pa.Table], schema: pa.Schema) -> tuple[int, str]:
+    """Write tables as Parquet, each as one row group; the rows, and the file's SHA-256.
+
+    The same tables, in the same chunks, give the same bytes. Moments are stored as they are: zstd
+    takes ten times as long over them as all the rest, to save a tenth of the bytes of a mean
+    (`python -m benchmarks.prepare --scale`).
+    """
+    compression = {_leaf(field): "none" if field.name in MOMENTS else "zstd" for field in schema}
+    digest, count = _GrowingDigest(), 0
     with pq.ParquetWriter(
-        path, schema, compression="zstd", use_dictionary=False, write_statistics=False
+        path, schema, compression=compression, use_dictionary=False, write_statistics=False
     ) as writer:
-        for row in rows:
-            group.append(row)
-            if len(group) >= rows_per_group(row):
-                writer.write_table(pa.Table.from_pylist(group, schema=schema))
-                count, group = count + len(group), []
-        if group:
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
-    return count + len(group)
+        for group in groups:
+            writer.write_table(group)
+            count += len(group)
+            digest.follow(path)
+    digest.follow(path)
+    return count, digest.hexdigest()
+
+
+def _leaf(field: pa.Field) -> str:
+    """The name of a column in Parquet."""
+    return f"{field.name}.list.element" if pa.types.is_nested(field.type) else str(field.name)
+
+
+class _GrowingDigest:
+    """SHA-256 of a file that only grows, taken while what was written is still in memory."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._done_bytes = 0
+        self._buffer = bytearray(1 << 20)
+
+    def follow(self, path: Path) -> None:
+        """Take in what was written since the last call."""
+        view = memoryview(self._buffer)
+        with path.open("rb", buffering=0) as file:
+            file.seek(self._done_bytes)
+            while size_bytes := file.readinto(view):
+                self._digest.update(view[:size_bytes])
+                self._done_bytes += size_bytes
+
+    def hexdigest(self) -> str:
+        """The digest of what was taken in, as hex digits."""
+        return self._digest.hexdigest()
 
 
 def stored_rows(

@@ -15,43 +15,51 @@ from dataclasses import asdict, replace
 
 import pyarrow as pa
 
-from data_prep.latents.records import CAPTION_SCHEMA, LATENT_SCHEMA, STATUS_SCHEMA, write_rows
+from data_prep.latents.records import (
+    CAPTION_SCHEMA,
+    LATENT_SCHEMA,
+    STATUS_SCHEMA,
+    row_groups,
+    write_groups,
+)
 from data_prep.ledger.job import ShardJob
 from data_prep.ledger.manifest import (
     FileEntry,
     Kind,
     Manifest,
-    read_manifest,
     read_manifests,
     remove_manifest,
     write_manifest,
 )
-from data_prep.ledger.staging import Staging
+from data_prep.ledger.staging import Place, StagedSample, Staging
 from data_prep.row import Row
-from data_prep.sources.samples import ShardSummary
-from data_prep.storage.folder import Folder, map_at_once
-from flowreel.values import sha256_of
+from data_prep.storage.folder import Folder
 
-_KINDS: tuple[Kind, ...] = ("status", "latents", "captions")
+_SCHEMAS: dict[Kind, pa.Schema] = {
+    "status": STATUS_SCHEMA,
+    "latents": LATENT_SCHEMA,
+    "captions": CAPTION_SCHEMA,
+}
 
 
 class Committer:
     """Writes the files of finished shards.
 
     >>> import tempfile
+    >>> from data_prep.ledger.manifest import read_manifest
+    >>> from data_prep.ledger.staging import STAGED_SCHEMA
+    >>> from data_prep.sources.samples import ShardSummary
     >>> from data_prep.storage.store import open_folder
     >>> folder = open_folder(tempfile.mkdtemp())
     >>> staging = Staging(folder)
     >>> job = ShardJob("00000", "/data/00000.tar", "size:9 mtime_ns:1", "aa", "bb")
     >>> row = {"key": "a", "shard": "00000", "number": 0, "status": "failed",
     ...        "reason": "empty_video", "detail": "it has 0 bytes"}
-    >>> staging.put(job, [row])
-    >>> committer = Committer(folder, staging)
-    >>> committer.commit_if_complete(job)
-    False
+    >>> staging.put(job, pa.Table.from_pylist([row], STAGED_SCHEMA))
     >>> staging.end(job, ShardSummary(num_samples=1))
-    >>> committer.commit_if_complete(job), read_manifest(folder, "00000").reasons
-    (True, {'empty_video': 1})
+    >>> Committer(folder, staging).commit(job, old=None)
+    >>> read_manifest(folder, "00000").reasons
+    {'empty_video': 1}
 
     Args:
         folder: the output.
@@ -66,28 +74,32 @@ class Committer:
         self.staging = staging
         self._still_ours = still_ours
 
-    def commit_if_complete(self, job: ShardJob) -> bool:
-        """Write the shard's files and manifest if all its samples are staged; whether they are."""
-        summary = self.staging.summary(job)
-        if summary is None or len(self.staging.light_rows(job)) < summary.num_samples:
-            return False
-        self._commit(job, summary)
-        return True
+    def commit(self, job: ShardJob, old: Manifest | None) -> None:
+        """Write the shard's files and manifest. All its samples are staged, and its end is known.
 
-    def _commit(self, job: ShardJob, summary: ShardSummary) -> None:
-        light = self.staging.light_rows(job)
-        samples = [light[number] for number in range(summary.num_samples)]
-        samples.sort(key=lambda rows: (rows[0]["key"].encode(), rows[0]["number"]))
-        heads = [rows[0] for rows in samples]
-        kept_rows = [row for rows in samples for row in rows if row["status"] == "kept"]
+        Args:
+            job: the job that is done.
+            old: the manifest of the shard that stands, if one does.
+
+        Raises:
+            StorageError: the disk or the store failed.
+            OutputBusy: the right to write was lost.
+        """
+        summary = self.staging.summary(job)
+        assert summary is not None
+        staged = self.staging.samples(job)
+        samples = [staged[number] for number in range(summary.num_samples)]
+        samples.sort(key=lambda sample: (sample.rows[0]["key"].encode(), sample.rows[0]["number"]))
+        heads = [sample.rows[0] for sample in samples]
+        kept_samples = [sample for sample in samples if sample.rows[0]["status"] == "kept"]
         self._still_ours()
-        old = read_manifest(self.folder, job.name)
-        # Without a manifest nobody reads files that are about to be replaced.
-        remove_manifest(self.folder, job.name)
+        if old is not None:
+            # Without a manifest nobody reads files that are about to be replaced.
+            remove_manifest(self.folder, job.name)
         files = (
-            self._write("status", f"{job.name}.parquet", heads, STATUS_SCHEMA),
-            *self._write_latents(job, kept_rows),
-            self.write_captions(job.name, kept_rows),
+            self._write("status", f"{job.name}.parquet", row_groups(heads, STATUS_SCHEMA)),
+            *self._write_latents(job, kept_samples),
+            self.write_captions(job.name, (row for s in kept_samples for row in s.rows)),
         )
         manifest = Manifest(
             shard=job.name,
@@ -121,7 +133,8 @@ class Committer:
                     failures[row["caption_error"].partition(":")[0]] += 1
                 yield row
 
-        entry = self._write("captions", f"{shard}.parquet", counted(), CAPTION_SCHEMA)
+        groups = row_groups(counted(), CAPTION_SCHEMA)
+        entry = self._write("captions", f"{shard}.parquet", groups)
         return replace(entry, failures=dict(sorted(failures.items())))
 
     def write_manifest(self, manifest: Manifest) -> None:
@@ -129,28 +142,24 @@ class Committer:
         self._still_ours()
         write_manifest(self.folder, manifest)
 
-    def _write_latents(self, job: ShardJob, rows: Sequence[Row]) -> list[FileEntry]:
-        """One file a bucket; the moments are read back from staging, a few samples at a time."""
-        numbers_by_bucket: dict[str, list[int]] = {}
-        for row in rows:
-            numbers = numbers_by_bucket.setdefault(row["bucket"], [])
-            # The windows of a sample follow one another, and are staged together.
-            if row["number"] not in numbers[-1:]:
-                numbers.append(row["number"])
+    def _write_latents(self, job: ShardJob, samples: Sequence[StagedSample]) -> list[FileEntry]:
+        """One file a bucket; the moments are views of the staged files."""
+        places_by_bucket: dict[str, list[Place]] = {}
+        for rows, (base, first) in samples:
+            for place, row in enumerate(rows, first):
+                places_by_bucket.setdefault(row["bucket"], []).append(Place(base, place))
         entries = []
-        for bucket, numbers in sorted(numbers_by_bucket.items()):
-            samples = map_at_once(lambda n: self.staging.rows(job, n), numbers, self.folder.threads)
-            moments = (row for sample in samples for row in sample)
-            entry = self._write("latents", f"{job.name}.{bucket}.parquet", moments, LATENT_SCHEMA)
+        for bucket, places in sorted(places_by_bucket.items()):
+            groups = self.staging.groups(job, places)
+            entry = self._write("latents", f"{job.name}.{bucket}.parquet", groups)
             entries.append(replace(entry, bucket=bucket))
         return entries
 
-    def _write(self, kind: Kind, base: str, rows: Iterable[Row], schema: pa.Schema) -> FileEntry:
+    def _write(self, kind: Kind, base: str, groups: Iterable[pa.Table]) -> FileEntry:
         """One output file, and its entry in the manifest."""
         name = f"{kind}/{base}"
         with self.folder.replacing(name) as partial:
-            count = write_rows(partial, rows, schema)
-            digest = sha256_of(partial)
+            count, digest = write_groups(partial, groups, _SCHEMAS[kind])
         return FileEntry(kind, name, count, digest)
 
 
@@ -171,7 +180,7 @@ def remove_leftovers(folder: Folder) -> None:
     Call it only while both locks of the output are held. Staged samples stay: they are work done.
     """
     folder.remove_partials()
-    bases_by_kind = {kind: folder.names(kind) for kind in _KINDS}
+    bases_by_kind = {kind: folder.names(kind) for kind in _SCHEMAS}
     if not any(bases_by_kind.values()):
         return
     paths = {entry.path for manifest in read_manifests(folder) for entry in manifest.files}

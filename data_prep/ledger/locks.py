@@ -1,7 +1,8 @@
-"""One run, and one writer, at a time on an output.
+"""One run, and the writers of one run, at a time on an output.
 
-The two are apart, because the writer is a process of its own: if its run is killed, it may live on
-for a moment. Knows nothing of what is written.
+The two are apart, because writers are processes of their own: if their run is killed, they may live
+on for a moment. All writers of a run hold the right to write together, and against those of any
+other run. Knows nothing of what is written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from data_prep.ledger.errors import OutputBusy
 from data_prep.storage.folder import Folder, LockHeld
 
 _DYING_S = 90.0
-"""How long the writer of a killed run may take to go, in seconds."""
+"""How long the writers of a killed run may take to go, in seconds."""
 
 
 @contextmanager
@@ -43,18 +44,23 @@ def lock_output(folder: Folder) -> Iterator[None]:
 
 
 @contextmanager
-def lock_writing(folder: Folder) -> Iterator[Callable[[], None]]:
-    """Hold the right to write to an output; the writer of a killed run is waited for.
+def lock_writing(folder: Folder, run: str = "") -> Iterator[Callable[[], None]]:
+    """Hold the right to write to an output; the writers of a killed run are waited for.
 
-    Entering gives a function that raises OutputBusy once the right is lost, as on a store that was
-    long away. Whoever writes calls it before anything that cannot be undone.
+    A writer of a killed run that comes late is refused while one of another run is there. Entering
+    gives a function that raises OutputBusy once the right is lost, as on a store that was long
+    away. Whoever writes calls it before anything that cannot be undone.
+
+    Args:
+        folder: the output.
+        run: names the run, whose writers hold the right together; empty: alone.
 
     Raises:
         OutputBusy: another process keeps it.
     """
     where = folder.where()
     busy = f"the writer of another run still holds {where}; run again when it is gone"
-    with _held(folder, ".lock-writer", busy, wait_s=_DYING_S) as check:
+    with _held(folder, ".lock-writer", busy, wait_s=_DYING_S, group=run) as check:
 
         def still_ours() -> None:
             try:
@@ -69,10 +75,12 @@ def lock_writing(folder: Folder) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _held(folder: Folder, name: str, busy: str, *, wait_s: float) -> Iterator[Callable[[], None]]:
+def _held(
+    folder: Folder, name: str, busy: str, *, wait_s: float, group: str = ""
+) -> Iterator[Callable[[], None]]:
     with ExitStack() as stack:
         try:
-            check = stack.enter_context(folder.lock(name, wait_s=wait_s))
+            check = stack.enter_context(folder.lock(name, wait_s=wait_s, group=group))
         except LockHeld as error:
             raise OutputBusy(busy) from error
         yield check

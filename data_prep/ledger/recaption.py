@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from data_prep.config import PrepareConfig
 from data_prep.latents.records import read_info_values, stored_rows
 from data_prep.ledger.commit import Committer
-from data_prep.ledger.errors import LedgerError, SourceGone
+from data_prep.ledger.errors import SourceGone
 from data_prep.ledger.job import ShardJob
 from data_prep.ledger.manifest import Manifest, read_manifest, read_manifests
 from data_prep.ledger.settings import check_settings
@@ -124,31 +124,27 @@ def numbers_to_skip(staging: Staging, job: ShardJob) -> set[int]:
     if manifest is None:
         return staged_numbers
     return staged_numbers | (
-        set(range(manifest.num_samples)) - _to_caption(staging.folder, job, manifest)
+        set(range(manifest.num_samples)) - numbers_to_caption(staging.folder, job, manifest)
     )
 
 
-def commit_captions_if_complete(committer: Committer, job: ShardJob) -> bool:
-    """Write the shard's captions and manifest if every caption that it wants is staged."""
+def commit_captions(committer: Committer, job: ShardJob, manifest: Manifest) -> None:
+    """Write the shard's captions and manifest. Every caption that it wants is staged.
+
+    Args:
+        committer: of the output.
+        job: the job that is done, one of captions only.
+        manifest: that of the shard's latents, which stand.
+    """
     folder, staging = committer.folder, committer.staging
-    summary = staging.summary(job)
-    if summary is None:
-        return False
-    manifest = read_manifest(folder, job.name)
-    if manifest is None:
-        raise LedgerError(
-            f"the manifest of shard {job.name} went away while it was captioned; run again"
-        )
-    to_caption = _to_caption(folder, job, manifest)
-    staged_numbers = staging.numbers(job)
-    if any(number < summary.num_samples for number in to_caption - staged_numbers):
-        return False
+    to_caption = numbers_to_caption(folder, job, manifest)
+    samples = staging.samples(job)
     numbers = _kept_numbers(folder, manifest)
     rows = []
     for row in _caption_rows(folder, manifest):
         number = numbers[row["key"]]
         if number in to_caption:
-            row = _recaptioned(row, staging.rows(job, number) if number in staged_numbers else [])
+            row = _recaptioned(row, samples[number].rows if number in samples else [])
         rows.append(row)
     entry = committer.write_captions(job.name, rows)
     others = [entry for entry in manifest.files if entry.kind != "captions"]
@@ -161,7 +157,6 @@ def commit_captions_if_complete(committer: Committer, job: ShardJob) -> bool:
         )
     )
     staging.forget(job)
-    return True
 
 
 def _recaptioned(row: Row, staged_rows: list[Row]) -> Row:
@@ -179,7 +174,7 @@ def _recaptioned(row: Row, staged_rows: list[Row]) -> Row:
     return {**row, "synthetic": "", "captioner": "", "caption_error": f"{code}: {detail}"}
 
 
-def _to_caption(folder: Folder, job: ShardJob, manifest: Manifest) -> set[int]:
+def numbers_to_caption(folder: Folder, job: ShardJob, manifest: Manifest) -> set[int]:
     """Numbers of kept samples without a caption of this job's captioner."""
     numbers = _kept_numbers(folder, manifest)
     if manifest.caption_digest != job.caption_digest:

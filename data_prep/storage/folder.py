@@ -11,6 +11,7 @@ what the files hold.
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import shutil
 import time
@@ -110,6 +111,16 @@ class Folder(ABC):
             below = fs.FileSelector(path, recursive=True, allow_not_found=True)
             return sum(int(entry.size or 0) for entry in filesystem.get_file_info(below))
 
+    def view(self, name: str) -> pa.Buffer:
+        """The whole of a file, mapped into memory where it lies on a disk of this machine.
+
+        Raises FileNotFoundError, StorageError.
+        """
+        with self.failing("read", name):
+            filesystem, path = self._at(name)
+            with filesystem.open_input_stream(path) as stream:
+                return stream.read_buffer()
+
     def open(self, name: str) -> pa.NativeFile:
         """A file for random access. Raises FileNotFoundError, StorageError."""
         with self.failing("open", name):
@@ -139,6 +150,13 @@ class Folder(ABC):
         """Write a file, whole or not at all. Raises StorageError."""
 
     @abstractmethod
+    def writing(self, name: str) -> AbstractContextManager[pa.NativeFile]:
+        """A stream for a file that fits in memory; it becomes the file, whole, on leaving in peace.
+
+        Raises StorageError.
+        """
+
+    @abstractmethod
     def replacing(self, name: str) -> AbstractContextManager[Path]:
         """A local path to write to; what is there on leaving in peace becomes the file, whole."""
 
@@ -155,8 +173,10 @@ class Folder(ABC):
         """Remove what killed writers left. Call it only while the folder's locks are held."""
 
     @abstractmethod
-    def lock(self, name: str, *, wait_s: float = 0.0) -> AbstractContextManager[Callable[[], None]]:
-        """Hold a lock of this folder against every other process.
+    def lock(
+        self, name: str, *, wait_s: float = 0.0, group: str = ""
+    ) -> AbstractContextManager[Callable[[], None]]:
+        """Hold a lock of this folder against every other process, or against every other group.
 
         The lock ends with this process at the latest. Entering gives a function that raises
         LockHeld where the lock was lost in the meantime.
@@ -164,6 +184,7 @@ class Folder(ABC):
         Args:
             name: name of the lock's file.
             wait_s: how long to wait for another holder, in seconds.
+            group: processes that name the same group hold the lock together; empty: alone.
 
         Raises:
             LockHeld: somebody else holds it.
@@ -187,6 +208,21 @@ class LocalFolder(Folder):
         """Write a file, whole or not at all; folders on the way are made."""
         with self.replacing(name) as partial, partial.open("wb") as file:
             file.write(data)
+
+    def view(self, name: str) -> pa.Buffer:
+        """The whole of a file, mapped into memory."""
+        import pyarrow as pa
+
+        with self.failing("read", name), pa.memory_map(str(self._path(name))) as content:
+            return content.read_buffer()
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[pa.NativeFile]:
+        """A stream to a file beside the file's, which takes its place on leaving in peace."""
+        import pyarrow as pa
+
+        with self.replacing(name) as partial, pa.OSFile(str(partial), "wb") as stream:
+            yield stream
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
@@ -213,19 +249,46 @@ class LocalFolder(Folder):
                 path.unlink(missing_ok=True)
 
     @contextmanager
-    def lock(self, name: str, *, wait_s: float = 0.0) -> Iterator[Callable[[], None]]:
-        """Hold an flock, which the kernel lets go of when the process dies: it is never lost."""
+    def lock(
+        self, name: str, *, wait_s: float = 0.0, group: str = ""
+    ) -> Iterator[Callable[[], None]]:
+        """Hold an flock, which the kernel lets go of when the process dies: it is never lost.
+
+        A group holds it shared, and its name is the content of the file.
+        """
         deadline = time.monotonic() + wait_s
         with self.failing("lock", name):
             Path(self.location).mkdir(parents=True, exist_ok=True)
-            file = self._path(name).open("a")
+            file = self._path(name).open("a+")
         with file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() >= deadline:
-                        raise LockHeld(self.where(name)) from error
-                    time.sleep(0.05)
+            while not _flocked(file.fileno(), group):
+                if time.monotonic() >= deadline:
+                    raise LockHeld(self.where(name))
+                time.sleep(0.05)
             yield lambda: None
+
+
+def _flocked(descriptor: int, group: str) -> bool:
+    """Try to take an flock, alone or with a group; whether it is held."""
+    is_first = _try_flock(descriptor, fcntl.LOCK_EX)
+    if not group:
+        return is_first
+    if is_first:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, group.encode())
+    # The kernel does not turn one lock into the other at one stroke: another group may come
+    # between, so that what the file says is read again once the shared lock is held.
+    if not _try_flock(descriptor, fcntl.LOCK_SH):
+        return False
+    if os.pread(descriptor, len(group) + 1, 0) == group.encode():
+        return True
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
+
+
+def _try_flock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,8 +1,8 @@
 """A lock in an object store, where there is neither `flock` nor a process table.
 
 Whoever wants the lock `NAME` puts a file of its own, `NAME/ID.json`, and then lists `NAME/`. It
-has the lock if it sees no other file. Stores list what was put before (S3 since 2020), so of two
-who come at once at least one sees the other, steps back and tries again.
+has the lock if it sees no other file but those of its own group. Stores list what was put before
+(S3 since 2020), so of two who come at once at least one sees the other, steps back and tries again.
 
 A holder writes its file anew every few seconds. A watcher removes a file that has not changed for
 `LEASE_S` by the watcher's own clock, or whose process has ended on this very machine. A holder
@@ -75,6 +75,8 @@ class _Holder:
     """See `_started`: another process may have the same number later."""
     beat: str
     """How often the file was written, as ten digits."""
+    group: str = ""
+    """Holders of one group hold the lock together; empty: alone."""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -97,9 +99,10 @@ class _Holder:
 class _Lease:
     """One attempt at a lock and, once the lock is held, its renewal."""
 
-    def __init__(self, folder: Folder, name: str) -> None:
+    def __init__(self, folder: Folder, name: str, group: str) -> None:
         self.folder = folder
         self.name = name
+        self.group = group
         self.base = f"{uuid.uuid4().hex}.json"
         self.beat = 0
         self._renewed_s = _now_s()
@@ -119,17 +122,20 @@ class _Lease:
             pid=str(pid),
             started=_started(pid),
             beat=f"{self.beat:010d}",
+            group=self.group,
         )
         self.folder.write(f"{self.name}/{self.base}", holder.to_json())
         self._renewed_s = begun_s
 
     def others(self) -> dict[str, bytes]:
-        """The files of all others, by base name."""
+        """The files of all others that are not of this group, by base name."""
         contents = {}
         for base in self.folder.names(self.name):
             if base != self.base:
                 try:
-                    contents[base] = self.folder.read(f"{self.name}/{base}")
+                    content = self.folder.read(f"{self.name}/{base}")
+                    if not self.group or _Holder.from_json(content).group != self.group:
+                        contents[base] = content
                 except FileNotFoundError:  # its holder let go of it between the two calls
                     continue
                 except StorageError:
@@ -177,7 +183,9 @@ class _Lease:
 
 
 @contextmanager
-def hold_lease(folder: Folder, name: str, *, wait_s: float = 0.0) -> Iterator[Callable[[], None]]:
+def hold_lease(
+    folder: Folder, name: str, *, wait_s: float = 0.0, group: str = ""
+) -> Iterator[Callable[[], None]]:
     """Hold the lock `name` of a store's folder.
 
     Entering gives a function that raises LockHeld once the lock is lost. A holder that died without
@@ -198,21 +206,22 @@ def hold_lease(folder: Folder, name: str, *, wait_s: float = 0.0) -> Iterator[Ca
         folder: the folder that the lock is in.
         name: name of the lock.
         wait_s: how long to wait for a living holder, in seconds.
+        group: holders of one group hold it together; empty: alone.
 
     Raises:
         LockHeld: somebody alive holds it.
         StorageError: the store fails.
     """
-    lease = _take(folder, name, wait_s)
+    lease = _take(folder, name, wait_s, group)
     try:
         yield lease.check
     finally:
         lease.let_go()
 
 
-def _take(folder: Folder, name: str, wait_s: float) -> _Lease:
+def _take(folder: Folder, name: str, wait_s: float, group: str) -> _Lease:
     """Put a file, look for others, step back and try again, until there are no others."""
-    lease = _Lease(folder, name)
+    lease = _Lease(folder, name, group)
     first_seen: dict[str, tuple[bytes, float]] = {}
     begun_s = _now_s()
     while True:

@@ -49,6 +49,15 @@ class StoreFolder(Folder):
             stream.write(data)
 
     @contextmanager
+    def writing(self, name: str) -> Iterator[pa.NativeFile]:
+        """A stream into memory; on leaving in peace its content is put into the store."""
+        import pyarrow as pa
+
+        stream = pa.BufferOutputStream()
+        yield stream
+        self.write(name, stream.getvalue())
+
+    @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """A path on the local disk; on leaving in peace its content is put into the store."""
         import pyarrow as pa
@@ -81,6 +90,8 @@ class StoreFolder(Folder):
     def remove_partials(self) -> None:
         """Do nothing: a store shows no partial file, and its own rules end broken uploads."""
 
-    def lock(self, name: str, *, wait_s: float = 0.0) -> AbstractContextManager[Callable[[], None]]:
+    def lock(
+        self, name: str, *, wait_s: float = 0.0, group: str = ""
+    ) -> AbstractContextManager[Callable[[], None]]:
         """Hold a lease (`data_prep.storage.lease`), which the function given on entering checks."""
-        return hold_lease(self, name, wait_s=wait_s)
+        return hold_lease(self, name, wait_s=wait_s, group=group)

@@ -82,7 +82,7 @@ def test_a_small_comparison_runs_whole(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "prepare.json").read_text())
     assert code == (0 if all(met for _, met in verdicts(result)) else 1)
     assert [stage["name"] for stage in result["stages"]] == [
-        "read", "decode", "filter", "caption", "encode", "sink"
+        "read", "decode", "caption", "encode", "sink"
     ]  # fmt: skip
     assert all(stage["rows"] >= 40 for stage in result["stages"])
     assert result["bottleneck"] in {stage["name"] for stage in result["stages"]}

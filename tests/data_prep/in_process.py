@@ -17,7 +17,7 @@ from data_prep.ledger.recaption import numbers_to_skip
 from data_prep.ledger.reuse import Reuse
 from data_prep.ledger.sink import SinkStage
 from data_prep.ledger.staging import Staging
-from data_prep.row import ROW_SCHEMA, Row
+from data_prep.row import ROW_SCHEMA, Row, table_of
 from data_prep.run import (
     PrepareReport,
     RunFigures,
@@ -100,7 +100,7 @@ def _run(
         if shuffle is not None:
             random.Random(shuffle).shuffle(rows)
         for row in rows[:stop_after]:
-            sink.accept(row)
+            sink.accept(table_of([row]))
     finish_run(plan, config)
     return report_of(plan, RunFigures(samples=len(rows), seconds=1.0))
 

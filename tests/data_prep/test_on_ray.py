@@ -17,6 +17,7 @@ import pytest
 
 from data_prep.clips.decode import DecodeStage
 from data_prep.config import BucketConfig, ConcurrencyConfig, PrepareConfig
+from data_prep.ledger.on_ray import running_sinks
 from data_prep.ledger.reuse import Reuse
 from data_prep.on_ray import Decode, build_pipeline, prepare
 from data_prep.resources import describe, plan_resources
@@ -25,6 +26,7 @@ from data_prep.run import plan_run
 from data_prep.sources.moving_shapes import write_world
 from data_prep.sources.on_ray import ShardSource
 from data_prep.sources.samples import write_shard
+from data_prep.stages import StageChain
 from tests.data_prep.bad_media import (
     moving,
     sample,
@@ -47,7 +49,8 @@ def test_the_whole_run_on_ray_equals_one_process(
     junk = tmp_path / "junk.tar"
     junk.write_bytes(b"junk" * 500)
     shards = [*world, str(cut), str(junk)]
-    config = config.model_copy(update={"windows_per_clip": 2})
+    concurrency = ConcurrencyConfig(sinks=2)
+    config = config.model_copy(update={"windows_per_clip": 2, "concurrency": concurrency})
     calls: list[tuple[str, int, int | None]] = []
     report = prepare(
         config,
@@ -97,14 +100,14 @@ def test_every_stage_is_an_operator_of_its_own(
 
     plan = plan_run(config, world, tmp_path, str(codec_dir))
     resources = plan_resources(2.0, 0.0, config.concurrency)
-    pipeline = build_pipeline(plan, config, resources)
+    pipeline = build_pipeline(plan, config, resources, [])
     physical, _ = get_execution_plan(pipeline._logical_plan)
     names = []
     operator = physical.dag
     while operator is not None:
         names.append(operator.name)
         operator = operator.input_dependencies[0] if operator.input_dependencies else None
-    stages = ["Read", "Decode", "Filter", "Caption", "Encode", "Sink"]
+    stages = ["Read", "Decode", "Caption", "Encode", "Sink"]
     operators = [name for name in reversed(names) if name != "Input"]
     assert len(operators) == len(stages)
     assert all(stage in name for stage, name in zip(stages, operators, strict=True))
@@ -132,16 +135,17 @@ def test_the_stages_overlap_in_time_and_pools_keep_to_their_bounds(
     plan = plan_run(config, shards, tmp_path / "out", str(codec_dir))
     resources = plan_resources(2.0, 0.0, wanted)
     assert "decode 1–2×" in describe(resources, 2.0)
-    pipeline = build_pipeline(plan, config, resources)
-    batches = pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    assert sum(table.num_rows for table in batches) == 60 + 2
-    assert "Operator 6 MapBatches(Sink)" in pipeline.stats()
+    with running_sinks(config, plan.out, plan.jobs, 1) as sinks:
+        pipeline = build_pipeline(plan, config, resources, sinks)
+        batches = pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        assert sum(table.num_rows for table in batches) == 60 + 2
+    assert "Operator 5 MapBatches(Sink)" in pipeline.stats()
     stages: list[Any] = []
     summary = pipeline.get_stats_summary()
     while summary is not None:
         stages = [*summary.operators_stats, *stages]
         summary = summary.parents[0] if summary.parents else None
-    assert len(stages) == 6
+    assert len(stages) == 5
     for before, after in itertools.pairwise(stages[1:]):
         assert after.earliest_start_time < before.latest_end_time, (before, after)
 
@@ -165,10 +169,12 @@ def test_no_machine_is_too_small_to_finish(
 def test_an_operator_that_is_deleted_closes_its_stage(config: PrepareConfig) -> None:
     operator = Decode(config, [(32, 32)], Reuse())
     stage = operator._stage
-    assert isinstance(stage, DecodeStage)
+    assert isinstance(stage, StageChain)
+    decode = stage.stages[0]
+    assert isinstance(decode, DecodeStage)
     (row,) = rows_of(next(operator(table_of([decode_row(media=video(moving(20)))]))))
     assert row["frames_shape"] == [5, 32, 32, 3]
-    child = stage.reader._child
+    child = decode.reader._child
     assert child is not None
     assert child.poll() is None
     del operator
@@ -280,7 +286,9 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(
     config: PrepareConfig, codec_dir: Path, tmp_path: Path
 ) -> None:
     shards = [str(p) for p in write_world(tmp_path / "in", 90, 30, clips_per_shard=30)]
-    config = config.model_copy(update={"concurrency": ConcurrencyConfig(shards_in_flight=2)})
+    # A block a sample: otherwise a shard is one block, and nothing is left to take up within it.
+    concurrency = ConcurrencyConfig(shards_in_flight=2, block_bytes=1)
+    config = config.model_copy(update={"concurrency": concurrency})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     prepare_locally(config, shards, whole, codec_dir)
     command = [sys.executable, "-c", DRIVER, config.model_dump_json(), str(broken), str(codec_dir)]

@@ -46,7 +46,9 @@ def test_prepare_and_train_in_a_store_that_fails_on_the_way(store: Store, tmp_pa
     for path in paths:
         store.upload(path, f"in/{path.name}")
     out = store.uri("out")
+    # A block a sample: otherwise a shard is one block, and none is staged.
     command = ("prepare", "--shards", store.uri("in"), "--out", out)
+    command += ("--set", "prepare.concurrency.block_bytes=1")
     with lock_output(open_folder(out)), flowreel(*command) as second:
         _, message = second.communicate(timeout=240)
     assert second.returncode == 2
@@ -65,7 +67,7 @@ def test_prepare_and_train_in_a_store_that_fails_on_the_way(store: Store, tmp_pa
         table, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert "112" in table
-    config: PrepareConfig = load_recipe("tiny").prepare
+    config: PrepareConfig = load_recipe("tiny", ["prepare.concurrency.block_bytes=1"]).prepare
     whole = tmp_path / "whole"
     uris = [store.uri(f"in/{path.name}") for path in sorted(paths)]
     prepare_locally(config, uris, whole, Path(load_recipe("tiny").codec_source))

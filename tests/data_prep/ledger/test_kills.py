@@ -1,4 +1,7 @@
-"""Twenty real kills, of actors, drivers and whole clusters, at any time; then the same bytes."""
+"""Twenty real kills, of actors, drivers and whole clusters, at any time; then the same bytes.
+
+Damaged clips are among the inputs, and several sinks write.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,16 @@ import pytest
 import ray
 
 from data_prep.config import ConcurrencyConfig, PrepareConfig
+from data_prep.ledger.staging import numbers_in
 from data_prep.sources.moving_shapes import write_world
+from data_prep.sources.samples import write_shard
+from tests.data_prep.bad_media import moving, sample, video
 from tests.data_prep.in_process import digests, prepare_locally
 from tests.data_prep.ray_cluster import RAY_ENVIRONMENT
 from tests.places import ROOT
 
 SEED = 20
-CLIPS, IMAGES, PER_SHARD = 96, 24, 15
+CLIPS, IMAGES, PER_SHARD, DAMAGED = 96, 24, 15, 8
 RUNS = [("actor", "driver")] * 5 + [("driver",)] * 3 + [("actor", "cluster")] * 2
 RUNS += [("cluster",)] * 3
 """What is killed in each run of the command, in this order: twenty kills."""
@@ -44,6 +50,7 @@ def watch():
     from data_prep.captions.stage import CaptionStage
     from data_prep.clips.decode import DecodeStage
     from data_prep.latents.encode import EncodeStage
+    from data_prep.ledger.on_ray import Sink
     from data_prep.ledger.sink import SinkStage
     from data_prep.sources import on_ray
 
@@ -64,7 +71,7 @@ def watch():
             write("pids", f"{stage} {os.getpid()}")
             return before(*args, **kwargs)
         setattr(owner, name, call)
-    for stage in (DecodeStage, CaptionStage, EncodeStage, SinkStage):
+    for stage in (DecodeStage, CaptionStage, EncodeStage, SinkStage, Sink):
         named(stage, "__init__", stage.__name__)
     named(on_ray, "read_rows", "read")
 
@@ -107,7 +114,7 @@ class Watched:
         while True:
             try:
                 paths = self.out.glob("staging/*/*/*.arrow")
-                return [path for path in paths if path.stem.isdigit()]
+                return [path for path in paths if not path.name.startswith(".")]
             except FileNotFoundError:  # a shard was committed while its folder was listed
                 continue
 
@@ -115,7 +122,7 @@ class Watched:
         """SHARD/NUMBER of every sample that is staged or in a shard whose manifest stands."""
         names = set()
         for path in self.staged():
-            names.add(f"{path.parts[-3]}/{int(path.stem)}")
+            names |= {f"{path.parts[-3]}/{number}" for number in numbers_in(path.name)}
         for path in self.out.glob("manifests/*.json"):
             manifest = json.loads(path.read_text())
             names |= {f"{manifest['shard']}/{n}" for n in range(manifest["num_samples"])}
@@ -128,7 +135,7 @@ class Watched:
 
     def living(self, stage: str) -> list[psutil.Process]:
         """Processes of a stage that are there, the youngest last."""
-        pids = [int(line.split()[1]) for line in self.lines("pids") if line.startswith(stage)]
+        pids = [int(line.split()[1]) for line in self.lines("pids") if line.split()[0] == stage]
         processes = []
         for pid in dict.fromkeys(pids):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -186,17 +193,19 @@ def test_twenty_kills_leave_the_bytes_of_an_uninterrupted_run(
 ) -> None:
     rng = random.Random(SEED)
     paths = write_world(tmp_path / "in", CLIPS, IMAGES, clips_per_shard=PER_SHARD)
+    paths.insert(2, write_damaged(tmp_path / "in" / "damaged.tar", rng))
     shards = [str(path) for path in paths]
-    config = config.model_copy(
-        update={"concurrency": ConcurrencyConfig(shards_in_flight=2, block_bytes=1)}
-    )
+    concurrency = ConcurrencyConfig(shards_in_flight=2, block_bytes=1, sinks=2)
+    config = config.model_copy(update={"concurrency": concurrency})
     whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
     log.mkdir()
-    prepare_locally(config, shards, whole, codec_dir)
+    report = prepare_locally(config, shards, whole, codec_dir)
+    assert report.counts["kept"] > CLIPS + IMAGES
+    assert report.counts["failed"] > 0
     command = [sys.executable, "-c", DRIVER, config.model_dump_json(), str(out), str(codec_dir)]
     watched = Watched(out, log, command, shards)
     runs = rng.sample(RUNS, len(RUNS))
-    total = CLIPS + IMAGES
+    total = CLIPS + IMAGES + DAMAGED
     # One sample from the end there is nothing left to interrupt.
     targets = iter(sorted(rng.uniform(0, total - 2) for kinds in runs for _ in kinds))
     inside, progress, moments = 0, [], []
@@ -234,6 +243,22 @@ def test_twenty_kills_leave_the_bytes_of_an_uninterrupted_run(
     assert len(encodes) - total <= 20 * 8
 
 
+def write_damaged(path: Path, rng: random.Random) -> Path:
+    """A shard of clips with flipped bits: where the frames lie, and in two also in their table."""
+    samples = []
+    for number in range(DAMAGED):
+        clip = bytearray(video(moving(20)))
+        begin = clip.index(b"mdat") + 4
+        end = clip.index(b"moov") if clip.index(b"moov") > begin else len(clip)
+        for _ in range(1 + number):
+            clip[rng.randrange(begin + (end - begin) // 2, end)] ^= 1 << rng.randrange(8)
+        if number % 4 == 3:
+            clip[clip.index(b"stsd") + 1] ^= 0x20
+        samples.append(sample(f"damaged{number}", mp4=bytes(clip), txt="Damaged."))
+    write_shard(path, samples)
+    return path
+
+
 def strike(
     kind: str, watched: Watched, driver: subprocess.Popen[bytes], rng: random.Random
 ) -> None:
@@ -245,7 +270,7 @@ def strike(
         kill_tree(driver.pid)
         driver.wait()
     else:
-        stages = ["read", "DecodeStage", "CaptionStage", "EncodeStage", "SinkStage"]
+        stages = ["read", "DecodeStage", "CaptionStage", "EncodeStage", "SinkStage", "Sink"]
         rng.shuffle(stages)
         victims = [process for stage in stages for process in watched.living(stage)[-1:]]
         assert victims, "no worker is there"

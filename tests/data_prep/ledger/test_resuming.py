@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from data_prep.config import BucketConfig, PrepareConfig
@@ -21,7 +22,7 @@ from data_prep.latents.index import INDEX_NAME
 from data_prep.ledger.errors import OutputBusy
 from data_prep.ledger.locks import lock_output, lock_writing
 from data_prep.ledger.sink import SinkStage
-from data_prep.row import Row
+from data_prep.row import Row, table_of
 from data_prep.run import plan_run, shards_left
 from data_prep.storage import location as locations
 from data_prep.storage.location import StorageError
@@ -81,7 +82,7 @@ def sink_all(
                 if row["shard"] in staged and row["number"] not in staged[row["shard"]]
             ]
             for row in missing:
-                sink.accept(row)
+                sink.accept(table_of([row]))
     return sum(row["number"] >= 0 for row in missing)
 
 
@@ -266,12 +267,12 @@ def test_a_store_holds_what_a_disk_holds_though_it_failed_on_the_way(
     accept, taken = SinkStage.accept, 0
 
     def fail_at(number: int, state: str) -> None:
-        def accept_until(self: SinkStage, row: Row) -> bool:
+        def accept_until(self: SinkStage, block: pa.Table) -> set[str]:
             nonlocal taken
             taken += 1
             if taken == number:
                 store.gate.state = state
-            return accept(self, row)
+            return accept(self, block)
 
         monkeypatch.setattr(SinkStage, "accept", accept_until)
 

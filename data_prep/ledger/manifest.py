@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -156,6 +157,20 @@ class Manifest:
     def keeps_all(self) -> bool:
         """Whether no sample was dropped or failed."""
         return not set(self.counts) - {"kept"}
+
+    @property
+    def lost(self) -> dict[tuple[str, str], int] | None:
+        """Samples not kept by (status, reason); None where an old manifest does not tell."""
+        statuses = sorted(set(self.counts) - {"kept"})
+        if len(statuses) < 2:
+            return {
+                (status, reason): n for status in statuses for reason, n in self.reasons.items()
+            }
+        if self.dropped is None:
+            return None
+        failed = Counter(self.reasons) - Counter(self.dropped)
+        by_status = {"dropped": self.dropped, "failed": failed}
+        return {(s, reason): n for s, counts in by_status.items() for reason, n in counts.items()}
 
     def _only(self, kind: Kind) -> FileEntry:
         return next(entry for entry in self.files if entry.kind == kind)

@@ -62,9 +62,7 @@ def plan_captions(
     latent_digest = info["prepare_digest"]
     manifests = Manifests(folder)
     if shards is None:
-        sources = {
-            m.shard: m.source for m in manifests.read() if m.latent_digest == latent_digest
-        }
+        sources = {m.shard: m.source for m in manifests.read() if m.latent_digest == latent_digest}
     else:
         sources = name_shards(shards)
     caption_digest = config.caption_digest()

@@ -269,7 +269,7 @@ class _Reused:
         by_id = old.numbers("by_id")
         files = old.numbers("file")[by_id]
         starts = np.flatnonzero(np.diff(files, prepend=-1))
-        stops = np.append(starts[1:], len(files))
+        stops = np.append(starts[1:], len(files))[: len(starts)]
         sha256s, paths = old.texts("file_sha256").to_pylist(), old.texts("file_path").to_pylist()
         shards = old.numbers("file_shard")
         captions = old.texts("shard_captions_sha256").to_pylist()

@@ -9,6 +9,7 @@ Read in this order:
     dataset.py     random access to records and batches: what training reads
     duplicates.py  near-duplicates: hashes of looks, and the mask of all but the first
     encode.py      the encoding stage: frames → moments
+    merge.py       datasets of one recipe as one dataset
     export.py      a dataset as WebDataset tars, for other trainers
     inspection.py  figures and pictures of a dataset
 """

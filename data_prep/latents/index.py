@@ -28,8 +28,8 @@ from data_prep.latents.index_file import (
     INDEX_VERSION,
     IndexColumns,
     Integers,
+    as_arrow,
     build_columns,
-    joined,
     key_hash,
     slot_of,
 )
@@ -197,8 +197,8 @@ class LatentIndex:
         texts = (self._keys, named.keys), (self._shards, named.shards)
         owners = rows, self._columns["file_shard"][self._columns["file"][rows]]
         for (ours, theirs), places in zip(texts, owners, strict=True):
-            wanted = pa.array(theirs, pa.large_string()).take(pa.array(asked))
-            same &= pc.equal(ours.take(pa.array(places)), wanted).to_numpy(zero_copy_only=False)
+            wanted = pa.array(theirs, pa.large_string()).take(as_arrow(asked))
+            same &= pc.equal(ours.take(as_arrow(places)), wanted).to_numpy(zero_copy_only=False)
         return np.unique(rows[same])
 
     def place(self, row: int) -> Place:
@@ -227,11 +227,10 @@ class LatentIndex:
     def names(self, rows: Rows) -> list[str]:
         """The ids `SHARD/KEY/WINDOW` of records, by their numbers."""
         shards = self._columns["file_shard"][self._columns["file"][rows]]
-        windows = pa.array(self._columns["window"][rows]).cast(pa.large_string())
-        keys = self._keys.take(pa.array(rows))
-        named = self._shards.take(pa.array(shards))
-        ids: list[str] = joined(named, keys, windows).to_pylist()
-        return ids
+        named = self._shards.take(as_arrow(shards)).to_pylist()
+        keys = self._keys.take(as_arrow(rows)).to_pylist()
+        windows = self._columns["window"][rows].tolist()
+        return [f"{shard}/{key}/{n}" for shard, key, n in zip(named, keys, windows, strict=True)]
 
     def ids(self, split: Split = "all") -> dict[str, Ids]:
         """Ids by bucket, sorted; empty buckets are left out.

@@ -85,9 +85,20 @@ def slot_of(hashes: Any, count: int) -> Any:
     return ((hashes >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
 
 
-def joined(*parts: pa.LargeStringArray) -> pa.LargeStringArray:
-    """The texts of several columns as one, with slashes between them, as ids have them."""
-    return pc.binary_join_element_wise(*parts, pa.scalar("/", pa.large_string()))
+def as_arrow(numbers: Integers) -> pa.Array:
+    """An array of numpy as one of Arrow, not copied; `pa.array` would import pandas for it."""
+    numbers = np.ascontiguousarray(numbers)
+    buffers = [None, pa.py_buffer(numbers)]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(numbers.dtype), len(numbers), buffers)
+
+
+def as_numpy(numbers: pa.Array) -> Integers:
+    """The other way, and as little: `to_numpy` would import pandas."""
+    dtype = np.dtype(str(numbers.type))  # int32 and so on, in both
+    if not len(numbers):
+        return np.empty(0, dtype=dtype)
+    start = numbers.offset * dtype.itemsize
+    return np.frombuffer(numbers.buffers()[1], dtype, len(numbers), start)
 
 
 class Segment(NamedTuple):
@@ -111,8 +122,7 @@ class IndexColumns:
 
     def numbers(self, name: str) -> Integers:
         """A column of numbers, not copied."""
-        values: Integers = self.batch.column(name).values.to_numpy(zero_copy_only=True)
-        return values
+        return as_numpy(self.batch.column(name).values)
 
     def texts(self, name: str) -> pa.LargeStringArray:
         """A column of texts, not copied."""
@@ -341,7 +351,9 @@ def _records(
         "caption_group": pa.array(texts[:, 0]),
         "caption_row": pa.array(texts[:, 1]),
     }
-    tails = joined(columns["key"], columns["window"].cast(pa.large_string()))
+    slash = pa.scalar("/", pa.large_string())
+    windows = columns["window"].cast(pa.large_string())
+    tails = pc.binary_join_element_wise(columns["key"], windows, slash)
     return pa.table(columns).take(pc.array_sort_indices(tails))
 
 

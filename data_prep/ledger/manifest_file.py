@@ -73,7 +73,7 @@ class ManifestFile:
             if not self._parquet.schema_arrow.equals(_SCHEMA):
                 raise pa.ArrowInvalid("its columns are others")
             self.shards: list[str] = self._column("shard")
-        self._group: tuple[int, pa.Array] = (-1, pa.array([]))
+        self._group: tuple[int, list[bytes]] = (-1, [])
         # A Parquet file is read by one thread at a time.
         self._lock = threading.Lock()
 
@@ -129,9 +129,8 @@ class ManifestFile:
             if self._group[0] != number:
                 with self._reading():
                     table = self._parquet.read_row_group(number, columns=["manifest"])
-                self._group = number, table["manifest"].combine_chunks()
-            data: bytes = self._group[1][place].as_py()
-        return data
+                self._group = number, table["manifest"].to_pylist()
+            return self._group[1][place]
 
     def _column(self, name: str) -> list[str]:
         values: list[str] = self._parquet.read(columns=[name])[name].to_pylist()

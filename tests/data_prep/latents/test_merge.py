@@ -120,8 +120,8 @@ def test_stores_and_disks_merge_alike(pair: Path, tmp_path: Path, store: Store) 
     mixed = merge_latents([pair / "a", b], store.uri("merge/d"))
     assert mixed.files == {"linked": 0, "copied": 3, "streamed": 6}
     for name in ("c", "d"):
-        for path, content in store.files(f"merge/{name}").items():
-            target = tmp_path / name / path
+        for base, content in store.files(f"merge/{name}").items():
+            target = tmp_path / name / base
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
         assert digests(tmp_path / name) == expected

@@ -11,7 +11,8 @@ Lists of one length go together:
     shards    `shard*`: the finished shards
 
 An id is `SHARD/KEY/WINDOW`. The file is a function of the manifests and of the files that they
-name. Where an older one stands, only shards that changed are read. Knows nothing of look-ups.
+name. Where an older one stands, only shards that changed are read. Knows nothing of how a record is
+looked up.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     OUT/staging/SHARD/DIGEST/NUMBER.arrow   finished samples of shards that are not finished
     OUT/manifests/SHARD.json                written last; the only truth about what is done
+    OUT/manifests.parquet                   those of many shards, folded into one file
 
 Kill a run at any moment: staged samples are taken up again, and the bytes come out the same.
 

@@ -25,7 +25,7 @@ from data_prep.latents.records import (
     read_info_values,
 )
 from data_prep.ledger.job import Digests, ShardJob, jobs_left
-from data_prep.ledger.manifest import read_manifests
+from data_prep.ledger.manifest import FOLDED_FROM, fold_manifests, read_manifests
 from data_prep.ledger.recaption import plan_captions
 from data_prep.ledger.settings import changed_settings, check_settings
 from data_prep.ledger.staging import Staging
@@ -202,6 +202,8 @@ def plan_run(
     if _is_new(folder, request, redo=redo):
         _begin(config, folder, request)
     _keep_recipe(config, folder)
+    # What a killed run left, so that this one does not ask for each of them.
+    fold_manifests(folder, FOLDED_FROM)
     jobs = _jobs(config, folder, request)
     unfinished = {job.name for job in jobs}
     staging = Staging(folder)
@@ -322,9 +324,13 @@ def _sizes(bucket: BucketConfig, folder: Folder) -> tuple[tuple[int, int], ...]:
 
 
 def finish_run(plan: RunPlan, config: PrepareConfig) -> None:
-    """Make what is made of all shards together: the index, and the mask of near-duplicates."""
-    LatentIndex.open(plan.out)
+    """Make what is made of all shards together: one file of manifests, the index, and the mask.
+
+    Call it while the output's lock is held, once the writers of the run have nothing left to do.
+    """
     folder = open_folder(plan.out)
+    fold_manifests(folder)
+    LatentIndex.open(plan.out)
     if config.duplicate_bits is None:
         folder.remove(MASK_NAME)
     else:

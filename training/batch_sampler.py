@@ -13,9 +13,10 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from data_prep.latents.records import Bucket
 from flowreel.errors import FlowreelError
@@ -80,6 +81,23 @@ class StepPlan:
         return range(rank * size, (rank + 1) * size)
 
 
+class _Epoch(NamedTuple):
+    """The batches of an epoch, by the places of their samples in the buckets."""
+
+    orders: list[npt.NDArray[np.uint32]]
+    """[batches, size] of every bucket."""
+    first: npt.NDArray[np.int64]
+    """Number of every bucket's first batch among all."""
+    batches: npt.NDArray[np.uint32]
+    """The order in which they come."""
+
+    def batch(self, index: int) -> tuple[int, list[int]]:
+        """The bucket's number, and the places in it, of one batch."""
+        batch = int(self.batches[index])
+        bucket = int(np.searchsorted(self.first, batch, side="right")) - 1
+        return bucket, self.orders[bucket][batch - int(self.first[bucket])].tolist()
+
+
 class BatchSampler:
     """Plans of all steps.
 
@@ -112,11 +130,11 @@ class BatchSampler:
             "image": config.image_batch_size,
             "video": config.batch_size,
         }
-        ordered = {b: tuple(buckets[b]) for b in sorted(buckets, key=tuple) if buckets[b]}
+        ordered = {b: buckets[b] for b in sorted(buckets, key=tuple) if len(buckets[b])}
         images = {b: ids for b, ids in ordered.items() if b.frames == 1}
         videos = {b: ids for b, ids in ordered.items() if b.frames > 1}
         from_clips = {"auto": not images, "records": False, "first_frames": True}
-        self._buckets: dict[Mode, dict[Bucket, tuple[str, ...]]] = {
+        self._buckets: dict[Mode, dict[Bucket, Sequence[str]]] = {
             "image": videos if from_clips[config.image_source] else images,
             "video": videos,
         }
@@ -138,9 +156,9 @@ class BatchSampler:
             return "image", images_before
         return "video", step - images_before
 
-    def _make_epoch(self, mode: Mode, epoch: int) -> tuple[tuple[Bucket, tuple[str, ...]], ...]:
+    def _make_epoch(self, mode: Mode, epoch: int) -> _Epoch:
         size = self._sizes[mode]
-        batches: list[tuple[Bucket, tuple[str, ...]]] = []
+        orders: list[npt.NDArray[np.uint32]] = []
         for bucket, ids in self._buckets[mode].items():
             place = zlib.crc32(repr((mode, tuple(bucket))).encode())
             rng = random_stream(self.seed, "order", epoch, place)
@@ -148,10 +166,10 @@ class BatchSampler:
             order = np.concatenate(
                 [rng.permutation(len(ids)) for _ in range(math.ceil(size / len(ids)))]
             )
-            for start in range(0, len(order) - size + 1, size):
-                batches.append((bucket, tuple(ids[i] for i in order[start : start + size])))
+            orders.append(order[: len(order) // size * size].reshape(-1, size).astype(np.uint32))
         shuffle = random_stream(self.seed, "order", epoch, zlib.crc32(mode.encode()) | 1 << 40)
-        return tuple(batches[i] for i in shuffle.permutation(len(batches)))
+        batches = shuffle.permutation(sum(map(len, orders))).astype(np.uint32)
+        return _Epoch(orders, np.cumsum([0, *map(len, orders)]), batches)
 
     def batches_per_epoch(self, mode: Mode) -> int:
         """Whole batches in one pass through the data."""
@@ -161,7 +179,9 @@ class BatchSampler:
         """The global batch of a step."""
         mode, count = self._mode(step)
         epoch, index = divmod(count, self.batches_per_epoch(mode))
-        bucket, ids = self._epoch(mode, epoch)[index]
+        number, places = self._epoch(mode, epoch).batch(index)
+        bucket, of_bucket = list(self._buckets[mode].items())[number]
+        ids = tuple(of_bucket[i] for i in places)
         draw = random_stream(self.seed, "first_frame", step, 0).random()
         drops_first_frame = mode == "video" and bool(draw < self.config.first_frame_dropout)
         return StepPlan(step, mode, bucket, ids, drops_first_frame)

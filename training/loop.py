@@ -7,7 +7,6 @@ Ray.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -103,15 +102,6 @@ class LoopResult:
     resumed_from: int | None
 
 
-def ids_digest(dataset: LatentDataset) -> str:
-    """Digest of which samples a split has: batches are drawn from these."""
-    digest = hashlib.sha256()
-    for bucket, ids in sorted(dataset.buckets.items()):
-        digest.update(f"{tuple(bucket)}\n".encode())
-        digest.update("\n".join(ids).encode())
-    return digest.hexdigest()[:16]
-
-
 def describe(config: TrainConfig, job: TrainJob, dataset: LatentDataset) -> dict[str, Any]:
     """All that decides which weights come out, as plain values.
 
@@ -124,7 +114,7 @@ def describe(config: TrainConfig, job: TrainJob, dataset: LatentDataset) -> dict
         "dataset": {
             "codec_digest": dataset.info.codec_digest,
             "convention": dataset.info.convention.to_dict(),
-            "samples": ids_digest(dataset),
+            "samples": dataset.ids_digest(),
         },
     }
 

@@ -5,18 +5,20 @@ Knows nothing of Ray, decoding or the flow. Torch is imported only when tensors 
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.latents.duplicates import masked_ids
-from data_prep.latents.index import LatentIndex, Place
+from data_prep.latents.duplicates import masked_rows
+from data_prep.latents.ids import Ids, Rows
+from data_prep.latents.index import LatentIndex, Place, Split
 from data_prep.latents.records import (
     Bucket,
     DatasetInfo,
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 
 _OPEN_FILES = 16
 _NO_NOISE_LOGVAR = -30.0
-
-Split = Literal["train", "held_out", "all"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class LatentBatch:
 class LatentDataset:
     """Random access to the records of a prepared dataset.
 
-    Ids (`SHARD/KEY/WINDOW`) are held in memory, and where a record lies is looked up in the mapped
-    index (`data_prep.latents.index`). Moments and captions are read by row group, and the last few
-    groups are kept. A shard without a manifest is not there.
+    Ids (`SHARD/KEY/WINDOW`) are made when they are asked for, and where a record lies is looked up,
+    both in the mapped index (`data_prep.latents.index`). Moments and captions are read by row
+    group, and the last few groups are kept. A shard without a manifest is not there.
 
     >>> import json, tempfile
     >>> from pathlib import Path
@@ -106,25 +106,40 @@ class LatentDataset:
     cached_groups: int = 256
     duplicates: Literal["skip", "keep"] = "skip"
     info: DatasetInfo = field(init=False)
-    buckets: dict[Bucket, list[str]] = field(init=False)
+    buckets: dict[Bucket, Ids] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.split not in ("train", "held_out", "all"):
+        if self.split not in get_args(Split):
             raise LatentDatasetError(f"split is {self.split!r}; use train, held_out or all")
         self.folder = open_folder(self.root)
         self.info = DatasetInfo.read(self.root)
         self.index = LatentIndex.open(self.root)
         self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._files: dict[str, pq.ParquetFile] = {}
-        self._masked = masked_ids(self.folder) if self.duplicates == "skip" else frozenset()
+        self._masked: Rows = np.array([], dtype=np.int64)
+        if self.duplicates == "skip":
+            self._masked = masked_rows(self.folder, self.index)
         self.buckets = {}
         for name, ids in self.index.ids(self.split).items():
-            if unmasked := [i for i in ids if i not in self._masked]:
-                self.buckets[Bucket.parse(name)] = unmasked
+            if len(self._masked):
+                ids = Ids(self.index, ids.rows[~np.isin(ids.rows, self._masked)])
+            if len(ids):
+                self.buckets[Bucket.parse(name)] = ids
         self.buckets = dict(sorted(self.buckets.items()))
 
     def __len__(self) -> int:
         return sum(len(ids) for ids in self.buckets.values())
+
+    def ids_digest(self) -> str:
+        """Digest of which records the split has, in which buckets: batches are drawn from these."""
+        digest = hashlib.sha256()
+        for bucket, ids in self.buckets.items():
+            digest.update(f"{tuple(bucket)}\n".encode())
+            separator = ""
+            for part in ids.parts():
+                digest.update((separator + "\n".join(part)).encode())
+                separator = "\n"
+        return digest.hexdigest()[:16]
 
     def captions(self, name: str) -> tuple[str, str]:
         """Original and synthetic caption of an id."""
@@ -169,15 +184,19 @@ class LatentDataset:
     def _place(self, name: str) -> Place:
         shard, _, rest = name.partition("/")
         key, _, window = rest.rpartition("/")
-        place = None
-        if window.isdigit() and name not in self._masked and self._is_ours(key):
-            place = self.index.find(key, int(window), shard)
-        if place is None:
+        row = None
+        if window.isdigit() and self._is_ours(key):
+            row = self.index.row(key, int(window), shard)
+        if row is None or self._is_masked(row):
             raise LatentDatasetError(
                 f"no record {name!r} in the {self.split} split of {self.folder.where()}; "
                 "ids are in .buckets"
             )
-        return place
+        return self.index.place(row)
+
+    def _is_masked(self, row: int) -> bool:
+        at = int(np.searchsorted(self._masked, row))
+        return at < len(self._masked) and int(self._masked[at]) == row
 
     def _is_ours(self, key: str) -> bool:
         return self.split == "all" or is_held_out(key) == (self.split == "held_out")
@@ -210,8 +229,9 @@ class LatentDataset:
         self._groups.move_to_end(key)
         return self._groups[key]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_groups": OrderedDict(), "_files": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # It is opened again where it arrives: record numbers mean something beside one index only.
+        return LatentDataset, (self.root, self.split, self.cached_groups, self.duplicates)
 
 
 def _moments(row: dict[str, Any], name: str) -> npt.NDArray[np.float32]:

@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_prep.latents.index import current_manifests, manifests_digest
+from data_prep.latents.ids import Rows
+from data_prep.latents.index import LatentIndex, Named, current_manifests, manifests_digest
 from data_prep.latents.records import Bucket, stored_rows
 from data_prep.storage.folder import Folder
 from media.frames import Frames
@@ -196,9 +197,19 @@ def _hashed(folder: Folder) -> Iterator[Hashed]:
                     yield Hashed(row["key"], row["window"], manifest.shard, is_image, row["look"])
 
 
-def masked_ids(folder: Folder) -> frozenset[str]:
-    """Ids (`SHARD/KEY/WINDOW`) that the mask names; none if there is no mask."""
+def masked_rows(folder: Folder, index: LatentIndex) -> Rows:
+    """Numbers of the records that the mask names, sorted; none if there is no mask."""
     if not folder.exists(MASK_NAME):
-        return frozenset()
-    rows = stored_rows(folder, MASK_NAME, ["shard", "key", "window"])
-    return frozenset(f"{row['shard']}/{row['key']}/{row['window']}" for row in rows)
+        return np.array([], dtype=np.int64)
+    with folder.failing("read", MASK_NAME), folder.open(MASK_NAME) as file:
+        table = pq.read_table(file, columns=["shard", "key", "window"])
+    shards, keys, windows = (table[name].to_pylist() for name in ("shard", "key", "window"))
+    return index.rows_of(Named(shards, keys, windows))
+
+
+def masked_count(folder: Folder) -> int:
+    """How many records the mask names; 0 if there is no mask."""
+    if not folder.exists(MASK_NAME):
+        return 0
+    with folder.failing("read", MASK_NAME), folder.open(MASK_NAME) as file:
+        return int(pq.read_metadata(file).num_rows)

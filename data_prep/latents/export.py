@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,7 +33,6 @@ from data_prep.sources.samples import write_shard
 from data_prep.storage.location import Location, failing
 from flowreel.errors import FlowreelError
 from flowreel.files import write_whole
-from flowreel.values import digest_of
 
 _HEADERS_BYTES = 8 * 1024
 """What the members of a record take in a tar beside their moments, about."""
@@ -66,10 +65,9 @@ def export_webdataset(
         StorageError: the disk or store fails.
     """
     dataset = LatentDataset(root, split)
-    ids = [name for names in dataset.buckets.values() for name in names]
     made_from = {
         "manifests": manifests_digest(dataset.folder),
-        "ids": digest_of({"ids": ids}),
+        "ids": dataset.ids_digest(),
         "shard_bytes": shard_bytes,
         "split": split,
     }
@@ -91,7 +89,7 @@ def export_webdataset(
             paths.append(path)
             count += len(part)
             if progress is not None:
-                progress(count, len(ids))
+                progress(count, len(dataset))
     return paths
 
 
@@ -102,7 +100,7 @@ def _record_bytes(dataset: LatentDataset, name: str) -> int:
     return arrays + _HEADERS_BYTES
 
 
-def _samples(dataset: LatentDataset, names: list[str]) -> Iterator[dict[str, Any]]:
+def _samples(dataset: LatentDataset, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     convention = dataset.info.convention.to_dict()
     for name in names:
         record = dataset.get(name)

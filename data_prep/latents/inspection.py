@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.latents.dataset import LatentDataset
-from data_prep.latents.duplicates import MASK_NAME, masked_ids
-from data_prep.latents.index import INDEX_NAME, current_manifests
+from data_prep.latents.duplicates import MASK_NAME, masked_count
+from data_prep.latents.index import current_manifests
+from data_prep.latents.index_file import INDEX_NAME
 from data_prep.latents.records import (
     Bucket,
     DatasetInfo,
@@ -27,6 +28,7 @@ from data_prep.latents.records import (
     stored_rows,
 )
 from data_prep.ledger.manifest import MANIFESTS
+from data_prep.ledger.manifest_file import MANIFEST_FILE
 from data_prep.ledger.staging import STAGING
 from data_prep.row import Row
 from data_prep.sources.listing import ShardError
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("flowreel.prepare")
 
 Floats = npt.NDArray[np.float64]
-KINDS = ("latents", "captions", "status", MANIFESTS, STAGING, INDEX_NAME, MASK_NAME)
+KINDS = ("latents", "captions", "status", MANIFESTS, MANIFEST_FILE, STAGING, INDEX_NAME, MASK_NAME)
 _DECODED_PIXELS = 17 * 256 * 256
 """Clips of up to so many pixels are decoded whole."""
 _SHARDS_OPENED = 8
@@ -132,17 +134,22 @@ def inspect_dataset(root: Location, *, records: int = 256) -> Inspection:
     sizes: Counter[Bucket] = Counter()
     shards, truncated = 0, 0
     folder = dataset.folder
+    # One listing: a large output has too many files to ask for each.
+    file_sizes = {f"latents/{base}": size for base, size in folder.sizes("latents").items()}
     for manifest in current_manifests(folder):
         shards, truncated = shards + 1, truncated + manifest.truncated
         counts.update(manifest.counts)
         for entry in manifest.latents:
             bucket = Bucket.parse(entry.bucket)
             rows[bucket] += entry.rows
-            sizes[bucket] += folder.size(entry.path)
-        if not manifest.keeps_all:
-            for row in stored_rows(folder, manifest.status.path, ["status", "reason"]):
-                if row["status"] != "kept":
-                    reasons[row["status"], row["reason"]] += 1
+            sizes[bucket] += file_sizes.get(entry.path, 0)
+        lost = manifest.lost
+        if lost is not None:
+            reasons.update(lost)
+            continue
+        for row in stored_rows(folder, manifest.status.path, ["status", "reason"]):
+            if row["status"] != "kept":
+                reasons[row["status"], row["reason"]] += 1
     ids = sampled_ids(dataset, records)
     buckets = [
         BucketFigures(
@@ -167,7 +174,7 @@ def inspect_dataset(root: Location, *, records: int = 256) -> Inspection:
             for place, kind in enumerate(("original", "synthetic"))
         },
         channels=_channels(dataset, ids) if ids else None,
-        duplicates=len(masked_ids(folder)),
+        duplicates=masked_count(folder),
         size_bytes={kind: folder.size(kind) for kind in KINDS},
     )
 

@@ -2,6 +2,7 @@
 
     ROOT/dataset.json                  DatasetInfo: codec digest, latent convention, fps, buckets
     ROOT/manifests/SHARD.json          the files of a finished shard (`data_prep.ledger.manifest`)
+    ROOT/manifests.parquet             the manifests of many shards in one file
     ROOT/latents/SHARD.TxHxW.parquet   one row per (key, window): moments of the codec's posterior
     ROOT/captions/SHARD.parquet        one row per (key, window): original and synthetic caption
     ROOT/status/SHARD.parquet          one row per sample that went in, kept or not

@@ -2,12 +2,14 @@
 
     OUT/staging/SHARD/DIGEST/NUMBERS.arrow   finished samples of shards that are not finished
     OUT/manifests/SHARD.json                 written last; the only truth about what is done
+    OUT/manifests.parquet                    those of many shards, folded into one file
 
 Kill a run at any moment: staged samples are taken up again, and the bytes come out the same.
 
 Read in this order:
 
     manifest.py   what stands of a finished shard: the frozen type, written and read
+    manifest_file.py  many manifests in one file, for large outputs
     job.py        what is to be done with a shard, and which shards are left
     staging.py    finished samples of unfinished shards
     commit.py     a shard's files and manifest, once all its samples are there

@@ -114,6 +114,7 @@ class Committer:
             counts=_counted(row["status"] for row in heads),
             reasons=_counted(row["reason"] for row in heads if row["reason"]),
             notes=_counted(_notes(heads)),
+            dropped=_counted(row["reason"] for row in heads if row["status"] == "dropped"),
             files=files,
         )
         self.write_manifest(manifest)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from data_prep.ledger.manifest import Manifest, read_manifest
+from data_prep.ledger.manifest import Manifest, Manifests, read_manifest
 from data_prep.sources.find import content_sha256, fingerprint
 from data_prep.storage.folder import Folder, map_at_once
 from data_prep.storage.location import is_uri
@@ -78,9 +78,10 @@ def jobs_left(
     folder: Folder, sources: Mapping[str, str], digests: Digests, *, verify: bool = False
 ) -> list[ShardJob]:
     """What is left to do for shards, given by name and source. Raises as `job_left`."""
+    manifests = Manifests(folder)
 
     def job(name: str) -> ShardJob | None:
-        return job_left(folder, name, sources[name], digests, verify=verify)
+        return job_left(manifests, name, sources[name], digests, verify=verify)
 
     in_stores = any(is_uri(source) for source in sources.values())
     threads = max(folder.threads, _STORE_REQUESTS if in_stores else 1)
@@ -89,7 +90,7 @@ def jobs_left(
 
 
 def job_left(
-    folder: Folder, name: str, source: str, digests: Digests, *, verify: bool = False
+    manifests: Manifests, name: str, source: str, digests: Digests, *, verify: bool = False
 ) -> ShardJob | None:
     """What is left to do for a shard; None if its manifest stands for the same input and settings.
 
@@ -109,7 +110,7 @@ def job_left(
         outcome_digest=digests.outcome,
         encode_digest=digests.encode,
     )
-    manifest = read_manifest(folder, name)
+    manifest = manifests.get(name)
     if manifest is None:
         return job
     if manifest.latent_digest != digests.latent or not _is_same_input(manifest, job, verify):

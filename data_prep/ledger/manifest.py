@@ -1,22 +1,39 @@
 """What stands of a finished shard: its manifest, the only truth about what is done.
 
     OUT/manifests/SHARD.json   written last of a shard's files, removed first
+    OUT/manifests.parquet      those that a run folded at its end, many in one file
 
-Knows nothing of rows, of how a shard is made, or of how its files are read.
+A manifest of its own wins over one in the file. `{"removed": true}` in its place says that the one
+in the file does not count any more. Knows nothing of rows, of how a shard is made, or of how its
+files are read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_prep.ledger.errors import DamagedManifest
+from data_prep.ledger.manifest_file import (
+    Head,
+    ManifestFile,
+    ManifestRow,
+    opened_manifest_file,
+    write_manifest_file,
+)
 from data_prep.storage.folder import Folder, map_at_once
 
 MANIFESTS = "manifests"
 """The folder of the manifests, below the output."""
+FOLDED_FROM = 64
+"""An output of so many shards has its manifests folded into one file."""
+_PART = 1024
+"""So many manifests are held in memory at once."""
+_REMOVED = b'{"removed": true}'
 
 Kind = Literal["status", "latents", "captions"]
 
@@ -111,6 +128,15 @@ class Manifest:
     """Of the settings that decide them, metadata filters aside; None in old manifests."""
     encode_digest: str | None = None
     """Of the settings that decide latents, given the frames; None in old manifests."""
+    dropped: dict[str, int] | None = None
+    """Those of `reasons` that a filter decided, the others failed; None in old manifests."""
+
+    @property
+    def head(self) -> Head:
+        """What opening the dataset needs of it."""
+        files = [entry.to_dict() for entry in self.files if entry.kind != "status"]
+        text = json.dumps([self.shard, files], sort_keys=True)
+        return Head(self.shard, self.latent_digest, hashlib.sha256(text.encode()).hexdigest())
 
     @property
     def status(self) -> FileEntry:
@@ -131,6 +157,20 @@ class Manifest:
     def keeps_all(self) -> bool:
         """Whether no sample was dropped or failed."""
         return not set(self.counts) - {"kept"}
+
+    @property
+    def lost(self) -> dict[tuple[str, str], int] | None:
+        """Samples not kept by (status, reason); None where an old manifest does not tell."""
+        statuses = sorted(set(self.counts) - {"kept"})
+        if len(statuses) < 2:
+            return {
+                (status, reason): n for status in statuses for reason, n in self.reasons.items()
+            }
+        if self.dropped is None:
+            return None
+        failed = Counter(self.reasons) - Counter(self.dropped)
+        by_status = {"dropped": self.dropped, "failed": failed}
+        return {(s, reason): n for s, counts in by_status.items() for reason, n in counts.items()}
 
     def _only(self, kind: Kind) -> FileEntry:
         return next(entry for entry in self.files if entry.kind == kind)
@@ -157,22 +197,100 @@ class Manifest:
         return manifest
 
 
+class Manifests:
+    """The manifests of an output that stood when this was made.
+
+    Two requests open it, however many shards there are; those that are folded are read no further.
+
+    >>> import tempfile
+    >>> from data_prep.storage.store import open_folder
+    >>> manifests = Manifests(open_folder(tempfile.mkdtemp()))
+    >>> manifests.get("00000"), list(manifests.read())
+    (None, [])
+
+    Raises:
+        DamagedManifest: the file of folded manifests cannot be read.
+        StorageError: the disk or store fails.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        # Listed before the file is read, and written into it before they are removed: what is
+        # folded meanwhile is in one of the two.
+        self._single = set(_single_shards(folder))
+        self._file = ManifestFile.read(folder)
+
+    def shards(self) -> list[str]:
+        """Names of the shards that may have a manifest, sorted."""
+        return sorted(self._single.union(self._file.shards if self._file else ()))
+
+    def get(self, shard: str) -> Manifest | None:
+        """A shard's manifest; None where the shard is not finished. Raises as `read_manifest`."""
+        data = self._data(shard)
+        return None if data is None else _parsed(self.folder, shard, data)
+
+    def read(self, shards: Sequence[str] | None = None) -> Iterator[Manifest]:
+        """Those of these shards, or of all, in the order given or sorted.
+
+        Raises as `read_manifest`.
+        """
+        for shard, data in self._stored(self.shards() if shards is None else shards):
+            yield _parsed(self.folder, shard, data)
+
+    def heads(self) -> Iterator[Head]:
+        """Of every manifest, in order of the shards' names. Raises as `read_manifest`."""
+        folded = {head.shard: head for head in self._file.heads()} if self._file else {}
+        single = {manifest.shard: manifest.head for manifest in self.read(sorted(self._single))}
+        for shard in self.shards():
+            head = single.get(shard) if shard in self._single else folded[shard]
+            if head is not None:
+                yield head
+
+    def rows(self) -> Iterator[ManifestRow]:
+        """Every manifest as `manifests.parquet` holds it. Raises as `read_manifest`."""
+        folded = self._file.rows() if self._file else iter(())
+        single = self._stored(sorted(self._single))
+        row, own = next(folded, None), next(single, None)
+        for shard in self.shards():
+            if own is not None and own[0] == shard:
+                yield ManifestRow(_parsed(self.folder, *own).head, own[1])
+                own = next(single, None)
+            if row is not None and row.head.shard == shard:
+                if shard not in self._single:
+                    yield row
+                row = next(folded, None)
+
+    def _stored(self, shards: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Name and stored form of those that stand, read many at once."""
+        for start in range(0, len(shards), _PART):
+            part = shards[start : start + _PART]
+            single = [shard for shard in part if shard in self._single]
+            found = dict(zip(single, self._read_all(single), strict=True))
+            for shard in part:
+                data = found[shard] if shard in found else self._data(shard)
+                if data is not None:
+                    yield shard, data
+
+    def _read_all(self, shards: Sequence[str]) -> Iterator[bytes | None]:
+        return map_at_once(self._data, shards, self.folder.threads)
+
+    def _data(self, shard: str) -> bytes | None:
+        if shard in self._single:
+            return _stored_manifest(self.folder, shard)
+        return self._file.get(shard) if self._file else None
+
+
 def read_manifest(folder: Folder, shard: str) -> Manifest | None:
     """The manifest of a shard; None where the shard is not finished.
+
+    For many shards use `Manifests`, which asks once for all.
 
     Raises:
         DamagedManifest: it cannot be read; the message names it and says what to do.
         StorageError: the disk or store fails.
     """
-    name = _name(shard)
-    try:
-        return Manifest.from_json(folder.read(name))
-    except FileNotFoundError:
-        return None
-    except DamagedManifest as error:
-        raise DamagedManifest(
-            f"{folder.where(name)} is damaged ({error}); delete it and prepare the shard again"
-        ) from error
+    data = _stored_manifest(folder, shard)
+    return None if data is None else _parsed(folder, shard, data)
 
 
 def read_manifests(folder: Folder, shards: Sequence[str] | None = None) -> Iterator[Manifest]:
@@ -180,11 +298,7 @@ def read_manifests(folder: Folder, shards: Sequence[str] | None = None) -> Itera
 
     Raises as `read_manifest`.
     """
-    if shards is None:
-        shards = [base.removesuffix(".json") for base in folder.names(MANIFESTS)]
-    for manifest in map_at_once(lambda shard: read_manifest(folder, shard), shards, folder.threads):
-        if manifest is not None:
-            yield manifest
+    yield from Manifests(folder).read(shards)
 
 
 def write_manifest(folder: Folder, manifest: Manifest) -> None:
@@ -194,7 +308,60 @@ def write_manifest(folder: Folder, manifest: Manifest) -> None:
 
 def remove_manifest(folder: Folder, shard: str) -> None:
     """Make a shard unfinished, so that nobody reads files that are about to be replaced."""
-    folder.remove(_name(shard))
+    file = opened_manifest_file(folder)
+    if file is not None and shard in file:
+        folder.write(_name(shard), _REMOVED)
+    else:
+        folder.remove(_name(shard))
+
+
+def fold_manifests(folder: Folder, single_from: int = 1) -> None:
+    """Put all manifests into one file, if the output has `FOLDED_FROM` shards or more.
+
+    Killed at any moment it leaves every manifest in one of the two places or in both. Call it while
+    the output's lock is held and nobody commits shards. Raises as `read_manifest`.
+
+    Args:
+        folder: the output.
+        single_from: do nothing if fewer shards have a manifest of their own.
+    """
+    single = _single_shards(folder)
+    if len(single) < single_from:
+        return
+    manifests = Manifests(folder)
+    if len(manifests.shards()) < FOLDED_FROM:
+        return
+    write_manifest_file(folder, manifests.rows())
+    # They are in the file now; what says that a shard is removed has done its work.
+    if _single_shards(folder) == single:
+        folder.remove_folder(MANIFESTS)
+
+
+def _single_shards(folder: Folder) -> list[str]:
+    """Shards with a manifest of their own, sorted."""
+    bases = folder.names(MANIFESTS)
+    return [base.removesuffix(".json") for base in bases if base.endswith(".json")]
+
+
+def _stored_manifest(folder: Folder, shard: str) -> bytes | None:
+    """A shard's manifest as it is stored, wherever it is; None if there is none."""
+    try:
+        data = folder.read(_name(shard))
+    except FileNotFoundError:
+        # Looked for in the file after that, because it may have been folded in between.
+        file = opened_manifest_file(folder)
+        return None if file is None else file.get(shard)
+    return None if data == _REMOVED else data
+
+
+def _parsed(folder: Folder, shard: str, data: bytes) -> Manifest:
+    try:
+        return Manifest.from_json(data)
+    except DamagedManifest as error:
+        raise DamagedManifest(
+            f"{folder.where(_name(shard))} is damaged ({error}); delete it and prepare the shard "
+            "again"
+        ) from error
 
 
 def _name(shard: str) -> str:

@@ -16,7 +16,7 @@ from data_prep.latents.records import read_info_values, stored_rows
 from data_prep.ledger.commit import Committer
 from data_prep.ledger.errors import SourceGone
 from data_prep.ledger.job import ShardJob
-from data_prep.ledger.manifest import Manifest, read_manifest, read_manifests
+from data_prep.ledger.manifest import Manifest, Manifests, read_manifest
 from data_prep.ledger.settings import check_settings
 from data_prep.ledger.staging import Staging
 from data_prep.row import Row
@@ -60,17 +60,16 @@ def plan_captions(
     # The codec is not used, so it need not be at hand: its identity is taken as it stands.
     check_settings(folder, {**config.latent_settings(), "codec": settings.get("codec")})
     latent_digest = info["prepare_digest"]
+    manifests = Manifests(folder)
     if shards is None:
-        sources = {
-            m.shard: m.source for m in read_manifests(folder) if m.latent_digest == latent_digest
-        }
+        sources = {m.shard: m.source for m in manifests.read() if m.latent_digest == latent_digest}
     else:
         sources = name_shards(shards)
     caption_digest = config.caption_digest()
     staging = Staging(folder)
     jobs, names, without_latents, problems = [], [], [], []
     for name, source in sorted(sources.items()):
-        manifest = read_manifest(folder, name)
+        manifest = manifests.get(name)
         if manifest is None or manifest.latent_digest != latent_digest:
             without_latents.append(name)
             continue

@@ -6,4 +6,6 @@ Read in this order:
     folder.py     a folder by relative names: read, write whole, list, lock; the local one
     lease.py      the lock of a folder in an object store, where nothing locks files
     store.py      the folder in an object store, and `open_folder`, which chooses
+    transfer.py   a file of one folder as a file of another: linked, copied or streamed
+    cache.py      a store's large file on this machine's disk, one copy for all its processes
 """

@@ -28,6 +28,7 @@ from data_prep.storage.location import (
     failing,
     filesystem_of,
     shown,
+    version_in_store,
 )
 from flowreel import files
 
@@ -120,6 +121,26 @@ class Folder(ABC):
             filesystem, path = self._at(name)
             with filesystem.open_input_stream(path) as stream:
                 return stream.read_buffer()
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """Bytes of every file right in a folder, by base name, from one listing."""
+        from pyarrow import fs
+
+        with self.failing("list", name):
+            filesystem, path = self._at(name)
+            entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return {entry.base_name: int(entry.size) for entry in entries if entry.is_file}
+
+    def version(self, name: str) -> str:
+        """What tells a file from another that takes its place; empty where it is not there."""
+        try:
+            with self.failing("look at", name):
+                return self._version(name)
+        except FileNotFoundError:
+            return ""
+
+    def _version(self, name: str) -> str:
+        return version_in_store(*self._at(name))
 
     def open(self, name: str) -> pa.NativeFile:
         """A file for random access. Raises FileNotFoundError, StorageError."""
@@ -229,6 +250,11 @@ class LocalFolder(Folder):
         """A path beside the file's, which takes its place on leaving in peace."""
         with self.failing("write", name), files.replacing(self._path(name)) as partial:
             yield partial
+
+    def _version(self, name: str) -> str:
+        # A file is replaced by a rename, so that its inode tells as well, whatever the clock says.
+        about = self._path(name).stat()
+        return f"size:{about.st_size} mtime_ns:{about.st_mtime_ns} inode:{about.st_ino}"
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""

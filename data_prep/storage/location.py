@@ -232,9 +232,13 @@ def file_version(location: Location) -> str:
         if not is_uri(text):
             about = os.stat(text)
             return f"size:{about.st_size} mtime_ns:{about.st_mtime_ns}"
-        filesystem, path = filesystem_of(text)
-        with filesystem.open_input_file(path) as file:
-            size_bytes, etag = file.size(), file.metadata().get("ETag")
-        if etag is not None:
-            return f"size:{size_bytes} etag:{etag.decode().strip(chr(34))}"
-        return f"size:{size_bytes} mtime_ns:{filesystem.get_file_info(path).mtime_ns}"
+        return version_in_store(*filesystem_of(text))
+
+
+def version_in_store(filesystem: fs.FileSystem, path: str) -> str:
+    """`file_version` of a store's file. Raises FileNotFoundError, OSError."""
+    with filesystem.open_input_file(path) as file:
+        size_bytes, etag = file.size(), file.metadata().get("ETag")
+    if etag is not None:
+        return f"size:{size_bytes} etag:{etag.decode().strip(chr(34))}"
+    return f"size:{size_bytes} mtime_ns:{filesystem.get_file_info(path).mtime_ns}"

@@ -69,6 +69,17 @@ class StoreFolder(Folder):
             with pa.memory_map(str(partial)) as content:
                 self.write(name, content.read_buffer())
 
+    def copy_from(self, source: Folder, name: str, target_name: str) -> bool:
+        """Have the store copy a file of its own; False if `source` is not in the same store."""
+        if not isinstance(source, StoreFolder):
+            return False
+        (filesystem, path), (own, target) = source._at(name), self._at(target_name)
+        if not filesystem.equals(own):
+            return False
+        with source.failing("copy", name):
+            own.copy_file(path, target)
+        return True
+
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         with self.failing("remove", name):

@@ -1,4 +1,4 @@
-"""Commands around a dataset of latents: prepare, inspect, export."""
+"""Commands around a dataset of latents: prepare, inspect, export, merge-latents."""
 
 from __future__ import annotations
 
@@ -151,3 +151,47 @@ def export(
         )
     said.outcome(f"{len(paths)} tars  {out}")
     said.document({"out": out, "tars": paths})
+
+
+@command(
+    "merge-latents",
+    resumes=True,
+    examples=(
+        "flowreel merge-latents /data/first-half /data/second-half --out /data/latents",
+        "flowreel merge-latents s3://b/a s3://b/b --out s3://b/latents",
+    ),
+)
+def merge_latents(
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...",
+            help="Two or more folders of latents, or s3:// URIs, prepared with one recipe.",
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Option("--out", "-o", help="Folder of the merged dataset; path or s3:// URI."),
+    ],
+    json_: JsonOption = False,
+) -> None:
+    """Datasets of one recipe as one, as a run over all shards makes it. Files are linked or copied.
+
+    Killed, run it again: shards that are there are not brought anew.
+    """
+    for location in data:
+        arguments.latents(location)
+    arguments.output_folder(out)
+    from data_prep.latents.merge import merge_latents as run_merge
+
+    said = reporter(json_)
+    with said.progress("merging") as update:
+        report = run_merge(data, out, progress=lambda done, total: update(done, total, "shards"))
+    for source, name in sorted(report.renamed.items()):
+        said.say(f"  {source} is shard {name}")
+    how = ", ".join(f"{count} files {way}" for way, count in report.files.items() if count)
+    said.outcome(
+        f"{report.shards} shards, {report.records} records ({report.shards_now} shards now"
+        f"{f': {how}' if how else ''})  {report.out}"
+    )
+    said.document(report)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,9 @@ CREDENTIALS = {
 }
 
 
+_REQUEST = re.compile(rb"(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP/1")
+
+
 class Gate:
     """A TCP relay in front of the server, for the weather of a network.
 
@@ -32,6 +37,8 @@ class Gate:
         self.state = "open"
         self.sent_bytes = 0
         """What the server has sent so far."""
+        self.requests: Counter[str] = Counter()
+        """What it was asked so far, by method; listings are LIST."""
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -60,6 +67,9 @@ class Gate:
                                 b"Content-Length: 0\r\nConnection: close\r\n\r\n"
                             )
                         return
+                    if request := _REQUEST.match(data):
+                        is_list = b"list-type=" in request[2]
+                        self.requests["LIST" if is_list else request[1].decode()] += 1
                     server.sendall(data)
 
     def _back(self, server: socket.socket, client: socket.socket) -> None:

@@ -15,8 +15,8 @@ from tests.pipeline.command import PYTHON, flowreel, modules_after, one_line, re
 from tests.places import ROOT, TINY_CODEC
 
 COMMANDS = (
-    "demo", "submit", "prepare", "inspect", "export", "train", "sample", "likelihood", "evaluate",
-    "serve", "import-weights", "train-codec", "doctor", "settings",
+    "demo", "submit", "prepare", "inspect", "export", "merge-latents", "train", "sample",
+    "likelihood", "evaluate", "serve", "import-weights", "train-codec", "doctor", "settings",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers", "mlflow", "fastapi", "matplotlib"}
 
@@ -107,6 +107,8 @@ def test_every_option_has_a_help_text_and_every_command_an_example(command: str)
         (["prepare", "--out", "README.md/x", "--shards", "docs"], "README.md is a file"),
         (["inspect", "docs"], "no latent dataset in docs"),
         (["export", "DATA", "--out", "OUT", "--split", "trian"], "did you mean 'train'?"),
+        (["merge-latents", "DATA", "docs", "--out", "OUT"], "no latent dataset in docs"),
+        (["merge-latents", "DATA", "DATA", "--out", "README.md"], "--out README.md is a file"),
         (["import-weights", "no.pth", "--config", "no.yaml", "--out", "OUT"], "no.pth: no such"),
         (["train-codec", "--out", "README.md"], "--out README.md is a file"),
         (["submit", "tiny", "--address", "http://127.0.0.1:1", "--stage", "trian"], "'train'?"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from zlib import crc32
 
 import numpy as np
 import pytest
 
 from data_prep.latents.records import Bucket
-from training.batch_sampler import BatchSampler, BatchSamplerError, random_stream
+from training.batch_sampler import BatchSampler, BatchSamplerError, Mode, random_stream
 from training.config import BatchConfig
 
 VIDEO, WIDE, IMAGE = Bucket(9, 64, 64), Bucket(9, 64, 96), Bucket(1, 64, 64)
@@ -100,3 +101,27 @@ def test_random_streams_do_not_touch() -> None:
     assert len(draws) == 18
     again = random_stream(1, "noise", 2, 1).random(4)
     assert tuple(again) in draws
+
+
+def epoch_of_texts(one: BatchSampler, mode: Mode, epoch: int) -> list[tuple[Bucket, list[str]]]:
+    """Every batch of an epoch, put together from ids that are all held in memory."""
+    size = {"image": one.config.image_batch_size, "video": one.config.batch_size}[mode]
+    batches = []
+    for bucket, ids in sorted(one._buckets[mode].items()):
+        rng = random_stream(one.seed, "order", epoch, crc32(repr((mode, tuple(bucket))).encode()))
+        order = np.concatenate([rng.permutation(len(ids)) for _ in range(-(-size // len(ids)))])
+        for start in range(0, len(order) - size + 1, size):
+            batches.append((bucket, [ids[i] for i in order[start : start + size]]))
+    shuffle = random_stream(one.seed, "order", epoch, crc32(mode.encode()) | 1 << 40)
+    return [batches[i] for i in shuffle.permutation(len(batches))]
+
+
+def test_batches_come_as_from_an_epoch_held_as_texts() -> None:
+    one = sampler()
+    modes: tuple[Mode, ...] = ("image", "video")
+    for mode in modes:
+        steps = [step for step in range(200) if one.plan(step).mode == mode]
+        planned = [(one.plan(step).bucket, list(one.plan(step).ids)) for step in steps]
+        expected = [batch for epoch in range(9) for batch in epoch_of_texts(one, mode, epoch)]
+        assert planned[: len(expected)] == expected[: len(planned)]
+        assert min(len(planned), len(expected)) > one.batches_per_epoch(mode)

@@ -15,11 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.latents.dataset import LatentDataset
-from data_prep.latents.index import (
-    INDEX_NAME,
-    LatentIndex,
-    _build,
-)
+from data_prep.latents.index import LatentIndex, current_manifests
+from data_prep.latents.index_file import INDEX_NAME, build_columns
 from data_prep.latents.records import (
     FORMAT_VERSION,
     Bucket,
@@ -176,8 +173,10 @@ def test_a_read_only_dataset_is_read_without_keeping_the_index(
 
 def test_rows_are_in_order_of_their_hashes(tmp_path: Path) -> None:
     write_dataset(tmp_path)
-    table = _build(open_folder(tmp_path), "")
-    hashes, first = table["hash"].to_numpy(), table["first"].to_numpy()
+    folder = open_folder(tmp_path)
+    columns = build_columns(folder, current_manifests(folder), "")
+    hashes, first = columns.numbers("hash"), columns.numbers("first")
     assert (np.diff(hashes.astype(np.float64)) >= 0).all()
     assert (np.diff(first) >= 0).all()
-    assert table["key"].to_pylist() != sorted(table["key"].to_pylist())
+    keys = columns.texts("key").to_pylist()
+    assert keys != sorted(keys)

@@ -18,7 +18,7 @@ import pytest
 
 from data_prep.config import BucketConfig, PrepareConfig
 from data_prep.latents.dataset import LatentDataset
-from data_prep.latents.index import INDEX_NAME
+from data_prep.latents.index_file import INDEX_NAME
 from data_prep.ledger.errors import OutputBusy
 from data_prep.ledger.locks import lock_output, lock_writing
 from data_prep.ledger.sink import SinkStage
@@ -166,7 +166,7 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 from data_prep.config import PrepareConfig
-from data_prep.latents.index import INDEX_NAME
+from data_prep.latents.index_file import INDEX_NAME
 from data_prep.storage.location import StorageError
 from tests.data_prep.in_process import prepare_locally
 config = PrepareConfig.model_validate_json(sys.argv[1])

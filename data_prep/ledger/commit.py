@@ -30,6 +30,7 @@ from data_prep.ledger.staging import Staging
 from data_prep.row import Row
 from data_prep.sources.samples import ShardSummary
 from data_prep.storage.folder import Folder, map_at_once
+from data_prep.storage.location import recorded
 from flowreel.values import sha256_of
 
 _KINDS: tuple[Kind, ...] = ("status", "latents", "captions")
@@ -91,7 +92,7 @@ class Committer:
         )
         manifest = Manifest(
             shard=job.name,
-            source=job.source,
+            source=recorded(job.source),
             fingerprint=job.fingerprint,
             job=job.digest,
             latent_digest=job.latent_digest,

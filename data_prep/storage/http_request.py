@@ -97,7 +97,9 @@ class Patience:
                 "in a row; see that the server answers, then run the same command again: what is "
                 "finished is kept"
             ) from failure
-        log.info("%s at byte %d: %s; asked again", self._address.shown, place, failure)
+        # One cut is everyday; who is waited for longer is said aloud.
+        level = logging.INFO if self.failures < 3 else logging.WARNING
+        log.log(level, "%s at byte %d: %s; asked again", self._address.shown, place, failure)
         pause_s = max(failure.pause_s, PAUSE_S * 2 ** (self.failures - 1))
         time.sleep(min(pause_s, MAX_PAUSE_S))
 

@@ -6,6 +6,7 @@
     attention.py          attention over a long cache on a GPU, whole and split
     readers.py            video readers side by side: speed, and whose frames are right
     prepare.py            data preparation on Ray against bare loops over the same calls; its memory
+    web.py                reading a file over HTTP against bare loops over the same bytes
     gpu/                  one command for the day a GPU is there; docs/gpu.md
 
 What they are made of:

@@ -66,7 +66,7 @@ def find_shards(source: str, config: SourceConfig = _USUAL) -> list[str]:
 
 
 def _in_store(source: str) -> list[str]:
-    """A file of a store, or the tars right below a prefix of it."""
+    """A file of a store or of the web, or the tars right below a folder of it."""
     place, mark, query = source.partition("?")
     if place.endswith(TAR_SUFFIXES):
         return [source]

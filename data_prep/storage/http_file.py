@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,12 +129,26 @@ class HttpFile(io.RawIOBase):
         self._place = place
         return place
 
+    def read(self, size_bytes: int | None = -1) -> bytes:
+        """So many bytes, or all that are left; fewer only at the end."""
+        left = sys.maxsize if size_bytes is None or size_bytes < 0 else size_bytes
+        pieces: list[bytes] = []
+        while left and (piece := self._next(left)):
+            pieces.append(piece)
+            left -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
-        data = self._first[self._place :][: len(view)] or self._pull(len(view))
+        data = self._next(len(view))
         view[: len(data)] = data
-        self._place += len(data)
         return len(data)
+
+    def _next(self, at_most: int) -> bytes:
+        """The bytes that are at hand, or else the next that come; none at the end."""
+        data = self._first[self._place :][:at_most] or self._pull(at_most)
+        self._place += len(data)
+        return data
 
     def close(self) -> None:
         self._let_go()

@@ -17,7 +17,7 @@ import netrc
 import os
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn, cast
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from data_prep.storage.http_file import HttpFile
@@ -32,12 +32,11 @@ from data_prep.storage.location import StorageError, shown
 
 _PART_BYTES = 1 << 17
 """Read at once where a file is read here and there: a header with the small files around it."""
-_STREAM_BYTES = 1 << 20
 _LISTING_BYTES = 32 * 2**20
 _HF = "hf://datasets/"
 
 
-def open_web(location: str, *, seekable: bool = False) -> io.BufferedReader:
+def open_web(location: str, *, seekable: bool = False) -> IO[bytes]:
     """Open a file of the web for reading.
 
     Raises:
@@ -45,7 +44,7 @@ def open_web(location: str, *, seekable: bool = False) -> io.BufferedReader:
         StorageError: see `data_prep.storage.http_file.HttpFile`, `address_of`.
     """
     file = HttpFile(address_of(location), seekable=seekable)
-    return io.BufferedReader(file, _PART_BYTES if seekable else _STREAM_BYTES)
+    return cast("IO[bytes]", io.BufferedReader(file, _PART_BYTES) if seekable else file)
 
 
 def web_version(location: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.captions.config import CaptionConfig
+from data_prep.sources.config import SourceConfig
 from data_prep.strict import Strict
 from flow.aspects import SizeError, ratio_of, size_of
 from flow.codec_factors import CodecFactors
@@ -286,6 +287,9 @@ class PrepareConfig(Strict):
     8.0
     """
 
+    source: SourceConfig = Field(
+        default_factory=SourceConfig, description="What belongs to a sample."
+    )
     bucket: BucketConfig = Field(default_factory=BucketConfig, description="Size of the clips.")
     seed: int = Field(
         default=0, ge=0, description="Seed by which the windows of a video are chosen."
@@ -346,8 +350,9 @@ class PrepareConfig(Strict):
         return digest_of({**self.latent_settings(), "codec": codec})
 
     def outcome_digest(self, codec: str) -> str:
-        """Digest of what decides them, given that the sample passes the metadata filters."""
+        """Digest of what decides them, given a sample that passes the metadata filters."""
         values = self.latent_settings()
+        del values["source"]
         for name in METADATA_FILTERS:
             del values["filters"][name]
         return digest_of({**values, "codec": codec})

@@ -225,7 +225,7 @@ def prepare(
 
     Args:
         config: the settings.
-        shards: WebDataset tars (local paths, or URIs that pyarrow opens) and folders of loose
+        shards: WebDataset tars (local paths, or URIs of a store or the web) and folders of loose
             files. With `only`, None means those that the output was prepared from, where they were.
         out: output folder, path or URI; `data_prep.latents.dataset.LatentDataset` reads it.
         codec: folder or hub id for `flow.codec.VideoCodec.load`.

@@ -119,7 +119,12 @@ def read_rows(job: ShardJob, config: PrepareConfig, skip: set[int]) -> Iterator[
     """
     summary = ShardSummary()
     empty = dict.fromkeys(ROW_SCHEMA.names)
-    samples = read_shard(job.source, max_media_bytes=config.caps.max_media_bytes, summary=summary)
+    samples = read_shard(
+        job.source,
+        max_media_bytes=config.caps.max_media_bytes,
+        summary=summary,
+        config=config.source,
+    )
     for sample in samples:
         if sample.number in skip:
             continue

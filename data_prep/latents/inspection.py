@@ -25,15 +25,17 @@ from data_prep.latents.records import (
     DatasetInfo,
     LatentDatasetError,
     LatentRecord,
+    read_info_values,
     stored_rows,
 )
 from data_prep.ledger.manifest import MANIFESTS
 from data_prep.ledger.manifest_file import MANIFEST_FILE
 from data_prep.ledger.staging import STAGING
 from data_prep.row import Row
+from data_prep.sources.config import IMAGE_SUFFIXES, SourceConfig
 from data_prep.sources.listing import ShardError
-from data_prep.sources.samples import IMAGE_SUFFIXES, read_shard
-from data_prep.storage.location import Location
+from data_prep.sources.samples import read_shard
+from data_prep.storage.location import Location, StorageError, shown
 from data_prep.storage.store import open_folder
 from media.errors import MediaError
 from media.frames import Frames
@@ -270,7 +272,8 @@ def dropped_pictures(root: Location, count: int) -> list[Picture]:
                 samples = by_reason.setdefault((row["status"], row["reason"]), [])
                 samples.append(_LostSample(manifest.source, row))
     samples = list(islice(_in_turn([by_reason[reason] for reason in sorted(by_reason)]), count))
-    frames = _source_frames(samples)
+    settings = read_info_values(root).get("settings", {}).get("source", {})
+    frames = _source_frames(samples, SourceConfig.model_validate(settings))
     return [
         Picture(
             row["key"],
@@ -297,7 +300,9 @@ def _in_turn(queues: Sequence[Sequence[_LostSample]]) -> Iterator[_LostSample]:
         yield from (sample for sample in round_of_all if sample is not None)
 
 
-def _source_frames(samples: Iterable[_LostSample]) -> dict[tuple[str, int], Frames]:
+def _source_frames(
+    samples: Iterable[_LostSample], config: SourceConfig
+) -> dict[tuple[str, int], Frames]:
     """The first frame [1, H, W, 3], by source and number, of the samples that can be read."""
     numbers_by_source: dict[str, set[int]] = {}
     for source, row in samples:
@@ -306,15 +311,15 @@ def _source_frames(samples: Iterable[_LostSample]) -> dict[tuple[str, int], Fram
     with VideoReader() as reader:
         for source, numbers in islice(numbers_by_source.items(), _SHARDS_OPENED):
             try:
-                for sample in read_shard(source):
+                for sample in read_shard(source, config=config):
                     if sample.number in numbers and sample.media:
                         frame = _first_frame(sample.media, sample.suffix, reader)
                         if frame is not None:
                             frames[source, sample.number] = frame
                     if sample.number >= max(numbers):
                         break
-            except ShardError as error:
-                log.warning("no pictures of %s: %s", source, error)
+            except (ShardError, StorageError) as error:
+                log.warning("no pictures of %s: %s", shown(source), error)
     return frames
 
 

@@ -34,6 +34,7 @@ from data_prep.ledger.manifest import (
 from data_prep.ledger.staging import Place, StagedSample, Staging
 from data_prep.row import Row
 from data_prep.storage.folder import Folder
+from data_prep.storage.location import recorded
 
 _SCHEMAS: dict[Kind, pa.Schema] = {
     "status": STATUS_SCHEMA,
@@ -103,7 +104,7 @@ class Committer:
         )
         manifest = Manifest(
             shard=job.name,
-            source=job.source,
+            source=recorded(job.source),
             fingerprint=job.fingerprint,
             job=job.digest,
             latent_digest=job.latent_digest,

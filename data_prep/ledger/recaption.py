@@ -23,7 +23,7 @@ from data_prep.row import Row
 from data_prep.sources.find import content_sha256, fingerprint, name_shards
 from data_prep.sources.listing import ShardError
 from data_prep.storage.folder import Folder
-from data_prep.storage.location import Location
+from data_prep.storage.location import Location, shown
 from data_prep.storage.store import open_folder
 
 
@@ -98,11 +98,11 @@ def _source_problem(manifest: Manifest, source: str, *, verify: bool) -> tuple[s
     try:
         now = fingerprint(source)
         if verify and content_sha256(source) != manifest.sha256:
-            return f"{source} holds other bytes than were prepared", now
+            return f"{shown(source)} holds other bytes than were prepared", now
     except ShardError as error:
         return str(error), ""
     if not verify and now != manifest.fingerprint:
-        return f"{source} has another size or time than was prepared", now
+        return f"{shown(source)} has another size or time than was prepared", now
     return "", now
 
 

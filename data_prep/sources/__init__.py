@@ -7,6 +7,7 @@ A shard is a tar or a folder of loose files. Read in this order:
     tar_archive.py    a tar, plain or compressed, cut or damaged or hostile
     unpacking.py      the tar inside a compressed shard
     loose_files.py    a folder of loose files
+    config.py         settings: suffixes of media and captions, fields of a json
     archive.py        either of the two, by its path
     samples.py        members become samples; Panda-70M's oddities; tars are written
     moving_shapes.py  the synthetic world that the demo and the tests prepare

@@ -13,21 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.sources.archive import open_archive
+from data_prep.sources.config import SourceConfig
 from data_prep.sources.listing import ShardError
 from data_prep.sources.loose_files import LooseFiles
-from data_prep.sources.samples import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from data_prep.storage.location import file_version, is_uri, shown
+from data_prep.storage.location import check_scheme, file_version, is_uri, is_web, shown
 from data_prep.storage.store import open_folder
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 """Names of shards; what is inside shows in their first bytes."""
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_SAMPLE_SUFFIXES = tuple(f".{s}" for s in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, "txt", "json"))
-_MEDIA_SUFFIXES = tuple(f".{s}" for s in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
+_USUAL = SourceConfig()
 MAX_SHARDS = 1_000_000
 
 
-def find_shards(source: str) -> list[str]:
+def find_shards(source: str, config: SourceConfig = _USUAL) -> list[str]:
     """The shards that `source` names, in order.
 
     A folder with tars means its tars, sorted. Without tars it is one of two layouts of loose files:
@@ -35,25 +34,29 @@ def find_shards(source: str) -> list[str]:
     (as video2dataset's `files` output has them), and each subfolder that holds samples is a shard.
 
     Args:
-        source: a folder, a tar or URI, a range such as `s3://b/{00000..00099}.tar`, or a `.txt`
-            file with one of these per line, whose relative paths begin at its own folder.
+        source: a folder, a tar or URI (of a store, `https://` or `hf://datasets/`), a range such
+            as `s3://b/{00000..00099}.tar`, or a local `.txt` file with one of these per line, whose
+            relative paths begin at its own folder.
+        config: which loose files are media and captions.
 
     Raises:
         ShardError: nothing is there, it is not clear which, or a range is empty or huge.
-        StorageError: a store that has to be asked fails.
+        StorageError: a store or server that has to be asked fails; a kind of place that is not
+            read; credentials in a URI.
 
     >>> find_shards("s3://bucket/{08..10}.tar")
     ['s3://bucket/08.tar', 's3://bucket/09.tar', 's3://bucket/10.tar']
     """
+    _check_place(source)
     if match := _RANGE.search(source):
-        return [shard for each in _expand(source, match) for shard in _one_or_more(each)]
+        return [shard for each in _expand(source, match) for shard in _one_or_more(each, config)]
     if is_uri(source):
         return _in_store(source)
     path = Path(source)
     if path.is_dir():
-        return _in_folder(path)
+        return _in_folder(path, config)
     if path.suffix == ".txt" and path.is_file():
-        return _in_list(path)
+        return _in_list(path, config)
     if not path.is_file():
         raise ShardError(
             f"no shards at {source!r}: give a folder, a .tar, a {{00000..00099}}.tar range "
@@ -63,28 +66,54 @@ def find_shards(source: str) -> list[str]:
 
 
 def _in_store(source: str) -> list[str]:
-    """A file of a store, or the tars right below a prefix of it."""
+    """A file of a store or of the web, or the tars right below a folder of it."""
     place, mark, query = source.partition("?")
     if place.endswith(TAR_SUFFIXES):
         return [source]
-    names = [name for name in open_folder(source).names() if name.endswith(TAR_SUFFIXES)]
+    if place.endswith(".txt"):
+        raise ShardError(
+            f"{shown(source)}: a list is read from a local disk alone; download it and give its "
+            "path"
+        )
+    names = [name for name in _names_below(source) if name.endswith(TAR_SUFFIXES)]
     if not names:
         raise ShardError(f"no *.tar in {shown(source)}; give a prefix of WebDataset shards")
     return [f"{place.rstrip('/')}/{name}{mark}{query}" for name in names]
 
 
-def _one_or_more(source: str) -> list[str]:
+def _check_place(source: str) -> None:
+    """Refuse what cannot be read before anything is asked for. Raises StorageError."""
+    check_scheme(source)
+    if is_web(source):
+        from data_prep.storage.web import address_of
+
+        address_of(source)
+
+
+def _names_below(source: str) -> list[str]:
+    """Names of the files right below a URI."""
+    if not is_web(source):
+        return open_folder(source).names()
+    from data_prep.storage.web import names_in
+
+    return names_in(source)
+
+
+def _one_or_more(source: str, config: SourceConfig) -> list[str]:
     """What one name of a range stands for; a file is not looked for before it is opened."""
-    return find_shards(source) if _RANGE.search(source) or Path(source).is_dir() else [source]
+    is_several = _RANGE.search(source) or Path(source).is_dir()
+    return find_shards(source, config) if is_several else [source]
 
 
-def _in_folder(path: Path) -> list[str]:
+def _in_folder(path: Path, config: SourceConfig) -> list[str]:
+    media_suffixes = tuple(f".{suffix}" for suffix in config.media_suffixes)
+    sample_suffixes = (*media_suffixes, *(f".{suffix}" for suffix in config.text_suffixes))
     tars = sorted(str(p) for p in path.iterdir() if p.name.endswith(TAR_SUFFIXES))
-    loose = _holds(path, _MEDIA_SUFFIXES)
+    loose = _holds(path, media_suffixes)
     subfolders = [
         p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith((".", "_"))
     ]
-    mixed = loose or any(_holds(p, _MEDIA_SUFFIXES, deep=True) for p in subfolders if tars)
+    mixed = loose or any(_holds(p, media_suffixes, deep=True) for p in subfolders if tars)
     if tars and mixed:
         raise ShardError(
             f"{path} holds both tars and loose media; "
@@ -94,7 +123,7 @@ def _in_folder(path: Path) -> list[str]:
         return tars
     if loose:
         return [str(path)]
-    if inside := [str(p) for p in subfolders if _holds(p, _SAMPLE_SUFFIXES, deep=True)]:
+    if inside := [str(p) for p in subfolders if _holds(p, sample_suffixes, deep=True)]:
         return inside
     raise ShardError(
         f"no samples in {path}: no WebDataset *.tar, no folders of samples, no media files"
@@ -113,7 +142,7 @@ def _holds(folder: Path, suffixes: tuple[str, ...], *, deep: bool = False) -> bo
     return False
 
 
-def _in_list(path: Path) -> list[str]:
+def _in_list(path: Path, config: SourceConfig) -> list[str]:
     shards: list[str] = []
     for line in path.read_text(encoding="utf-8-sig").splitlines():
         entry = line.strip()
@@ -122,7 +151,7 @@ def _in_list(path: Path) -> list[str]:
         if entry.endswith(".txt"):
             raise ShardError(f"{path} names another list, {entry!r}; write its lines here instead")
         local = "://" not in entry
-        shards += find_shards(str(path.parent / entry) if local else entry)
+        shards += find_shards(str(path.parent / entry) if local else entry, config)
     if not shards:
         raise ShardError(f"{path} names no shard; write one tar, folder, range or URI per line")
     return shards
@@ -153,7 +182,7 @@ def name_shards(sources: Sequence[str]) -> dict[str, str]:
     parts = {source: _stem(source).split("/") for source in sources}
     if len(parts) != len(sources):
         twice = [source for source, count in Counter(sources).items() if count > 1]
-        raise ShardError(f"shards given twice: {', '.join(twice)}")
+        raise ShardError(f"shards given twice: {', '.join(map(shown, twice))}")
     depth = dict.fromkeys(sources, 1)
     while True:
         names = {source: "__".join(parts[source][-depth[source] :]) for source in sources}

@@ -18,7 +18,7 @@ from data_prep.ledger.recaption import numbers_to_skip
 from data_prep.ledger.staging import Staging
 from data_prep.row import ROW_SCHEMA, Row, table_of
 from data_prep.stages import read_rows
-from data_prep.storage.location import Location
+from data_prep.storage.location import Location, recorded
 from data_prep.storage.store import open_folder
 
 
@@ -53,7 +53,10 @@ class ShardSource(Datasource):
             ReadTask(
                 partial(_read_blocks, job, self._config, self._numbers_to_skip(job, begun_shards)),
                 BlockMetadata(
-                    num_rows=None, size_bytes=None, input_files=[job.source], exec_stats=None
+                    num_rows=None,
+                    size_bytes=None,
+                    input_files=[recorded(job.source)],
+                    exec_stats=None,
                 ),
                 schema=ROW_SCHEMA,
                 per_task_row_limit=per_task_row_limit,

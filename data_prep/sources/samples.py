@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.archive import Archive, open_archive
+from data_prep.sources.config import IMAGE_SUFFIXES, METADATA_SUFFIX, SourceConfig
 from data_prep.sources.listing import Listing, Member, ShardError, is_harmless
 from data_prep.storage.location import failing
 from flowreel.files import replacing
 
-VIDEO_SUFFIXES = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "flv", "wmv")
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-TEXT_SUFFIXES = ("txt", "json")
 TEXT_BYTES = 1 << 20
 """Most bytes that are read of a caption or of a json."""
-_MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+_USUAL = SourceConfig()
 _LITERAL_CHARS = 100_000
 _WORD = re.compile(r"[a-z0-9_-]{1,40}")
 _FORMAT_PART = re.compile(r"(.+)\.f\d{1,4}")
@@ -80,7 +78,11 @@ class Group:
 
 
 def read_shard(
-    source: str, *, max_media_bytes: int = 512 * 2**20, summary: ShardSummary | None = None
+    source: str,
+    *,
+    max_media_bytes: int = 512 * 2**20,
+    summary: ShardSummary | None = None,
+    config: SourceConfig = _USUAL,
 ) -> Iterator[Sample]:
     """The samples of a tar or folder, numbered from 0; never raises on what is in it.
 
@@ -98,6 +100,7 @@ def read_shard(
         source: path of a tar or folder, or URI of a tar.
         max_media_bytes: media over this many bytes are never read: problem `video_too_large`.
         summary: filled as a side effect.
+        config: which members are media and captions.
 
     Raises:
         ShardError: the shard cannot be opened.
@@ -107,11 +110,11 @@ def read_shard(
     try:
         listing = archive.listing()
         summary.truncated, summary.error = listing.truncated, listing.error
-        members = without_leftovers(listing.members)
+        members = without_leftovers(listing.members, config)
         summary.ignored_members = listing.ignored + len(listing.members) - len(members)
         earlier_keys: set[str] = set()
-        for group in group_members(members):
-            sample = _read_sample(archive, group, summary.num_samples, max_media_bytes)
+        for group in group_members(members, config):
+            sample = _read_sample(archive, group, summary.num_samples, max_media_bytes, config)
             summary.num_samples += 1
             _find_problem(sample, group, listing, earlier_keys)
             earlier_keys.add(group.key)
@@ -122,7 +125,7 @@ def read_shard(
         archive.close()
 
 
-def group_members(members: Sequence[Member]) -> list[Group]:
+def group_members(members: Sequence[Member], config: SourceConfig = _USUAL) -> list[Group]:
     """Members by sample, in the order of each sample's first member.
 
     A key is a member's path without its last suffix, so that keys may hold dots. A member that is
@@ -139,34 +142,34 @@ def group_members(members: Sequence[Member]) -> list[Group]:
     media, texts = set(), set()
     for member in members:
         stem, _, suffix = member.name.rpartition(".")
-        if suffix.lower() in _MEDIA_SUFFIXES:
+        if suffix.lower() in config.media_suffixes:
             media.add(stem)
-        elif suffix.lower() in TEXT_SUFFIXES:
+        elif suffix.lower() in config.text_suffixes:
             texts.add(stem)
     groups: list[Group] = []
     latest: dict[str, Group] = {}
     for member in members:
-        key, suffix = _split_name(member.name, media, texts)
+        key, suffix = _split_name(member.name, media, texts, config)
         group = latest.get(key)
         if group is None or suffix in group.members:
             group = latest[key] = Group(_clean(key).removeprefix("./"))
             groups.append(group)
         group.members[suffix] = member
-    return _with_shared_texts(groups)
+    return _with_shared_texts(groups, config)
 
 
-def _with_shared_texts(groups: list[Group]) -> list[Group]:
+def _with_shared_texts(groups: list[Group], config: SourceConfig) -> list[Group]:
     """Texts of a key without media, handed to the samples whose keys go on from it."""
     heirs: dict[str, list[Group]] = {}
     for group in groups:
-        if _has_media(group):
+        if _has_media(group, config):
             folder, slash, base = group.key.rpartition("/")
             parts = base.split(".")
             for count in range(1, len(parts)):
                 heirs.setdefault(folder + slash + ".".join(parts[:count]), []).append(group)
     samples = []
     for group in groups:
-        own = [] if _has_media(group) else heirs.get(group.key, [])
+        own = [] if _has_media(group, config) else heirs.get(group.key, [])
         for heir in own:
             heir.members = {**group.members, **heir.members}
         if not own:
@@ -174,11 +177,11 @@ def _with_shared_texts(groups: list[Group]) -> list[Group]:
     return samples
 
 
-def _has_media(group: Group) -> bool:
-    return any(suffix in _MEDIA_SUFFIXES for suffix in group.members)
+def _has_media(group: Group, config: SourceConfig) -> bool:
+    return any(suffix in config.media_suffixes for suffix in group.members)
 
 
-def without_leftovers(members: Sequence[Member]) -> list[Member]:
+def without_leftovers(members: Sequence[Member], config: SourceConfig = _USUAL) -> list[Member]:
     """Members but for what a downloader left of one: `a.f230.mp4`, a format of `a.mp4`.
 
     Alone, without the file that it was to become a part of, it is the video.
@@ -187,23 +190,25 @@ def without_leftovers(members: Sequence[Member]) -> list[Member]:
     >>> [member.name for member in without_leftovers([Member(name, 1, 0) for name in names])]
     ['a.mp4', 'b.f137.mp4']
     """
-    stems = {member.name.rpartition(".")[0] for member in members if _is_media(member.name)}
+
+    def is_media(name: str) -> bool:
+        return name.rpartition(".")[2].lower() in config.media_suffixes
+
+    stems = {member.name.rpartition(".")[0] for member in members if is_media(member.name)}
 
     def is_left_over(name: str) -> bool:
         part = _FORMAT_PART.fullmatch(name.rpartition(".")[0])
-        return _is_media(name) and part is not None and part[1] in stems
+        return is_media(name) and part is not None and part[1] in stems
 
     return [member for member in members if not is_left_over(member.name)]
 
 
-def _is_media(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in _MEDIA_SUFFIXES
-
-
-def _split_name(name: str, media: set[str], texts: set[str]) -> tuple[str, str]:
+def _split_name(
+    name: str, media: set[str], texts: set[str], config: SourceConfig
+) -> tuple[str, str]:
     """Key and suffix of a member, given the stems of all media and of all texts."""
     stem, _, suffix = name.rpartition(".")
-    if suffix.lower() in _MEDIA_SUFFIXES:
+    if suffix.lower() in config.media_suffixes:
         return stem, suffix.lower()
     folder, slash, base = name.rpartition("/")
     parts = base.split(".")
@@ -214,10 +219,12 @@ def _split_name(name: str, media: set[str], texts: set[str]) -> tuple[str, str]:
     return key, name[len(key) + 1 :].lower()
 
 
-def _read_sample(archive: Archive, group: Group, number: int, max_media_bytes: int) -> Sample:
+def _read_sample(
+    archive: Archive, group: Group, number: int, max_media_bytes: int, config: SourceConfig
+) -> Sample:
     """The sample of a group, in the order in which its members lie."""
     sample = Sample(_clean(group.key), number)
-    sample.suffix = next((s for s in _MEDIA_SUFFIXES if s in group.members), "")
+    sample.suffix = next((s for s in config.media_suffixes if s in group.members), "")
     texts: dict[str, bytes] = {}
     for suffix, member in sorted(group.members.items(), key=lambda item: item[1].offset):
         if suffix == sample.suffix:
@@ -226,7 +233,7 @@ def _read_sample(archive: Archive, group: Group, number: int, max_media_bytes: i
                 sample.problem = "video_too_large"
                 sample.detail = f"{member.size_bytes} bytes, over the cap of {max_media_bytes}"
             sample.media = data or b""
-        elif suffix in TEXT_SUFFIXES:
+        elif suffix in config.text_suffixes:
             data = archive.read(member, TEXT_BYTES)
             if data is None:
                 sample.note = f"{suffix}: {member.size_bytes} bytes not read, over {TEXT_BYTES}"
@@ -235,9 +242,10 @@ def _read_sample(archive: Archive, group: Group, number: int, max_media_bytes: i
             continue
         if data is not None and len(data) < member.size_bytes:
             sample.problem = "truncated_shard"
-    sample.metadata = parse_metadata(texts.get("json", b""))
-    text = decode_text(texts.get("txt", b""))
-    sample.caption = plain_caption(text or str(sample.metadata.get("caption") or ""))
+    sample.metadata = parse_metadata(texts.get(METADATA_SUFFIX, b""))
+    captions = (decode_text(texts.get(suffix, b"")) for suffix in config.caption_suffixes)
+    text = next(filter(None, captions), "") or config.caption_in(sample.metadata)
+    sample.caption = plain_caption(text)
     return sample
 
 

@@ -37,7 +37,7 @@ _LONG_HEADERS = (
 
 
 def open_shard(source: str, *, seekable: bool = False) -> IO[bytes]:
-    """Open a tar, a local path or any URI that pyarrow knows (s3://, gs://, file://).
+    """Open a tar, by a local path or the URI of a store or of the web (s3://, https://, hf://).
 
     Args:
         source: path or URI.

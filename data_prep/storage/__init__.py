@@ -3,6 +3,9 @@
 Read in this order:
 
     location.py   paths and URIs; one file opened for reading; StorageError
+    web.py        files of the web, https:// and hf://: read, listed, never written
+    http_file.py  a file behind an address, read to the exact byte over a network that fails
+    http_request.py  one question: redirects, statuses, retries
     folder.py     a folder by relative names: read, write whole, list, lock; the local one
     lease.py      the lock of a folder in an object store, where nothing locks files
     store.py      the folder in an object store, and `open_folder`, which chooses

@@ -4,8 +4,9 @@
     file_version("s3://bucket/00000.tar")    tells a file from another one in its place
 
 A store's endpoint, region and credentials are those of the standard AWS variables. Endpoint and
-region may also be in the URI: `s3://b/k?endpoint_override=http://host:9000&region=x`. Knows nothing
-of what the files hold.
+region may also be in the URI: `s3://b/k?endpoint_override=http://host:9000&region=x`. Files of the
+web, `https://` and `hf://`, are read and never written (`data_prep.storage.web`). Knows nothing of
+what the files hold.
 
     StorageError(FlowreelError, RuntimeError)   the disk or the store failed
 
@@ -34,6 +35,9 @@ Location = str | os.PathLike[str]
 
 READ_AHEAD_BYTES = 8 * 2**20
 """How much of a store's file is held in memory while it is read front to back."""
+WEB_SCHEMES = ("https", "http", "hf")
+"""What is read file by file, and neither listed as a store is nor written."""
+_STORE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
 _STORE_ATTEMPTS = 7
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -45,6 +49,64 @@ class StorageError(FlowreelError, RuntimeError):
 def is_uri(location: Location) -> bool:
     """Whether a location is a URI other than of a local file."""
     return "://" in str(location) and not str(location).startswith("file://")
+
+
+def is_web(location: Location) -> bool:
+    """Whether a location is of the web: `https://`, `http://` or `hf://`.
+
+    >>> is_web("https://host/a.tar"), is_web("s3://bucket/a.tar"), is_web("/data/a.tar")
+    (True, False, False)
+    """
+    return is_uri(location) and urlsplit(str(location)).scheme in WEB_SCHEMES
+
+
+def check_scheme(location: Location) -> None:
+    """Hold the kind of a place against those that are known. Raises StorageError.
+
+    >>> check_scheme("ftp://host/a.tar")
+    Traceback (most recent call last):
+    ...
+    data_prep.storage.location.StorageError: ftp://host/a.tar: ftp:// is not read; give a local \
+path, or a URI of s3://, gs://, abfs://, hdfs://, https:// or hf://datasets/
+    """
+    scheme = urlsplit(str(location)).scheme
+    if is_uri(location) and scheme not in (*WEB_SCHEMES, *_STORE_SCHEMES):
+        raise StorageError(
+            f"{shown(location)}: {scheme}:// is not read; give a local path, or a URI of s3://, "
+            "gs://, abfs://, hdfs://, https:// or hf://datasets/"
+        )
+
+
+def check_folder(location: Location) -> None:
+    """Hold a place of many files, such as an output, against what can be one.
+
+    >>> check_folder("s3://bucket/latents")
+    >>> check_folder("hf://datasets/owner/name")
+    Traceback (most recent call last):
+    ...
+    data_prep.storage.location.StorageError: hf://datasets/owner/name: from the web only shards \
+are read; give a local folder or an s3:// URI
+
+    Raises:
+        StorageError: it is of the web, or of an unknown kind.
+    """
+    check_scheme(location)
+    if is_web(location):
+        raise StorageError(
+            f"{shown(location)}: from the web only shards are read; give a local folder or an "
+            "s3:// URI"
+        )
+
+
+def recorded(location: Location) -> str:
+    """A location as manifests keep it: where it may hold a secret, without its query.
+
+    A store's options stay, without which it would not be found again.
+
+    >>> recorded("https://host/a.tar?signature=x"), recorded("s3://b/a.tar?region=x")
+    ('https://host/a.tar', 's3://b/a.tar?region=x')
+    """
+    return shown(location) if is_web(location) else str(location)
 
 
 def absolute(location: Location) -> str:
@@ -126,14 +188,15 @@ def filesystem_of(location: Location) -> tuple[fs.FileSystem, str]:
     """The pyarrow file system of a location, and its path there.
 
     Raises:
-        ValueError: a scheme that pyarrow does not know.
-        StorageError: credentials in the URI.
+        ValueError: a URI that pyarrow does not understand.
+        StorageError: credentials in the URI, or a scheme that it is not for.
     """
     from pyarrow import fs
 
     text = absolute(location)
     if not is_uri(text):
         return fs.LocalFileSystem(), text
+    check_folder(text)
     parts = urlsplit(text)
     if parts.scheme != "s3":
         filesystem, path = fs.FileSystem.from_uri(text)
@@ -207,6 +270,10 @@ def open_stream(location: Location, *, seekable: bool = False) -> IO[bytes]:
     with failing("open", text):
         if not is_uri(text):
             stream: Any = open(text, "rb")  # noqa: SIM115 (closed by the caller)
+        elif is_web(text):
+            from data_prep.storage.web import open_web
+
+            stream = open_web(text, seekable=seekable)
         else:
             filesystem, path = filesystem_of(text)
             if seekable:
@@ -232,6 +299,10 @@ def file_version(location: Location) -> str:
         if not is_uri(text):
             about = os.stat(text)
             return f"size:{about.st_size} mtime_ns:{about.st_mtime_ns}"
+        if is_web(text):
+            from data_prep.storage.web import web_version
+
+            return web_version(text)
         return version_in_store(*filesystem_of(text))
 
 

@@ -13,9 +13,12 @@ import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from flowreel.errors import FlowreelError
+
+if TYPE_CHECKING:
+    from data_prep.sources.config import SourceConfig
 
 VIDEO_SUFFIXES = (".mp4", ".png")
 """What `flowreel sample` writes: a video, or one frame."""
@@ -99,9 +102,10 @@ def latents(location: str) -> str:
 
 def output_folder(location: str | Path, *, option: str = "--out") -> None:
     """A folder that is there or can be made; object stores are not asked."""
-    from data_prep.storage.location import absolute, is_uri
+    from data_prep.storage.location import absolute, check_folder, is_uri
 
     if is_uri(location):
+        check_folder(location)
         return
     path = Path(absolute(location))
     if path.exists() and not path.is_dir():
@@ -152,11 +156,11 @@ def as_utf8(text: str) -> str:
     return os.fsencode(text).decode("utf-8", "replace")
 
 
-def shards(pattern: str) -> list[str]:
-    """The shards that a user names."""
+def shards(pattern: str, config: SourceConfig) -> list[str]:
+    """The shards that a user names; `config` says which loose files are media and captions."""
     from data_prep.sources.find import find_shards
 
-    return find_shards(pattern)
+    return find_shards(pattern, config)
 
 
 def complete_recipe(incomplete: str) -> list[str]:

@@ -24,6 +24,8 @@ from pipeline.cli.options import (
     examples=(
         "flowreel prepare --shards /data/panda --out /data/latents",
         "flowreel prepare --shards s3://b/{00000..00099}.tar --out s3://b/latents",
+        "flowreel prepare --shards 'https://host/panda/{00000..00099}.tar' --out /data/latents",
+        "flowreel prepare --shards hf://datasets/OWNER/NAME/train --out /data/latents",
         "flowreel prepare --only captions --out /data/latents "
         "--set prepare.captioner.backend=vlm --set prepare.captioner.model=NAME",
     ),
@@ -39,7 +41,8 @@ def prepare(
         str | None,
         typer.Option(
             help="Tars or loose files: a folder, one tar, {00000..00099}.tar, or a .txt list of "
-            "these. With --only captions: where they are now; default: where they were."
+            "these; path, s3://, https:// or hf://datasets/OWNER/NAME/. "
+            "With --only captions: where they are now; default: where they were."
         ),
     ] = None,
     only: Annotated[
@@ -81,7 +84,7 @@ def prepare(
     from pipeline.recipes import load_recipe, save_recipe
 
     loaded = load_recipe(recipe, [*(set_ or []), *([f"codec={codec}"] if codec else [])])
-    paths = arguments.shards(shards) if shards else None
+    paths = arguments.shards(shards, loaded.prepare.source) if shards else None
     from pipeline.cluster import local_or_given
     from pipeline.stages import caption_again, captions_to_do, prepare_latents, shards_to_do
 

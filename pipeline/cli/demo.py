@@ -76,7 +76,7 @@ def demo(
     if steps is not None:
         overrides.append(f"train.steps={steps}")
     loaded = load_recipe(recipe, overrides)
-    paths = arguments.shards(shards) if shards else None
+    paths = arguments.shards(shards, loaded.prepare.source) if shards else None
     from pipeline.stages import demo as run_demo
 
     said = reporter(json_)

@@ -53,7 +53,7 @@ def table() -> dict[str, Row]:
     rows = {}
     for line in (ROOT / "docs" / "bad_input.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not line.startswith("| ") or cells[0] in ("kind", "---"):
+        if not line.startswith("| ") or len(cells) == 2 or cells[0] in ("kind", "---"):
             continue
         kind, _, _, status, reason, tests = cells
         rows[kind] = Row(kind, status, reason, tuple(tests.split()))
@@ -196,6 +196,11 @@ SHARDS: dict[str, Callable[[Path], Any]] = {
     ),
     "xz_shard": lambda p: p.write_bytes(lzma.compress(packed_tar(p, "xz_shard.mp4"))),
     "leftover": lambda p: tar_of(p, [("leftover.f230.mp4", GOOD), ("leftover.mp4", GOOD)]),
+    "several_videos": lambda p: tar_of(
+        p, [(f"several_videos{end}", GOOD) for end in (".left.mp4", ".mp4", ".right.mp4")]
+    ),
+    "café": lambda p: tar_of(p, [("caf\udce9.mp4", GOOD), ("caf\udce8.mp4", GOOD)]),
+    "other_suffix": lambda p: tar_of(p, [("other_suffix.mp4", GOOD), ("other_suffix.cap", b"A")]),
 }
 
 

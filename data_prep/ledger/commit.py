@@ -140,7 +140,8 @@ class Committer:
         entries = []
         for bucket, numbers in sorted(numbers_by_bucket.items()):
             samples = map_at_once(lambda n: self.staging.rows(job, n), numbers, self.folder.threads)
-            moments = (row for sample in samples for row in sample)
+            # The windows of a sample may be of several resolutions.
+            moments = (row for rows in samples for row in rows if row["bucket"] == bucket)
             entry = self._write("latents", f"{job.name}.{bucket}.parquet", moments, LATENT_SCHEMA)
             entries.append(replace(entry, bucket=bucket))
         return entries

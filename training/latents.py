@@ -1,13 +1,14 @@
 """The latents that a run trains on: those of a dataset, or of one of its resolutions.
 
-Knows nothing of batches, models or Ray.
+Knows nothing of models or Ray.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from data_prep.latents.dataset import LatentDataset, Split
 from data_prep.latents.records import Bucket, LatentDatasetError
-from data_prep.storage.location import Location
 from flow.aspects import area_of
 
 TOLERANCE = 1.1
@@ -24,7 +25,7 @@ def is_of(bucket: Bucket, resolution: str) -> bool:
     return 1 / TOLERANCE <= share <= TOLERANCE
 
 
-def open_latents(root: Location, split: Split, resolution: str | None = None) -> LatentDataset:
+def open_latents(root: str | Path, split: Split, resolution: str | None = None) -> LatentDataset:
     """A split of the dataset at `root`, with the buckets of one resolution alone if it is named.
 
     Raises:

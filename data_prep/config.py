@@ -2,8 +2,7 @@
 
 What decides a sample's fate goes into `PrepareConfig.latent_digest` and `caption_digest`. Deadlines
 and concurrency are outside both, because they may change when a sample is done, never what becomes
-of it. What a clip's size must be, given the codec, is checked where the codec is known:
-`BucketConfig.check`.
+of it. The buckets' settings are in `data_prep.clips.buckets`.
 """
 
 from __future__ import annotations
@@ -13,19 +12,15 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.captions.config import CaptionConfig
+
+# Whoever sets up a run takes all its settings from here.
+from data_prep.clips.buckets import BucketConfig as BucketConfig
 from data_prep.sources.config import SourceConfig
 from data_prep.strict import Strict
-from flow.aspects import SizeError, ratio_of, size_of
-from flow.codec_factors import CodecFactors
 from flowreel.values import digest_of
 
 PREPARE_VERSION = 5
 """Raised when the code changes what a sample becomes."""
-
-MAX_SIDE = 4096
-"""Most rows or columns of a clip, in pixels."""
-MAX_RATIO = 8
-"""Most that a bucket may be longer in one direction than in the other."""
 
 METADATA_FILTERS = ("matching_score_above", "desirable", "one_shot", "missing_metadata")
 """The filters that judge metadata alone: `PrepareConfig.outcome_digest` leaves them out."""
@@ -34,112 +29,6 @@ METADATA_REASONS = ("low_matching_score", "not_desirable", "several_shots", "mis
 
 Pool = int | tuple[int, int] | None
 """Actors of a stage: so many, between least and most, or as many as the preflight chooses."""
-
-
-class BucketConfig(Strict):
-    """Sizes and rate of the clips that are cut from the videos.
-
-    With `aspects` or `sizes` there are several buckets, and each video goes into the one whose
-    aspect is nearest to its own.
-
-    >>> from flow.codec_factors import WAN_FACTORS
-    >>> bucket = BucketConfig(aspects=("1:1", "16:9"))
-    >>> bucket.all_sizes(WAN_FACTORS.space)
-    [(64, 64), (48, 80)]
-    >>> BucketConfig(num_frames=16).check(WAN_FACTORS)
-    Traceback (most recent call last):
-    ...
-    flow.aspects.SizeError: bucket.num_frames is 16; the codec takes 4k+1 frames: use 13 or 17
-    """
-
-    num_frames: int = Field(
-        default=17,
-        ge=1,
-        le=1025,
-        description="Frames per clip: a multiple of the codec's factor in time, plus 1.",
-    )
-    height: int = Field(
-        default=64,
-        ge=1,
-        le=MAX_SIDE,
-        description="Rows in pixels; a multiple of the codec's factor in space.",
-    )
-    width: int = Field(
-        default=64,
-        ge=1,
-        le=MAX_SIDE,
-        description="Columns in pixels; a multiple of the codec's factor in space.",
-    )
-    fps: float = Field(
-        default=8.0, gt=0, le=120, description="Frame rate of a clip, frames per second."
-    )
-    aspects: tuple[str, ...] = Field(
-        default=(),
-        max_length=64,
-        description="Buckets of these aspects (width:height, such as 16:9), each of about the area "
-        "height × width; none: one bucket of height × width.",
-    )
-    sizes: tuple[tuple[int, int], ...] = Field(
-        default=(),
-        max_length=64,
-        description="Buckets of exactly these (rows, columns) in pixels, instead of aspects.",
-    )
-
-    @model_validator(mode="after")
-    def _buckets_are_named_once(self) -> BucketConfig:
-        if self.aspects and self.sizes:
-            raise ValueError("bucket.aspects and bucket.sizes are both given; give one of them")
-        for side in (side for size in self.sizes for side in size):
-            if not 1 <= side <= MAX_SIDE:
-                raise ValueError(f"bucket.sizes is {side} pixels; allowed are 1 to {MAX_SIDE}")
-        for aspect in self.aspects:
-            if not 1 / MAX_RATIO <= ratio_of(aspect) <= MAX_RATIO:
-                raise ValueError(
-                    f"aspect {aspect!r} is beyond {MAX_RATIO}:1; "
-                    f"use one between 1:{MAX_RATIO} and {MAX_RATIO}:1"
-                )
-        return self
-
-    def all_sizes(self, space: int) -> list[tuple[int, int]]:
-        """(rows, columns) in pixels of every bucket, in the order of the settings.
-
-        Args:
-            space: the codec's factor in space, to whose multiples the sides of aspects are rounded.
-        """
-        if self.sizes:
-            return list(self.sizes)
-        if not self.aspects:
-            return [(self.height, self.width)]
-        area = self.height * self.width
-        return [size_of(ratio_of(aspect), area, space) for aspect in self.aspects]
-
-    def check(self, factors: CodecFactors) -> None:
-        """Hold frames and sizes against what a codec of these factors takes.
-
-        Raises:
-            SizeError: the codec does not take them; the message names the nearest that it takes.
-        """
-        if not factors.takes(self.num_frames):
-            below, above = factors.near_frames(self.num_frames)
-            raise SizeError(
-                f"bucket.num_frames is {self.num_frames}; the codec takes {factors.time}k+1 "
-                f"frames: use {below} or {above}"
-            )
-        sides = [("height", self.height), ("width", self.width)]
-        for name, side in sides + [("sizes", side) for size in self.sizes for side in size]:
-            if side % factors.space:
-                below = side // factors.space * factors.space
-                near = " or ".join(str(n) for n in (below, below + factors.space) if n)
-                raise SizeError(
-                    f"bucket.{name} is {side} pixels; the codec needs a multiple of "
-                    f"{factors.space}: use {near}"
-                )
-        sizes = self.all_sizes(factors.space)
-        if len(set(sizes)) < len(sizes):
-            raise SizeError(
-                f"bucket.aspects {list(self.aspects)} and sizes {list(self.sizes)} give the same "
-                f"size twice: {sizes}; leave one out, or enlarge height × width"
-            )
 
 
 class FilterConfig(Strict):
@@ -298,8 +187,8 @@ class PrepareConfig(Strict):
         default=1,
         ge=1,
         le=64,
-        description="Most windows (of bucket.num_frames frames) cut from one video, without "
-        "overlap; short videos give fewer.",
+        description="Most windows (of the bucket's frames) cut from one video, without overlap; "
+        "short videos give fewer.",
     )
     images: bool = Field(default=True, description="Take image–text samples as clips of one frame.")
     filters: FilterConfig = Field(default_factory=FilterConfig, description="What is kept.")

@@ -179,7 +179,7 @@ def build_pipeline(
     ]
     captioner = config.captioner
     calls = captioner.batch_size if captioner.backend == "vlm" else captioner.requests_in_flight
-    batch_sizes = {} if captioner.backend == "measured" else {"caption": calls}
+    batch_sizes = {} if captioner.backend in ("measured", "none") else {"caption": calls}
     for name, operator, arguments in stages:
         if name not in resources:
             continue

@@ -290,7 +290,7 @@ def _begin(config: PrepareConfig, folder: Folder, request: _Request) -> None:
     from flow.codec import VideoCodec
 
     codec = VideoCodec.load(request.codec)
-    lengths = {bucket.num_frames, 1} if config.images else {bucket.num_frames}
+    lengths = {*bucket.lengths, 1} if config.images else {*bucket.lengths}
     buckets = {Bucket(n, *size) for n in lengths for size in bucket.all_sizes(factors.space)}
     info = DatasetInfo(
         codec_digest=codec.digest,

@@ -1,4 +1,4 @@
-"""Aspect ratios by name, and the sizes of buckets made from them. The one home of both.
+"""Aspect ratios and resolutions by name, and the sizes of buckets made from them. Their one home.
 
 Knows the nine names that the released models were trained with. Knows nothing of codecs or torch.
 """
@@ -6,6 +6,7 @@ Knows the nine names that the released models were trained with. Knows nothing o
 from __future__ import annotations
 
 import math
+import re
 
 from flowreel.errors import FlowreelError
 
@@ -30,6 +31,20 @@ def ratio_of(aspect: str) -> float:
             f"aspect {aspect!r} is not WIDTH:HEIGHT in whole numbers of at least 1, such as 16:9"
         )
     return int(across) / int(down)
+
+
+def area_of(resolution: str) -> float:
+    """Pixels of a resolution such as 480p: those of a 16:9 picture of so many rows.
+
+    So 480p is the area of a square of side 640, and 384p of one of side 512. Raises SizeError on
+    another form.
+
+    >>> area_of("480p") == 640**2, area_of("384p") == 512**2
+    (True, True)
+    """
+    if not re.fullmatch(r"[1-9][0-9]{0,3}p", resolution):
+        raise SizeError(f"resolution {resolution!r} is not ROWSp, such as 480p")
+    return int(resolution[:-1]) ** 2 * 16 / 9
 
 
 def nearest_aspect(height: int, width: int) -> str:

@@ -89,7 +89,7 @@ class VideoCodec:
         Raises:
             CodecError: nothing is there, the class is no codec here, or the weights do not fit.
         """
-        folder = _codec_folder(source)
+        folder = codec_folder(source)
         from safetensors.torch import load_file
 
         config_bytes = (folder / CONFIG_NAME).read_bytes()
@@ -276,10 +276,13 @@ def build_vae(config: dict[str, Any]) -> Vae:
         raise CodecError(f"the codec's config does not fit {name}: {error}") from error
 
 
-def _codec_folder(source: str | Path) -> Path:
+def codec_folder(source: str | Path) -> Path:
     """Where a codec's config and weights lie.
 
     Those of a hub id are fetched, or taken from the hub's local cache.
+
+    Raises:
+        CodecError: nothing is there.
     """
     folder = Path(source)
     if not folder.is_dir():

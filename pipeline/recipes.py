@@ -153,14 +153,18 @@ class Recipe(BaseModel):
     def stated_video(self) -> StatedVideo:
         """What `prepare.bucket` states of the videos; what nobody gave is the dataset's to decide.
 
-        With `aspects` or `sizes` it states the sizes that these come to, whoever gave the rest.
+        With `aspects`, `sizes` or `resolutions` it states the sizes that these come to, and with
+        `frame_counts` these, whoever gave the rest.
         """
         from training.stated_video import StatedVideo
 
         bucket = self.prepare.bucket
-        stated = {name: getattr(bucket, name) for name in bucket.model_fields_set}
-        several = bool(stated.pop("aspects", ())) | bool(stated.pop("sizes", ()))
-        if several:
+        names = bucket.model_fields_set & {"num_frames", "height", "width", "fps"}
+        stated: dict[str, Any] = {name: getattr(bucket, name) for name in names}
+        if bucket.frame_counts:
+            stated.pop("num_frames", None)
+            stated["frame_counts"] = bucket.lengths
+        if bucket.aspects or bucket.sizes or bucket.resolutions:
             stated.pop("height", None)
             stated.pop("width", None)
             stated["sizes"] = tuple(bucket.all_sizes(read_factors(self.codec_source).space))

@@ -5,6 +5,7 @@ The files, in the order to read them:
     config.py           every setting, in a section for each part that reads it
     run.py              START HERE: one whole run: checked, tracked, trained, exported
     stated_video.py     which videos a dataset teaches, held against what a user states
+    latents.py          the latents of a dataset, or of one of its resolutions
     loop.py             one worker's steps, from the newest checkpoint to the last one
     batch_sampler.py    which samples a step trains on: a pure function of seed and step
     batches.py          a step's plan becomes tensors: latents, noise, encoded prompts

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.config import JsonDict
+
+from flow.aspects import area_of
 
 FREE_ON_RESUME: JsonDict = {"resume": "free"}
 """Marks a field, or a whole section, that may differ between a run and its resumption.
@@ -66,6 +68,11 @@ class BatchConfig(Section):
         description="image records, or first latent frames of clips (a causal codec encodes "
         "those alone, so they are images); auto: records where the dataset has some",
     )
+    resolution: str | None = Field(
+        default=None,
+        description="only clips and images of this resolution, such as 480p: those whose area is "
+        "within a tenth of it; null: all that the dataset holds",
+    )
     caption_dropout: float = Field(
         default=0.1,
         ge=0,
@@ -96,6 +103,13 @@ class BatchConfig(Section):
         description="make the next batch in a thread while this one is computed",
         json_schema_extra=FREE_ON_RESUME,
     )
+
+    @field_validator("resolution")
+    @classmethod
+    def _is_a_resolution(cls, resolution: str | None) -> str | None:
+        if resolution is not None:
+            area_of(resolution)
+        return resolution
 
 
 class OptimizerConfig(Section):

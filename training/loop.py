@@ -32,6 +32,7 @@ from training.checkpoint import (
 from training.config import TrainConfig
 from training.held_out import HeldOut
 from training.history import HISTORY_NAME, History
+from training.latents import open_latents
 from training.metrics import step_cost
 from training.parallel import join_workers, shard_model
 from training.step import StepMetrics, TrainStep
@@ -206,7 +207,7 @@ def train(
         BatchSamplerError, LatentDatasetError: the data do not fit the configuration.
     """
     with join_workers(config.workers) as parallel:
-        dataset = LatentDataset(job.dataset, split="train")
+        dataset = open_latents(job.dataset, "train", config.batches.resolution)
         description = describe(config, job, dataset)
         model = fresh_model(job.flow, config.seed)
         shard_model(model, parallel, config.workers.shard_granularity, config.precision)
@@ -287,7 +288,7 @@ class _Worker:
 
     def _held_out(self, prompts: Prompts) -> HeldOut:
         config = self.step.config
-        dataset = LatentDataset(self.job.dataset, split="held_out")
+        dataset = open_latents(self.job.dataset, "held_out", config.batches.resolution)
         return HeldOut(
             LatentStore(dataset, config.batches.cache_bytes),
             prompts,

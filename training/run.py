@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.latents.dataset import LatentDataset
-from flow.codec import VideoCodec
+from flow.codec import VideoCodec, codec_folder
 from flow.codec_factors import WAN_FACTORS, read_factors
 from flow.config import FlowConfig
 from flow.model_folder import ModelSpec
@@ -35,6 +35,7 @@ from training.checkpoint import (
     latest_complete,
 )
 from training.config import TrainConfig
+from training.latents import open_latents
 from training.loop import TrainJob, describe, train
 from training.stated_video import StatedVideo, video_spec
 from training.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
@@ -59,7 +60,8 @@ class TrainRequest:
         flow, text: the model, and the text encoder that it reads.
         dataset: folder of prepared latents, path or URI.
         out: the run's folder; on a cluster of several machines, on storage they share.
-        codec: folder of the codec that made the latents, copied beside the model; None: no codec.
+        codec: folder or hub id of the codec that made the latents, copied beside the model; None:
+            no codec.
         video: what is stated of the clips; the dataset decides the rest (`video_spec`).
     """
 
@@ -159,7 +161,7 @@ def check_run(request: TrainRequest) -> TrainingRun:
         VideoMismatch: the videos that are stated are not those of the dataset.
         CheckpointMismatch: `out` holds checkpoints of another run.
     """
-    latents = LatentDataset(request.dataset, split="train")
+    latents = open_latents(request.dataset, "train", request.config.batches.resolution)
     spec = _model_spec(request, latents)
     job = TrainJob(request.flow, request.text, latents.folder.location, Path(request.out))
     description = describe(request.config, job, latents)
@@ -232,7 +234,10 @@ def conclude(
     """Export the trained model and mark the run finished; in the driver, once no worker is left."""
     latest = latest_complete(run.job.checkpoints)
     assert latest is not None, "a finished loop leaves a checkpoint"
-    export_model(latest, run.spec, run.request.codec, run.out / MODEL_NAME)
+    codec = run.request.codec
+    export_model(
+        latest, run.spec, None if codec is None else codec_folder(codec), run.out / MODEL_NAME
+    )
     run_id = mlflow_run.run_id if mlflow_run else None
     result = run.result(latest, resumed_from, run_id)
     close_mlflow_run(

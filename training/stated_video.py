@@ -32,6 +32,7 @@ class StatedVideo:
         height, width: pixels of a clip; None: not stated.
         fps: frames per second of a clip; None: not stated.
         sizes: (height, width) of several buckets, in pixels; none: not stated.
+        frame_counts: several lengths of clips, in frames; none: not stated.
 
     >>> StatedVideo(height=64).differences(Bucket(17, 128, 128), fps=8.0)
     {'height': (64, 128)}
@@ -42,9 +43,13 @@ class StatedVideo:
     width: int | None = None
     fps: float | None = None
     sizes: tuple[tuple[int, int], ...] = ()
+    frame_counts: tuple[int, ...] = ()
 
     def differences(self, bucket: Bucket, fps: float) -> dict[str, tuple[float, float]]:
-        """What is stated otherwise than a bucket has it: (stated, held) by name, sizes left out."""
+        """What is stated otherwise than a bucket has it: (stated, held) by name.
+
+        Several sizes and lengths are left out: see `admits`.
+        """
         held = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
         if bucket.frames == 1:
             del held["num_frames"]
@@ -54,7 +59,8 @@ class StatedVideo:
     def admits(self, bucket: Bucket, fps: float) -> bool:
         """Whether a bucket is one of those that are stated."""
         size_fits = not self.sizes or (bucket.height, bucket.width) in self.sizes
-        return size_fits and not self.differences(bucket, fps)
+        length_fits = not self.frame_counts or bucket.frames in (*self.frame_counts, 1)
+        return size_fits and length_fits and not self.differences(bucket, fps)
 
 
 def video_spec(
@@ -81,7 +87,8 @@ def video_spec(
             f"the {dataset.split} split of {dataset.folder.where()} is empty; prepare more clips"
         )
     fps = dataset.info.fps
-    held_sizes = {(bucket.height, bucket.width) for bucket in clips}
+    # Of a bucket that was cut for, there may happen to be no clip.
+    held_sizes = {(bucket.height, bucket.width) for bucket in dataset.info.buckets}
     admitted = {bucket: ids for bucket, ids in clips.items() if stated.admits(bucket, fps)}
     if not admitted or not held_sizes.issuperset(stated.sizes):
         raise VideoMismatch(_mismatch(dataset, stated, clips))
@@ -104,8 +111,14 @@ def _mismatch(
     ]
     if stated.sizes:
         statements.append(f"sizes {', '.join(f'{h}x{w}' for h, w in stated.sizes)}")
-        sizes = ",".join(f"[{b.height},{b.width}]" for b in sorted(clips))
-        settings.append(f"--set prepare.bucket.aspects=[] --set 'prepare.bucket.sizes=[{sizes}]'")
+        held = sorted({(bucket.height, bucket.width) for bucket in clips})
+        sizes = ",".join(f"[{height},{width}]" for height, width in held)
+        settings += [f"--set prepare.bucket.{name}=[]" for name in ("aspects", "resolutions")]
+        settings.append(f"--set 'prepare.bucket.sizes=[{sizes}]'")
+    if stated.frame_counts and not any(b.frames in stated.frame_counts for b in clips):
+        statements.append(f"frame_counts {', '.join(map(str, stated.frame_counts))}")
+        counts = ",".join(str(count) for count in sorted({b.frames for b in clips}, reverse=True))
+        settings.append(f"--set 'prepare.bucket.frame_counts=[{counts}]'")
     return (
         f"prepare.bucket states {', '.join(statements)}, but {dataset.folder.where()} holds clips "
         f"of {', '.join(str(bucket) for bucket in sorted(clips))} (frames x height x width) at "

@@ -41,9 +41,10 @@ class CaptionConfig(Strict):
     # A value may hold a secret, such as a key in an endpoint's URL.
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    backend: Literal["measured", "vlm", "vllm", "http"] = Field(
+    backend: Literal["measured", "vlm", "vllm", "http", "none"] = Field(
         default="measured",
-        description="measured: read from the pixels, no weights. vlm: a transformers model in the "
+        description="measured: read from the pixels, no weights. none: no synthetic captions; "
+        "training takes those that came with the data. vlm: a transformers model in the "
         "captioning actors. vllm: the same on vLLM, through ray.data.llm (GPUs; extra "
         "flowreel[vllm]). http: any OpenAI-compatible chat endpoint.",
     )
@@ -128,7 +129,7 @@ class CaptionConfig(Strict):
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> CaptionConfig:
-        if self.backend != "measured" and not self.model:
+        if self.backend not in ("measured", "none") and not self.model:
             what = "the endpoint's name of it" if self.backend == "http" else "a folder or hub id"
             raise ValueError(f"captioner.backend {self.backend!r} needs captioner.model: {what}")
         if self.backend == "http" and not self.endpoint:
@@ -151,7 +152,7 @@ class CaptionConfig(Strict):
 
     def settings(self) -> dict[str, Any]:
         """What decides a caption, given the clip; a model's folder counts by its content."""
-        if self.backend == "measured":
+        if self.backend in ("measured", "none"):
             return {}
         names = ["model", "revision", "prompt", "image_prompt", "frames", "max_tokens"]
         if self.backend in ("vlm", "vllm"):

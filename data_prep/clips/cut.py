@@ -120,6 +120,15 @@ def crop_box(
     return left, top, left + box_width, top + box_height
 
 
+def enlargement(height: int, width: int, to_height: int, to_width: int) -> float:
+    """How many times longer a source's pixels are in the target, by the box of `crop_box`.
+
+    >>> enlargement(360, 640, 480, 848), enlargement(720, 1280, 360, 640)
+    (1.3333333333333333, 0.5)
+    """
+    return max(to_height / height, to_width / width)
+
+
 def fit_frame(frame_HW3: Frames, to_height: int, to_width: int) -> Frames:
     """Centre crop to the target's aspect, then resize: uint8 [to_height, to_width, 3]."""
     height, width = frame_HW3.shape[:2]

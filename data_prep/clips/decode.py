@@ -1,21 +1,33 @@
-"""The decoding stage: media bytes → frames of one window or several, in the nearest bucket's size.
+"""The decoding stage: media bytes → frames of one window or several, each in one size or several.
 
-Holds the order of things: judge the metadata, choose windows of frames, measure bars, cut, and try
-a time-out again alone. How each is done is in `data_prep.clips.windows`, `cut`, `filters` and in
-`media`. Knows nothing of Ray.
+Holds the order of things: judge the metadata, choose the length and the windows, measure bars, cut
+to every resolution, and try a time-out again alone. How each is done is in
+`data_prep.clips.windows`, `cut`, `filters` and in `media`. Knows nothing of Ray.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+
+from data_prep.clips.buckets import Size
 from data_prep.clips.cut import BarMeter, Bars, fit_frame, nearest_size
-from data_prep.clips.filters import Drop, judge_bars, judge_container, judge_metadata, judge_times
+from data_prep.clips.filters import (
+    Drop,
+    judge_bars,
+    judge_container,
+    judge_enlargement,
+    judge_metadata,
+    judge_times,
+)
 from data_prep.clips.machine_lock import MachineLock
-from data_prep.clips.windows import Timeline, choose_windows, without_gaps
+from data_prep.clips.windows import Timeline, choose_windows, longest_fit, without_gaps
 from data_prep.config import PrepareConfig
 from data_prep.ledger.reuse import Reuse
 from data_prep.row import Row, decided, join_windows
@@ -29,6 +41,15 @@ _RETRY_FACTOR = 3.0
 """A clip that ran out of time is tried again with so many times its deadline."""
 
 
+class _Target(NamedTuple):
+    """What becomes of a source in one resolution."""
+
+    size: Size
+    """Of the bucket of the nearest aspect."""
+    drop: Drop | None
+    """Why the source is not cut to it."""
+
+
 @dataclass
 class _Cut:
     """How a video is cut, as soon as its times and size are known."""
@@ -36,8 +57,8 @@ class _Cut:
     info: VideoInfo
     windows: list[list[int]]
     """Frame indices of every window."""
-    size: tuple[int, int]
-    """Rows and columns of the bucket."""
+    targets: list[_Target]
+    """One for each resolution, in the order of the settings."""
     meter: BarMeter
 
 
@@ -50,7 +71,10 @@ class _Dropped(Exception):
 
 
 class DecodeStage:
-    """Media bytes → uint8 frames [T, H, W, 3] of one window or several, in the nearest size.
+    """Media bytes → uint8 frames [T, H, W, 3] of one window or several, in the nearest sizes.
+
+    Every window is cut in each of the bucket's resolutions, all from one decoding; the row of a
+    window carries its number as `BucketConfig` defines it.
 
     Videos are decoded by `media.read` in a child process. A sample that its metadata or container
     drops is not decoded, and neither is one whose outcome an earlier run has left. A time-out is
@@ -68,7 +92,8 @@ class DecodeStage:
 
     Args:
         config: the settings.
-        sizes: (rows, columns) of the buckets, in pixels.
+        sizes: (rows, columns) of the buckets, in pixels, as `BucketConfig.all_sizes` lists them:
+            those of every resolution in turn, of each as many.
         lock: shared by all decoders of the machine.
         reuse: what earlier runs left of the samples.
     """
@@ -76,13 +101,14 @@ class DecodeStage:
     def __init__(
         self,
         config: PrepareConfig,
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[Size],
         *,
         lock: MachineLock | None = None,
         reuse: Reuse | None = None,
     ) -> None:
         self.config = config
-        self.sizes = sizes
+        each = len(sizes) // max(1, len(config.bucket.resolutions))
+        self.sizes = [sizes[first : first + each] for first in range(0, len(sizes), each)]
         self.reuse = reuse or Reuse()
         self.reader = VideoReader(memory_bytes=config.caps.decoder_memory_bytes)
         self.lock = lock or MachineLock()
@@ -130,36 +156,48 @@ class DecodeStage:
             # Bars are known only after the last frame, and the whole frames could fill the memory:
             # so the video is decoded a second time.
             clip, cut = self._read(row, bars, deadline_s)
-        num_frames = self.config.bucket.num_frames
-        parts = []
-        for window in range(len(cut.windows)):
-            inside = slice(window * num_frames, (window + 1) * num_frames)
-            part = _with_frames(row, clip.frames[inside], list(clip.pts_s[inside]), bars)
-            parts.append({**part, "window": window})
-        return join_windows(parts)
+        return join_windows(list(_windows_of(row, clip, cut, bars)))
+
+    def _targets(self, height: int, width: int) -> list[_Target]:
+        """For each resolution the size nearest in aspect to a picture of this size."""
+        sizes = [nearest_size(height, width, sizes) for sizes in self.sizes]
+        bucket = self.config.bucket
+        return [_Target(size, judge_enlargement(height, width, size, bucket)) for size in sizes]
 
     def _read(self, row: Row, bars: Bars, deadline_s: float) -> tuple[Clip, _Cut]:
-        """All windows of a video, without the bars; the meter has seen every frame whole."""
+        """All windows of a video, without the bars; the meter has seen every frame whole.
+
+        The frames are flat: pixels of one resolution after the other (`_windows_of` parts them).
+        """
         config, bucket = self.config, self.config.bucket
         cuts: list[_Cut] = []
 
         def choose(info: VideoInfo) -> list[int]:
             windows = self._windows(info, row["key"])
-            size = nearest_size(*bars.size_inside(info.height, info.width), self.sizes)
-            cuts.append(_Cut(info, windows, size, BarMeter()))
+            targets = self._targets(*bars.size_inside(info.height, info.width))
+            drops = [target.drop for target in targets if target.drop is not None]
+            # Bars that are still to be measured may change the sizes, and so the verdicts.
+            is_final = any(bars) or not config.filters.crop_bars
+            if is_final and len(drops) == len(targets):
+                raise _Dropped(drops[0])
+            cuts.append(_Cut(info, windows, targets, BarMeter()))
             return [index for window in windows for index in window]
 
         def transform(frame_HW3: Frames) -> Frames:
+            cut = cuts[-1]
             if config.filters.crop_bars:
-                cuts[-1].meter.add(frame_HW3)
-            return fit_frame(bars.cut(frame_HW3), *cuts[-1].size)
+                cut.meter.add(frame_HW3)
+            picture_HW3 = bars.cut(frame_HW3)
+            sizes = [target.size for target in cut.targets if target.drop is None]
+            flat = [fit_frame(picture_HW3, *size).ravel() for size in sizes]
+            return np.concatenate(flat) if flat else np.empty(0, dtype=np.uint8)
 
         clip = self.reader.read(
             row["media"],
             choose=choose,
             transform=transform,
             deadline_s=deadline_s,
-            max_frames=bucket.num_frames * config.windows_per_clip,
+            max_frames=bucket.lengths[0] * config.windows_per_clip,
             max_pixels=config.caps.max_pixels,
             max_bytes=config.caps.max_media_bytes,
         )
@@ -174,7 +212,7 @@ class DecodeStage:
             raise _Dropped(drop)
         chosen = choose_windows(
             timeline,
-            bucket.num_frames,
+            longest_fit(timeline, bucket.lengths, bucket.fps),
             bucket.fps,
             seed=config.seed,
             key=key,
@@ -203,8 +241,31 @@ class DecodeStage:
         if drop := judge_bars(bars, height, width, filters):
             return decided(row, "dropped", drop.reason, drop.detail)
         picture_HW3 = bars.cut(frame_HW3)
-        size = nearest_size(*bars.size_inside(height, width), self.sizes)
-        return _with_frames(row, fit_frame(picture_HW3, *size)[None], [0.0], bars)
+        parts = []
+        for number, target in enumerate(self._targets(*bars.size_inside(height, width))):
+            part = {**row, "window": number}
+            if target.drop is not None:
+                parts.append(decided(part, "dropped", target.drop.reason, target.drop.detail))
+                continue
+            frames_THW3 = fit_frame(picture_HW3, *target.size)[None]
+            parts.append(_with_frames(part, frames_THW3, [0.0], bars))
+        return join_windows(parts)
+
+
+def _windows_of(row: Row, clip: Clip, cut: _Cut, bars: Bars) -> Iterator[Row]:
+    """A row for each window in each resolution, in the order of their numbers."""
+    for place, window in enumerate(cut.windows):
+        inside = slice(place * len(window), (place + 1) * len(window))
+        first = 0
+        for resolution, (size, drop) in enumerate(cut.targets):
+            part = {**row, "window": place * len(cut.targets) + resolution}
+            if drop is not None:
+                yield decided(part, "dropped", drop.reason, drop.detail)
+                continue
+            end = first + 3 * math.prod(size)
+            frames_THW3 = clip.frames[inside, first:end].reshape(len(window), *size, 3)
+            first = end
+            yield _with_frames(part, frames_THW3, list(clip.pts_s[inside]), bars)
 
 
 def _what_was_odd(info: VideoInfo) -> str:

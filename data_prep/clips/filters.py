@@ -7,6 +7,7 @@ Ray or files.
     missing_metadata                                     only if the run's policy is `drop`
     small_area, short_duration                           from the json, and from the decoder
     interlaced, low_rate, gap                            from the container and its times
+    too_small                                            from the size, against the bucket's
     static_clip, black_frames, white_frames, letterbox   from the pixels
 """
 
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.clips.cut import Bars
+from data_prep.clips.buckets import BucketConfig, Size
+from data_prep.clips.cut import Bars, enlargement
 from data_prep.clips.windows import Timeline, exact_rate
 from data_prep.config import FilterConfig
 from media.frames import Frames
@@ -151,6 +153,22 @@ def judge_times(timeline: Timeline, config: FilterConfig) -> Drop | None:
             "low_rate", f"{float(rate):g} frames per second, under {config.min_source_fps:g}"
         )
     return None
+
+
+def judge_enlargement(height: int, width: int, size: Size, config: BucketConfig) -> Drop | None:
+    """Whether a picture of this size would be enlarged too much to fill a bucket's.
+
+    >>> judge_enlargement(360, 640, (480, 848), BucketConfig(max_enlargement=1.1)).detail
+    '360×640 would be enlarged 1.333 times to fill 480×848, over 1.1'
+    """
+    most, times = config.max_enlargement, enlargement(height, width, *size)
+    if most is None or times <= most:
+        return None
+    return Drop(
+        "too_small",
+        f"{height}×{width} would be enlarged {times:.3f} times to fill {size[0]}×{size[1]}, "
+        f"over {most:g}",
+    )
 
 
 def judge_bars(bars: Bars, height: int, width: int, config: FilterConfig) -> Drop | None:

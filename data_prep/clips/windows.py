@@ -103,6 +103,14 @@ class _Units:
         self.step = int(step * per_second)
         self.times = [int(t) * tick for t in timeline.ticks]
 
+    def room_of(self, num_frames: int) -> int | None:
+        """What is left of the time to the last frame by a window of so many; None: too short.
+
+        The last target time may lie half a step past the last frame.
+        """
+        room = (self.times[-1] if self.times else 0) - (num_frames - 1) * self.step
+        return None if not self.times or 2 * room < -self.step else max(0, room)
+
     def window_from(self, wanted: int, num_frames: int) -> list[int]:
         """The window from the last frame at or before a time: to each target the nearest frame."""
         times = self.times
@@ -115,6 +123,31 @@ class _Units:
         after = min(bisect_left(self.times, target), len(self.times) - 1)
         before = max(0, after - 1)
         return before if target - self.times[before] <= self.times[after] - target else after
+
+
+def _too_short(timeline: Timeline, num_frames: int, fps: float, what: str = "") -> ClipTooShort:
+    return ClipTooShort(
+        f"the video's last frame is at {float(timeline.last_s):.3f} s; {num_frames} frames at "
+        f"{fps:g} fps{what} need one at {(num_frames - 1) / fps:.3f} s"
+    )
+
+
+def longest_fit(timeline: Timeline, frame_counts: Sequence[int], fps: float) -> int:
+    """The largest of several numbers of frames of which a window fits, as `choose_window` judges.
+
+    >>> longest_fit(Timeline.at_rate(40, 16), [81, 49, 33, 17], 16.0)
+    33
+
+    Raises:
+        ClipTooShort: not even the smallest fits.
+    """
+    units = _Units(timeline, fps)
+    counts = sorted(frame_counts, reverse=True)
+    for count in counts:
+        if units.room_of(count) is not None:
+            return count
+    others = f", the fewest of {', '.join(map(str, counts))}," if len(counts) > 1 else ""
+    raise _too_short(timeline, counts[-1], fps, others)
 
 
 def choose_window(
@@ -140,14 +173,10 @@ def choose_window(
         ClipTooShort: the last target time lies more than half a target step past the last frame.
     """
     units = _Units(timeline, fps)
-    window = (num_frames - 1) * units.step
-    room = (units.times[-1] if units.times else 0) - window
-    if not units.times or 2 * room < -units.step:
-        raise ClipTooShort(
-            f"the video's last frame is at {float(timeline.last_s):.3f} s; {num_frames} frames at "
-            f"{fps:g} fps need one at {(num_frames - 1) / fps:.3f} s"
-        )
-    return units.window_from(_share(key_hash(seed, key), max(0, room)), num_frames)
+    room = units.room_of(num_frames)
+    if room is None:
+        raise _too_short(timeline, num_frames, fps)
+    return units.window_from(_share(key_hash(seed, key), room), num_frames)
 
 
 def choose_windows(

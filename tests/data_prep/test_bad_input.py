@@ -99,6 +99,7 @@ MEDIA: dict[str, Callable[[], dict[str, Any]]] = {
     "zero_length": lambda: {"mp4": without_duration()},
     "one_frame": lambda: {"mp4": video(moving(1))},
     "short": lambda: {"mp4": video(moving(5))},
+    "too_small": lambda: {"mp4": video(moving(20, 16, 16))},
     "8k": lambda: {"mp4": flat(4320, 7680, 5)},
     "over_8k": lambda: {"mp4": flat(5760, 10240, 1)},
     "too_many_bytes": lambda: {"mp4": bytes(CAP_BYTES + 1)},
@@ -237,7 +238,9 @@ def prepare_all(config: PrepareConfig, codec: Path, root: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def bad(config: PrepareConfig, codec_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    capped = config.model_copy(update={"caps": CapConfig(max_media_bytes=CAP_BYTES)})
+    caps = CapConfig(max_media_bytes=CAP_BYTES)
+    bucket = config.bucket.model_copy(update={"max_enlargement": 1.5})
+    capped = config.model_copy(update={"caps": caps, "bucket": bucket})
     return prepare_all(capped, codec_dir, tmp_path_factory.mktemp("bad") / "in")
 
 

@@ -183,6 +183,53 @@ def test_long_clips_give_several_windows_each_with_its_times(
     assert single["short", 0] == latents["short", 0]
 
 
+def test_an_output_of_several_lengths_and_resolutions_is_the_separate_outputs_together(
+    config: PrepareConfig, codec_dir: Path, tmp_path: Path
+) -> None:
+    shapes = {
+        "long": (60, 32, 64),
+        "short": (12, 32, 64),
+        "tall": (30, 64, 36),
+        "flash": (5, 32, 64),
+    }
+    samples = [{"__key__": k, "mp4": encode_mp4(noisy(*s), 16)} for k, s in shapes.items()]
+    samples.append({"__key__": "image", "png": encode_png(noisy(1, 64, 36)[0])})
+    shape = {"num_frames": 5, "fps": 8.0, "aspects": ("1:1", "16:9", "9:16")}
+    names, counts = ("36p", "24p"), (17, 5)
+    bucket = BucketConfig(**shape, resolutions=names, frame_counts=counts)
+    rows, latents = prepared(
+        config, codec_dir, tmp_path, samples, bucket=bucket, windows_per_clip=2
+    )
+    # Of the longest that fits: 1.75 s of "tall" hold no 17 frames at 8 fps, which take 2 s.
+    lengths = {"long": 17, "tall": 5, "short": 5, "image": 1}
+    assert {key: row["reason"] for key, row in rows.items()} == dict.fromkeys(shapes, "") | {
+        "flash": "too_short", "image": "",
+    }  # fmt: skip
+    alone = {
+        (name, count): prepared(
+            config, codec_dir, tmp_path / f"{name}{count}", samples, windows_per_clip=2,
+            bucket=BucketConfig(**shape | {"num_frames": count}, resolutions=(name,)),
+        )[1]
+        for name in names
+        for count in counts
+    }  # fmt: skip
+    expected = {}
+    for (name, count), made in alone.items():
+        for (key, window), row in made.items():
+            if lengths[key] in (count, 1):
+                number = window * len(names) + names.index(name)
+                expected[key, number] = {**row, "window": number}
+    assert latents == expected
+    assert len({row["bucket"] for row in latents.values()}) == 8
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert len(info["buckets"]) == 3 * len(names) * 3
+    dataset = LatentDataset(tmp_path / "out", "all")
+    for bucket_, ids in dataset.buckets.items():
+        assert {str(dataset.get(name).bucket) for name in ids} == {str(bucket_)}
+    captions = pq.read_table(tmp_path / "out" / "captions" / "0.parquet").to_pylist()
+    assert {(row["key"], row["window"]) for row in captions} == set(latents)
+
+
 def test_a_window_may_fall_while_its_clip_stays(
     config: PrepareConfig, codec_dir: Path, tmp_path: Path
 ) -> None:

@@ -40,7 +40,11 @@ def test_where_nothing_is_stated_the_dataset_decides(dataset: LatentDataset) -> 
 
 
 def test_what_is_stated_as_it_is_changes_nothing(dataset: LatentDataset) -> None:
-    for stated in (StatedVideo(9, 64, 64, 8.0), StatedVideo(sizes=((64, 64),))):
+    for stated in (
+        StatedVideo(9, 64, 64, 8.0),
+        StatedVideo(sizes=((64, 64),)),
+        StatedVideo(frame_counts=(17, 9)),
+    ):
         assert video_spec(dataset, stated, WAN_FACTORS) == VideoSpec(9, 64, 64, 8.0, 16, 4)
 
 
@@ -58,6 +62,10 @@ def test_what_is_stated_as_it_is_changes_nothing(dataset: LatentDataset) -> None
         (StatedVideo(num_frames=17), ("states num_frames 17", "--set prepare.bucket.num_frames=9")),
         (StatedVideo(fps=16.0), ("states fps 16", "at 8 fps", "--set prepare.bucket.fps=8")),
         (StatedVideo(sizes=((64, 64), (48, 80))), ("states sizes 64x64, 48x80", "sizes=[[64,64]]")),
+        (
+            StatedVideo(frame_counts=(33, 17)),
+            ("states frame_counts 33, 17, but", "--set 'prepare.bucket.frame_counts=[9]'"),
+        ),
     ],
 )
 def test_what_is_stated_otherwise_is_refused_naming_both(
@@ -88,6 +96,16 @@ def test_of_several_buckets_it_is_the_one_that_is_stated(several: LatentDataset)
     assert message.count("--set") == 1
     both = video_spec(several, StatedVideo(sizes=((48, 80), (64, 64))), WAN_FACTORS)
     assert (both.height, both.width) == (48, 80)
+
+
+def test_a_size_that_was_cut_for_and_has_no_clip_may_be_stated(tmp_path: Path) -> None:
+    # Of nine aspects, real clips may have one: the dataset was prepared for all of them.
+    dataset = LatentDataset(write_dataset(tmp_path / "data", more_buckets={(48, 80): 0}))
+    assert {bucket[1:] for bucket in dataset.buckets} == {(64, 64)}
+    stated = StatedVideo(sizes=((48, 80), (64, 64)))
+    assert video_spec(dataset, stated, WAN_FACTORS) == VideoSpec(9, 64, 64, 8.0, 16, 4)
+    # A model is of what there are clips of.
+    assert "states sizes 48x80" in refusal(dataset, StatedVideo(sizes=((48, 80),)))
 
 
 def test_factors_are_the_codecs(dataset: LatentDataset) -> None:

@@ -15,6 +15,7 @@ from data_prep.clips.windows import (
     choose_windows,
     exact_rate,
     key_hash,
+    longest_fit,
     without_gaps,
 )
 
@@ -75,6 +76,65 @@ def test_short_videos_are_refused_with_both_lengths() -> None:
     with pytest.raises(ClipTooShort, match=r"1\.900 s.*2\.000 s") as caught:
         choose_window(Timeline.at_rate(20, 10), 17, 8.0, seed=0, key="a")
     assert caught.value.reason == "too_short"
+
+
+COUNTS = (81, 49, 33, 17)
+
+
+def fits(timeline: Timeline, count: int, fps: float) -> bool:
+    try:
+        choose_window(timeline, count, fps, seed=0, key="a")
+    except ClipTooShort:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("rate", [Fraction(5), *RATES])
+@pytest.mark.parametrize("fps", [8.0, 16.0, 23.976])
+def test_the_longest_that_fits_is_the_longest_of_which_a_window_fits(
+    rate: Fraction, fps: float
+) -> None:
+    found = set()
+    for num_frames in [1, 2, *range(3, int(11 * rate), max(1, int(rate / 4)))]:
+        timeline = Timeline.at_rate(num_frames, rate)
+        fitting = [count for count in COUNTS if fits(timeline, count, fps)]
+        if not fitting:
+            with pytest.raises(ClipTooShort):
+                longest_fit(timeline, COUNTS, fps)
+            continue
+        longest = longest_fit(timeline, COUNTS[::-1], fps)
+        assert longest == max(fitting)
+        found.add(longest)
+        for at_most in (1, 4):
+            windows = choose_windows(timeline, longest, fps, seed=1, key="b", at_most=at_most)
+            assert all(len(window) == longest for window in windows)
+            assert 0 <= min(map(min, windows)) <= max(map(max, windows)) < num_frames
+    assert found == set(COUNTS)
+
+
+def test_the_bound_between_two_lengths_is_exact() -> None:
+    # 49 frames at 16 fps end at 3 s; the last may be missed by half a step, 1/32 s, and no more.
+    for last_ms, longest in ((3000, 49), (2969, 49), (2968, 33)):
+        timeline = Timeline(np.array([*range(0, 2960, 40), last_ms]), Fraction(1, 1000))
+        assert longest_fit(timeline, COUNTS, 16.0) == longest
+
+
+def test_a_video_under_the_shortest_length_is_refused_with_both_and_all_lengths() -> None:
+    words = (
+        r"is at 0\.900 s; 17 frames at 16 fps, the fewest of 81, 49, 33, 17, need one at 1\.000 s"
+    )
+    with pytest.raises(ClipTooShort, match=words):
+        longest_fit(Timeline.at_rate(10, 10), COUNTS, 16.0)
+    alone = Timeline.at_rate(20, 10)
+    messages = []
+    for call in (
+        lambda: longest_fit(alone, [17], 8.0),
+        lambda: choose_window(alone, 17, 8.0, seed=0, key="a"),
+    ):
+        with pytest.raises(ClipTooShort) as caught:
+            call()
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("count", [0, 1, 50])

@@ -60,7 +60,7 @@ def rows(out: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for path in paths for row in pq.read_table(path).to_pylist()}
 
 
-@pytest.mark.parametrize("windows", [1, 2])
+@pytest.mark.parametrize(("windows", "resolutions"), [(1, ()), (2, ()), (1, ("24p", "36p"))])
 def test_only_captions_gives_what_a_whole_run_with_that_captioner_gives(
     config: PrepareConfig,
     by_model: PrepareConfig,
@@ -68,9 +68,11 @@ def test_only_captions_gives_what_a_whole_run_with_that_captioner_gives(
     codec_dir: Path,
     tmp_path: Path,
     windows: int,
+    resolutions: tuple[str, ...],
 ) -> None:
-    config = config.model_copy(update={"windows_per_clip": windows})
-    by_model = by_model.model_copy(update={"windows_per_clip": windows})
+    bucket = config.bucket.model_copy(update={"resolutions": resolutions})
+    change = {"windows_per_clip": windows, "bucket": bucket}
+    config, by_model = config.model_copy(update=change), by_model.model_copy(update=change)
     out, whole = tmp_path / "out", tmp_path / "whole"
     prepare_locally(config, world, out, codec_dir)
     prepare_locally(by_model, world, whole, codec_dir)
@@ -89,7 +91,7 @@ def test_only_captions_gives_what_a_whole_run_with_that_captioner_gives(
     texts = {dataset.captions(i) for ids in dataset.buckets.values() for i in ids}
     written = [r for p in (whole / "captions").iterdir() for r in pq.read_table(p).to_pylist()]
     assert texts == {(r["caption"], r["synthetic"]) for r in written}
-    assert {r["window"] for r in written} == set(range(windows))
+    assert {r["window"] for r in written} == set(range(windows * max(1, len(resolutions))))
 
 
 def test_nothing_is_captioned_twice_until_the_captioner_changes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -139,6 +140,9 @@ def base(config: PrepareConfig) -> PrepareConfig:
             buckets(aspects=("1:1", "2:1")), Work(3, 0, 0), id="a bucket that none goes to"
         ),
         pytest.param(buckets(height=48, width=48), Work(3, 3, 3), id="another size"),
+        pytest.param(buckets(frame_counts=(5,)), Work(3, 0, 0), id="the same length as a list"),
+        # A square of 24p has sides of 32, as before.
+        pytest.param(buckets(resolutions=("24p", "36p")), Work(3, 3, 3), id="a resolution more"),
     ],
 )
 def test_changed_settings_redo_only_what_they_affect(
@@ -193,6 +197,20 @@ def test_several_windows_are_taken_over_whole(
     other = filters(matching_score_above=0.25)(several)
     assert output.prepare(other, codec_dir) == NOTHING
     assert output.is_as_from_scratch(other, codec_dir)
+
+
+def test_of_several_resolutions_one_is_left_out_without_encoding_another(
+    base: PrepareConfig, output: Output, codec_dir: Path
+) -> None:
+    several = buckets(resolutions=("24p", "36p"), frame_counts=(17, 5))(base)
+    assert output.prepare(several, codec_dir, shuffle=1, stop_after=2).encoded > 0
+    assert output.prepare(several, codec_dir).encoded > 0
+    assert output.is_as_from_scratch(several, codec_dir)
+    shutil.rmtree(output.fresh)
+    one = buckets(resolutions=("36p",))(several)
+    # Which window a caption is of goes by its frames too.
+    assert output.prepare(one, codec_dir) == Work(3, 0, 0)
+    assert output.is_as_from_scratch(one, codec_dir)
 
 
 def test_a_redo_that_is_stopped_goes_on_to_the_same_bytes(

@@ -80,7 +80,11 @@ class Group:
 
 
 def read_shard(
-    source: str, *, max_media_bytes: int = 512 * 2**20, summary: ShardSummary | None = None
+    source: str,
+    *,
+    max_media_bytes: int = 512 * 2**20,
+    summary: ShardSummary | None = None,
+    archive: Archive | None = None,
 ) -> Iterator[Sample]:
     """The samples of a tar or folder, numbered from 0; never raises on what is in it.
 
@@ -98,12 +102,13 @@ def read_shard(
         source: path of a tar or folder, or URI of a tar.
         max_media_bytes: media over this many bytes are never read: problem `video_too_large`.
         summary: filled as a side effect.
+        archive: the shard, where it is open already; it is closed at the end.
 
     Raises:
         ShardError: the shard cannot be opened.
     """
     summary = summary if summary is not None else ShardSummary()
-    archive = open_archive(source)
+    archive = archive if archive is not None else open_archive(source)
     try:
         listing = archive.listing()
         summary.truncated, summary.error = listing.truncated, listing.error

@@ -18,7 +18,7 @@ from flow.aspects import SizeError, ratio_of, size_of
 from flow.codec_factors import CodecFactors
 from flowreel.values import digest_of
 
-PREPARE_VERSION = 4
+PREPARE_VERSION = 5
 """Raised when the code changes what a sample becomes."""
 
 MAX_SIDE = 4096

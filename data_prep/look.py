@@ -198,7 +198,7 @@ def _reader_of(row: Row, info: VideoInfo | None) -> tuple[str, str]:
     if info is None:
         return "pyav", why
     timed = "times are those of its packets"
-    counted = "its packets carry no sound times, so frames are counted at its rate"
+    counted = "its packets carry no usable times, so frames are counted at its rate"
     return "pyav", f"{why}; {timed if info.facts['timed'] else counted}"
 
 
@@ -221,12 +221,12 @@ def _remedy(row: Row, config: PrepareConfig, factors: CodecFactors, info: VideoI
     if remedy.off:
         (setting,) = remedy.settings
         return f"--set prepare.{setting}={remedy.off} (now {now[setting]}): {remedy.advice}"
-    text = remedy.advice
     if row["reason"] == "too_short" and info is not None:
-        text = f"--set prepare.bucket.num_frames={_frames_that_fit(config, factors, info)}: {text}"
-    if remedy.settings:
-        text += "; now " + ", ".join(f"prepare.{name}={value}" for name, value in now.items())
-    return text
+        fit = _frames_that_fit(config, factors, info)
+        setting = "bucket.num_frames"
+        return f"--set prepare.{setting}={fit} (now {now[setting]}): {remedy.advice}"
+    present = ", ".join(f"prepare.{name} is {value}" for name, value in now.items())
+    return remedy.advice + (f": {present}" if present else "")
 
 
 def _frames_that_fit(config: PrepareConfig, factors: CodecFactors, info: VideoInfo) -> int:

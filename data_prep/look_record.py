@@ -62,6 +62,11 @@ class Look:
     same_key: int = 0
     """Later samples of the shard with the same key, which fail."""
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is a frame to show."""
+        return bool(self.windows or self.overview)
+
     def document(self) -> dict[str, Any]:
         """All but the pixels, as JSON holds it; `window` and `pts_s` are those of window 0."""
         windows = [
@@ -114,7 +119,8 @@ class Look:
         ]
         if self.overview:
             labels = [f"{time:.3f} s" for time in self.overview_s]
-            strips.append(Strip("the source: no window was cut from it", self.overview, labels))
+            shown = "the source" if len(labels) > 1 else "the source's first frame"
+            strips.append(Strip(f"{shown}: no window was cut from it", self.overview, labels))
         return contact_sheet(printable(outcome), lines, strips, _MARKS[self.status])
 
 

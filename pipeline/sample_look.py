@@ -54,7 +54,10 @@ def look(
     title = f"{source} {key}" if key else source
     reporter.table(printable(title), ["", ""], [list(row) for row in found.rows()], left=True)
     if sheet is None and frames is None and not reporter.as_json:
-        sheet = Path(sheet_name(found.key))
+        if found.has_pictures:
+            sheet = Path(sheet_name(found.key))
+        else:
+            reporter.outcome("no contact sheet: no frame can be shown")
     if sheet is not None:
         write_whole(sheet, encode_png(found.sheet()))
         reporter.outcome(f"contact sheet  {sheet}")

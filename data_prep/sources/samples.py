@@ -262,7 +262,8 @@ def _find_problem(sample: Sample, group: Group, listing: Listing, earlier_keys: 
         # A json may say anything: only what looks like a downloader's word becomes a reason.
         is_a_word = status != "success" and _WORD.fullmatch(status) is not None
         sample.problem = status if is_a_word else "no_media"
-        message = str(sample.metadata.get("error_message") or "no video or image member")
+        nothing = f"no video or image member, only {', '.join(group.members)}"
+        message = str(sample.metadata.get("error_message") or nothing)
         sample.detail = message[:300]
     if sample.problem:
         sample.media = b""

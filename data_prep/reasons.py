@@ -38,7 +38,7 @@ REASONS: dict[str, Remedy] = {
     # the source as a whole
     "small_area": _off("filters.min_area_pixels", "0", "take any size"),
     "short_duration": _off("filters.min_duration_s", "0", "take any length"),
-    "interlaced": _off("filters.progressive", "false", "take its combs, or deinterlace the video first"),
+    "interlaced": _off("filters.progressive", "false", "take its combs, or deinterlace it first"),
     "low_rate": _off("filters.min_source_fps", "0", "take any rate; frames are then repeated"),
     "gap": _off("filters.max_gap_s", "null", "take windows with a still inside"),
     "image": _off("images", "true", "take images as clips of one frame"),

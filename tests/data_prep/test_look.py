@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.clips.decode import DecodeStage
 from data_prep.config import FilterConfig, PrepareConfig
 from data_prep.look import keys_in, look_at
 from data_prep.look_record import Look
 from data_prep.sources.listing import ShardError
 from data_prep.sources.samples import write_shard
+from data_prep.stages import FilterStage, run_stage
 from flow.codec_factors import read_factors
 from media.pixels import PQ
+from media.read import VideoReader
 from media.write import encode_png
 from pipeline.recipes import load_recipe
 from tests.data_prep.bad_media import moving, video, with_bars
-from tests.data_prep.in_process import prepare_locally
+from tests.data_prep.in_process import decode_row, prepare_locally
 from tests.data_prep.sources.test_samples import tar_of
 from tests.data_prep.test_stages import bad_samples
 from tests.media import odd_videos as odd
@@ -178,9 +181,15 @@ DROPS: dict[str, tuple[dict[str, Any], Callable[[], bytes], dict[str, Any]]] = {
 """Filters, video and json that end in a reason."""
 
 
+@pytest.fixture(scope="module")
+def reader() -> Iterator[VideoReader]:
+    with VideoReader() as reader:
+        yield reader
+
+
 @pytest.mark.parametrize("reason", DROPS)
 def test_the_setting_that_a_look_names_keeps_what_was_dropped(
-    config: PrepareConfig, reason: str
+    config: PrepareConfig, reader: VideoReader, reason: str
 ) -> None:
     filters, make, metadata = DROPS[reason]
     strict = config.model_copy(update={"filters": FilterConfig(**filters)})
@@ -191,8 +200,11 @@ def test_the_setting_that_a_look_names_keeps_what_was_dropped(
     option, setting, *_ = look.remedy.split()
     assert option == "--set"
     section = {"bucket": config.bucket.model_dump(), "filters": filters}
-    changed = load_recipe("tiny", [f"prepare={json.dumps(section)}", setting])
-    assert looked(changed.prepare, "a", data, **metadata).status == "kept"
+    changed = load_recipe("tiny", [f"prepare={json.dumps(section)}", setting]).prepare
+    stage = DecodeStage(changed, changed.bucket.all_sizes(FACTORS.space))
+    stage.reader = reader
+    row = run_stage(stage, decode_row(media=data, metadata=json.dumps(metadata)))
+    assert run_stage(FilterStage(changed), row)["status"] == ""
 
 
 def test_of_a_clip_that_is_too_short_it_says_how_many_frames_fit(config: PrepareConfig) -> None:

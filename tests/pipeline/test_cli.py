@@ -15,8 +15,8 @@ from tests.pipeline.command import PYTHON, flowreel, modules_after, one_line, re
 from tests.places import ROOT, TINY_CODEC
 
 COMMANDS = (
-    "demo", "submit", "prepare", "inspect", "export", "train", "sample", "likelihood", "evaluate",
-    "serve", "import-weights", "train-codec", "doctor", "settings",
+    "demo", "submit", "prepare", "look", "inspect", "export", "train", "sample", "likelihood",
+    "evaluate", "serve", "import-weights", "train-codec", "doctor", "settings",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers", "mlflow", "fastapi", "matplotlib"}
 
@@ -105,6 +105,8 @@ def test_every_option_has_a_help_text_and_every_command_an_example(command: str)
         (["prepare", "--out", "OUT", "--only", "latents"], "must be one of captions"),
         (["prepare", "--out", "OUT", "--only", "captions"], "OUT: no such folder"),
         (["prepare", "--out", "README.md/x", "--shards", "docs"], "README.md is a file"),
+        (["look", "no.mp4"], "no.mp4: no such file"),
+        (["look", "README.md", "--recipe", "no.yaml"], "no.yaml"),
         (["inspect", "docs"], "no latent dataset in docs"),
         (["export", "DATA", "--out", "OUT", "--split", "trian"], "did you mean 'train'?"),
         (["import-weights", "no.pth", "--config", "no.yaml", "--out", "OUT"], "no.pth: no such"),
@@ -231,6 +233,8 @@ def test_completion_knows_recipes_choices_sections_and_settings() -> None:
         ["sample", "m", "--image", "ru"],
         ["sample", "m", "--out", "ru"],
         ["train", "--data", "ru"],
+        ["look", "ru"],
+        ["look", "a.mp4", "--out", "ru"],
         ["inspect", "ru"],
         ["prepare", "--shards", "ru"],
         ["demo", "--out", "ru"],

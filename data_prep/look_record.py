@@ -11,6 +11,8 @@ from typing import Any
 from media.contact_sheet import AMBER, GREEN, RED, Strip, contact_sheet
 from media.frames import Frames
 
+_MOST_LETTERS = 400
+"""Of what is shown; JSON has the whole."""
 _MARKS = {"kept": GREEN, "dropped": AMBER, "failed": RED}
 
 
@@ -102,7 +104,7 @@ class Look:
             if self.same_key
             else ("", ""),
         ]
-        return [(name, printable(words)) for name, words in rows if words]
+        return [(name, _short(printable(words))) for name, words in rows if words]
 
     def sheet(self) -> Frames:
         """A contact sheet, uint8 [H, W, 3]: the outcome, the facts, every frame with its time."""
@@ -156,6 +158,10 @@ def _window_in_words(look: WindowLook) -> str:
     text = f"{count} frames of {width}×{height}: source frames {look.window[0]} to "
     text += f"{look.window[-1]}, {look.pts_s[0]:.3f} s to {look.pts_s[-1]:.3f} s"
     return text + (f"; {look.status}: {look.reason}, {look.detail}" if look.reason else "")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}…"
 
 
 def printable(text: str) -> str:

@@ -94,7 +94,7 @@ def _say_keys(source: str, reporter: Reporter) -> None:
 
 def _write_frames(found: Look, path: Path, reporter: Reporter) -> list[Path]:
     """One file for each window; none where no window was cut."""
-    paths = []
+    paths: list[Path] = []
     for window in found.windows:
         number = len(paths)
         own = path if not number else path.with_name(f"{path.stem}-{number}{path.suffix}")

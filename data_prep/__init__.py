@@ -7,6 +7,9 @@ At the top, in this order:
     on_ray.py     the stages as operators of Ray Data: `prepare`
     config.py     all settings, and the digests of what they decide
     row.py        the row that passes from stage to stage
+    reasons.py    why a sample is not kept, and what would keep it
+    look.py       the stages on one sample: `flowreel look`
+    look_record.py  what was found, as words and pictures
     resources.py  how many workers of each stage a cluster holds
     progress.py   what is called as work goes on
     strict.py     the base of every settings class

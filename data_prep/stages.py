@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict
 from typing import Protocol
 
@@ -37,6 +37,7 @@ from data_prep.row import (
     join_windows,
     split_windows,
 )
+from data_prep.sources.archive import Archive
 from data_prep.sources.samples import ShardSummary, read_shard
 from data_prep.storage.location import StorageError
 from media.errors import MediaError
@@ -105,13 +106,16 @@ class StageChain:
             stage.close()
 
 
-def read_rows(job: ShardJob, config: PrepareConfig, skip: set[int]) -> Iterator[Row]:
+def read_rows(
+    job: ShardJob, config: PrepareConfig, skip: set[int], archive: Archive | None = None
+) -> Generator[Row, None, None]:
     """Rows of a shard's samples, in order, then the closing row.
 
     Args:
         job: the shard.
         config: the settings.
         skip: numbers of the samples that need no row, because they are staged.
+        archive: the shard, where it is open already.
 
     Raises:
         ShardError: the shard cannot be opened.
@@ -124,6 +128,7 @@ def read_rows(job: ShardJob, config: PrepareConfig, skip: set[int]) -> Iterator[
         max_media_bytes=config.caps.max_media_bytes,
         summary=summary,
         config=config.source,
+        archive=archive,
     )
     for sample in samples:
         if sample.number in skip:

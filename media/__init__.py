@@ -5,6 +5,7 @@ To read in this order:
     frames.py       the type of decoded frames
     errors.py       what can be wrong with a media file, as one tree
     write.py        frames → mp4 or PNG bytes; still images → a frame
+    contact_sheet.py  many frames as one picture to look at
     formats.py      which container a file is, by its first bytes
     pixels.py       from a decoded picture to RGB as it is meant to be seen
     source.py       one opened video: what its container says, and its frames

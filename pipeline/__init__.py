@@ -10,6 +10,7 @@ Read in this order:
     video_likelihood.py   `flowreel likelihood`
     run_service.py        `flowreel serve`
     import_released.py    `flowreel import-weights`
+    sample_look.py        `flowreel look`
     dataset_page.py       `flowreel inspect`
     doctor.py             `flowreel doctor`
     settings.py           `flowreel settings` and docs/settings.md

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
+from data_prep.sources.listing import Listing, Member
 from data_prep.sources.loose_files import LooseFiles
 from data_prep.sources.tar_archive import TarArchive
 
-Archive = TarArchive | LooseFiles
-"""Both have `listing`, `read`, `content_sha256` and `close`."""
+
+class Archive(Protocol):
+    """What a shard can be asked, whichever kind it is."""
+
+    def listing(self) -> Listing:
+        """Every member, in order."""
+        ...
+
+    def read(self, member: Member, max_bytes: int) -> bytes | None:
+        """The whole member; None over `max_bytes`; fewer bytes where the shard is cut."""
+        ...
+
+    def content_sha256(self) -> str:
+        """Hex SHA-256 of the whole content."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is open."""
+        ...
 
 
 def open_archive(source: str) -> Archive:

@@ -83,6 +83,7 @@ def read_shard(
     max_media_bytes: int = 512 * 2**20,
     summary: ShardSummary | None = None,
     config: SourceConfig = _USUAL,
+    archive: Archive | None = None,
 ) -> Iterator[Sample]:
     """The samples of a tar or folder, numbered from 0; never raises on what is in it.
 
@@ -101,12 +102,13 @@ def read_shard(
         max_media_bytes: media over this many bytes are never read: problem `video_too_large`.
         summary: filled as a side effect.
         config: which members are media and captions.
+        archive: the shard, where it is open already; it is closed at the end.
 
     Raises:
         ShardError: the shard cannot be opened.
     """
     summary = summary if summary is not None else ShardSummary()
-    archive = open_archive(source)
+    archive = archive if archive is not None else open_archive(source)
     try:
         listing = archive.listing()
         summary.truncated, summary.error = listing.truncated, listing.error
@@ -265,7 +267,8 @@ def _find_problem(sample: Sample, group: Group, listing: Listing, earlier_keys: 
         # A json may say anything: only what looks like a downloader's word becomes a reason.
         is_a_word = status != "success" and _WORD.fullmatch(status) is not None
         sample.problem = status if is_a_word else "no_media"
-        message = str(sample.metadata.get("error_message") or "no video or image member")
+        nothing = f"no video or image member, only {', '.join(group.members)}"
+        message = str(sample.metadata.get("error_message") or nothing)
         sample.detail = message[:300]
     if sample.problem:
         sample.media = b""

@@ -1,7 +1,7 @@
 """The command line: `flowreel --help`.
 
     demo.py       the whole in one command: demo, here, and submit, on a cluster
-    data.py       around a dataset: prepare, inspect, export, merge-latents
+    data.py       around a dataset: prepare, look, inspect, export, merge-latents
     model.py      around a model: train, sample, likelihood, evaluate, serve, import-weights,
                   train-codec
     about.py      doctor and settings

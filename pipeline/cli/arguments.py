@@ -84,6 +84,21 @@ def input_file(path: Path, what: str) -> Path:
     return path
 
 
+def sample(source: str, key: str | None) -> None:
+    """A video or image by itself, or a key of a shard; one in an object store is not asked for."""
+    from data_prep.storage.location import is_uri
+
+    if is_uri(source) or Path(source).is_dir():
+        return
+    input_file(Path(source), "a video, an image or a shard")
+    from data_prep.sources.one_sample import is_shard
+
+    if key is not None and not is_shard(source):
+        raise ArgumentError(
+            f"{source} is a file by itself, and has no key {key!r}; leave the key out"
+        )
+
+
 def latents(location: str) -> str:
     """A dataset of latents; one in an object store is not asked for before it is opened."""
     from data_prep.storage.location import absolute, is_uri

@@ -1,4 +1,4 @@
-"""Commands around a dataset of latents: prepare, inspect, export, merge-latents."""
+"""Commands around a dataset of latents: prepare, look, inspect, export, merge-latents."""
 
 from __future__ import annotations
 
@@ -99,6 +99,65 @@ def prepare(
             report = prepare_latents(loaded, paths or [], out, said, redo=redo)
     save_recipe(loaded, out)
     said.document(report)
+
+
+@command(
+    examples=(
+        "flowreel look clip.mp4",
+        "flowreel look /data/panda/00000.tar 0000_00012 --recipe /data/latents/recipe.yaml",
+        "flowreel look clip.mp4 --frames clip.npy --json",
+    ),
+)
+def look(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="A video or image; or a shard: a tar, a folder, an s3:// URI."
+        ),
+    ],
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[KEY]", help="The sample in the shard; without it: which there are."
+        ),
+    ] = None,
+    recipe: RecipeOption = "tiny",
+    codec: Annotated[
+        str | None,
+        typer.Option(help="'tiny', a folder, or a hub id; default: the recipe's codec."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The contact sheet, a PNG; default: look-KEY.png here, or none with --frames or "
+            "--json.",
+        ),
+    ] = None,
+    frames: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also the frames, uint8 [T, H, W, 3], as .npy; a second window in NAME-1.npy."
+        ),
+    ] = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """What preparation makes of one input, and why: the answer to "why was my clip dropped?".
+
+    It takes the same steps as `prepare` with that recipe, on this sample alone.
+    """
+    arguments.sample(file, key)
+    if out is not None:
+        arguments.output_file(out, suffixes=(".png",))
+    if frames is not None:
+        arguments.output_file(frames, option="--frames", suffixes=(".npy",))
+    from pipeline.recipes import load_recipe
+    from pipeline.sample_look import look as run_look
+
+    loaded = load_recipe(recipe, [*(set_ or []), *([f"codec={codec}"] if codec else [])])
+    run_look(file, key, loaded, reporter(json_), sheet=out, frames=frames)
 
 
 @command(examples=["flowreel inspect runs/demo/latents"])

@@ -70,6 +70,11 @@ def odd_videos() -> Path:
 
 
 @pytest.fixture(scope="session")
+def odd_inputs() -> Path:
+    return real_folder("FLOWREEL_ODD_INPUTS", "odd_inputs")
+
+
+@pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """An S3-compatible server on localhost."""
     with pytest.MonkeyPatch.context() as patch:

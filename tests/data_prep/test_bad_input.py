@@ -51,7 +51,8 @@ class Row(NamedTuple):
 
 def table() -> dict[str, Row]:
     rows = {}
-    for line in (ROOT / "docs" / "bad_input.md").read_text().splitlines():
+    page = (ROOT / "docs" / "bad_input.md").read_text()
+    for line in page.split("## Why was my clip dropped?")[0].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not line.startswith("| ") or len(cells) == 2 or cells[0] in ("kind", "---"):
             continue
@@ -81,6 +82,27 @@ def grey_16() -> bytes:
     """A PNG of sixteen-bit grey."""
     file = io.BytesIO()
     Image.fromarray(np.full((64, 64), 30000, dtype=np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
+def still(kind: str, mode: str = "RGB", size: tuple[int, int] = (64, 64), **options: Any) -> bytes:
+    """An image of one of Pillow's formats and modes."""
+    file = io.BytesIO()
+    Image.fromarray(moving(1)[0]).resize(size).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned() -> bytes:
+    """A JPEG that is to be turned a quarter to the right."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return still("JPEG", exif=exif)
+
+
+def moving_webp() -> bytes:
+    file = io.BytesIO()
+    first, *rest = [Image.fromarray(frame) for frame in moving(5)]
+    first.save(file, "WEBP", save_all=True, append_images=rest)
     return file.getvalue()
 
 
@@ -131,7 +153,21 @@ MEDIA: dict[str, Callable[[], dict[str, Any]]] = {
     "low_rate": lambda: {"mp4": odd.video(count=20, rate=1, time_base=Fraction(1))},
     "gap": lambda: {"mp4": odd.video(count=20, times=lambda n: n + (25_000 if n > 9 else 0))},
     "avi": lambda: {"mp4": odd.video(suffix="avi", codec="mpeg4", options={"bf": "2"})},
+    "high_rate": lambda: {"mp4": odd.video(count=600, rate=1000, time_base=Fraction(1, 1000))},
+    "several_streams": lambda: {"mkv": odd.several_streams()},
     "grey_16": lambda: {"png": grey_16()},
+    "cmyk": lambda: {"jpg": still("JPEG", "CMYK")},
+    "transparent": lambda: {"png": still("PNG", "RGBA")},
+    "turned_image": lambda: {"jpg": turned()},
+    "moving_image": lambda: {"webp": moving_webp()},
+    "one_pixel": lambda: {"png": still("PNG", size=(1, 1))},
+    "jpeg_named_png": lambda: {"png": still("JPEG")},
+    "avif_named_jpg": lambda: {"jpg": b"\0\0\0\x1cftypavif" + bytes(500)},
+    "other_image": lambda: {"tiff": still("TIFF")},
+    "no_caption": lambda: {"mp4": GOOD, "txt": "  \n"},
+    "caption_list": lambda: {"mp4": GOOD, "txt": "['A car.', 'A road.']"},
+    "caption_utf16": lambda: {"mp4": GOOD, "txt": "Café".encode("utf-16")},
+    "caption_control": lambda: {"mp4": GOOD, "txt": "a\0b \x1b[31mred \u202eabc"},
 }
 CAP_BYTES = 2**20
 
@@ -196,6 +232,7 @@ SHARDS: dict[str, Callable[[Path], Any]] = {
         b"".join(packed_tar(p, name) for name in ("first.mp4", "one_after_another.mp4"))
     ),
     "xz_shard": lambda p: p.write_bytes(lzma.compress(packed_tar(p, "xz_shard.mp4"))),
+    "capitals": lambda p: tar_of(p, [("capitals.MP4", GOOD), ("capitals.TXT", b"A clip.")]),
     "leftover": lambda p: tar_of(p, [("leftover.f230.mp4", GOOD), ("leftover.mp4", GOOD)]),
     "several_videos": lambda p: tar_of(
         p, [(f"several_videos{end}", GOOD) for end in (".left.mp4", ".mp4", ".right.mp4")]

@@ -128,9 +128,9 @@ def size_changes(first: int = 50) -> bytes:
     return video(suffix="ts", count=first) + video(suffix="ts", count=50, size=(144, 256))
 
 
-def with_matrix(a: int, b: int, c: int, d: int) -> bytes:
+def with_matrix(a: int, b: int, c: int, d: int, count: int = 20) -> bytes:
     """A video whose track header holds a display matrix of these whole numbers."""
-    data = bytearray(video(count=20))
+    data = bytearray(video(count=count))
     unit = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     at = data.index(unit, data.index(b"tkhd"))
     entries = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
@@ -138,13 +138,13 @@ def with_matrix(a: int, b: int, c: int, d: int) -> bytes:
     return bytes(data)
 
 
-def tall_pixels() -> bytes:
+def tall_pixels(count: int = 20) -> bytes:
     """256 rows and 128 columns of pixels twice as wide as high: shown as a square."""
 
     def wide(stream: Any) -> None:
         stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
 
-    return video(count=20, size=(256, 128), set_up=wide)
+    return video(count=count, size=(256, 128), set_up=wide)
 
 
 def interlaced() -> bytes:
@@ -152,7 +152,7 @@ def interlaced() -> bytes:
     return video(count=25, options={"x264-params": "tff=1:interlaced=1"})
 
 
-def hdr(transfer: int) -> bytes:
+def hdr(transfer: int, count: int = 20) -> bytes:
     """The same picture as HDR: PQ or HLG, BT.2020, ten bits."""
 
     def tags(stream: Any) -> None:
@@ -169,7 +169,7 @@ def hdr(transfer: int) -> bytes:
         return frame
 
     # 10-bit H.264 holds HDR as well as H.265 does.
-    return video(count=20, set_up=tags, frame_of=frame_of)
+    return video(count=count, set_up=tags, frame_of=frame_of)
 
 
 def _hdr_signal(rgb_HW3: Frames, transfer: int) -> np.ndarray:
@@ -215,9 +215,10 @@ def several_streams() -> bytes:
     return out.getvalue()
 
 
-def with_gap() -> bytes:
+def with_gap(half: int = 50) -> bytes:
     """50 frames, 30 s of nothing, 50 frames."""
-    return video(times=lambda number: number + (30 * RATE if number >= 50 else 0))
+    late = 30 * RATE
+    return video(count=2 * half, times=lambda number: number + (late if number >= half else 0))
 
 
 def damaged(seed: int = 0) -> bytes:

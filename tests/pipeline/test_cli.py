@@ -15,7 +15,7 @@ from tests.pipeline.command import PYTHON, flowreel, modules_after, one_line, re
 from tests.places import ROOT, TINY_CODEC
 
 COMMANDS = (
-    "demo", "submit", "prepare", "inspect", "export", "merge-latents", "train", "sample",
+    "demo", "submit", "prepare", "look", "inspect", "export", "merge-latents", "train", "sample",
     "likelihood", "evaluate", "serve", "import-weights", "train-codec", "doctor", "settings",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers", "mlflow", "fastapi", "matplotlib"}
@@ -109,6 +109,8 @@ def test_every_option_has_a_help_text_and_every_command_an_example(command: str)
         (["prepare", "--out", "OUT", "--shards", "https://me:pw@h/0.tar"], "into ~/.netrc"),
         (["prepare", "--out", "OUT", "--shards", "hf://o/n/0.tar"], "hf://datasets/OWNER/NAME"),
         (["prepare", "--out", "https://h/o", "--shards", "docs"], "from the web only shards"),
+        (["look", "no.mp4"], "no.mp4: no such file"),
+        (["look", "README.md", "--recipe", "no.yaml"], "no.yaml"),
         (["inspect", "docs"], "no latent dataset in docs"),
         (["export", "DATA", "--out", "OUT", "--split", "trian"], "did you mean 'train'?"),
         (["merge-latents", "DATA", "docs", "--out", "OUT"], "no latent dataset in docs"),
@@ -237,6 +239,8 @@ def test_completion_knows_recipes_choices_sections_and_settings() -> None:
         ["sample", "m", "--image", "ru"],
         ["sample", "m", "--out", "ru"],
         ["train", "--data", "ru"],
+        ["look", "ru"],
+        ["look", "a.mp4", "--out", "ru"],
         ["inspect", "ru"],
         ["prepare", "--shards", "ru"],
         ["demo", "--out", "ru"],

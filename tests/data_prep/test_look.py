@@ -17,6 +17,7 @@ from data_prep.clips.decode import DecodeStage
 from data_prep.config import FilterConfig, PrepareConfig
 from data_prep.look import keys_in, look_at
 from data_prep.look_record import Look
+from data_prep.sources.config import SourceConfig
 from data_prep.sources.listing import ShardError
 from data_prep.sources.samples import write_shard
 from data_prep.stages import FilterStage, run_stage
@@ -87,7 +88,9 @@ def test_a_look_at_each_sample_of_a_shard_is_what_a_run_makes_of_it(
     rows, latents = prepared(tmp_path / "out")
     assert len(rows) == len(odd_samples())
     assert {row["status"] for row in rows} == {"kept", "dropped", "failed"}
-    assert sorted(key for key, _, _ in keys_in(source)) == [row["key"] for row in rows]
+    assert sorted(key for key, _, _ in keys_in(source, SourceConfig())) == [
+        row["key"] for row in rows
+    ]
     for row in rows:
         assert_same(look_at(source, row["key"], strict, FACTORS), row, latents)
 
@@ -242,7 +245,7 @@ def test_a_key_that_is_not_there_names_a_near_one(config: PrepareConfig, tmp_pat
     junk = tmp_path / "junk.tar"
     junk.write_bytes(b"junk" * 999)
     with pytest.raises(ShardError, match="not a readable tar"):
-        keys_in(str(junk))
+        keys_in(str(junk), SourceConfig())
 
 
 def test_words_cannot_steer_a_terminal(config: PrepareConfig) -> None:

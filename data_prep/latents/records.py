@@ -219,8 +219,8 @@ def write_groups(path: Path, groups: Iterable[pa.Table], schema: pa.Schema) -> t
     """Write tables as Parquet, each as one row group; the rows, and the file's SHA-256.
 
     The same tables, in the same chunks, give the same bytes. Moments are stored as they are: zstd
-    takes ten times as long over them as all the rest, to save a tenth of the bytes of a mean
-    (`python -m benchmarks.prepare --scale`).
+    takes as long over them as everything else that a sink does, to save a twelfth of a Gaussian
+    mean and a third of a log-variance (`python -m benchmarks.prepare --scale`).
     """
     compression = {_leaf(field): "none" if field.name in MOMENTS else "zstd" for field in schema}
     digest, count = _GrowingDigest(), 0

@@ -133,8 +133,10 @@ def running_sinks(
     for job in jobs:
         parts[sink_of(job.name, sinks)].append(job)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _has_cpus(node)]
+    # Held here: a sink that is started again needs its jobs again.
+    held = [ray.put(tuple(part)) for part in parts]
     actors = []
-    for number, own in enumerate(parts):
+    for number, own in enumerate(held):
         where = "SPREAD"
         if nodes:
             node = nodes[number % len(nodes)]
@@ -148,7 +150,7 @@ def running_sinks(
             max_concurrency=2 * blocks_in_flight(out) + 1,
             scheduling_strategy=where,
         )
-        actors.append(remote.remote(config, out, tuple(own), run))
+        actors.append(remote.remote(config, out, own, run))
     try:
         yield actors
         ray.get([actor.close.remote() for actor in actors])

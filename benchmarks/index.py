@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -124,25 +125,24 @@ def open_at_once(root: Path, ranks: int) -> tuple[list[dict[str, Any]], int]:
     """Figures of ranks that open the index at once, and the bytes that they take together."""
     command = [sys.executable, "-m", "benchmarks.index", "--rank", str(root)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(ranks)]
-    try:
-        if [process.stdout.readline() for process in processes if process.stdout] != (
-            ["ready\n"] * ranks
-        ):
+    with ExitStack() as stack:
+        processes = []
+        for _ in range(ranks):
+            processes.append(stack.enter_context(subprocess.Popen(command, cwd=ROOT, **pipes)))
+            stack.callback(processes[-1].kill)
+        if [_answer(process) for process in processes] != ["ready\n"] * ranks:
             raise RuntimeError("a rank failed before it began; its message is above")
         before = sum(pss_bytes(process.pid) for process in processes)
         for process in processes:
             _tell(process)
-        figures = [json.loads(process.stdout.readline()) for process in processes if process.stdout]
+        figures = [json.loads(_answer(process)) for process in processes]
         together = sum(pss_bytes(process.pid) for process in processes) - before
-        for process in processes:
-            _tell(process)
-            process.wait()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
     return figures, together
+
+
+def _answer(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
 
 
 def _tell(process: subprocess.Popen[str]) -> None:

@@ -92,7 +92,9 @@ class ManifestFile:
                     # Mapped: whoever has it open keeps it when another takes its place.
                     source = pa.memory_map(f"{folder.location}/{MANIFEST_FILE}")
                 else:
-                    source = pa.BufferReader(folder.read(MANIFEST_FILE))
+                    # One request, however large it is; a stream is read in parts.
+                    with folder.failing("read", MANIFEST_FILE), folder.open(MANIFEST_FILE) as file:
+                        source = pa.BufferReader(file.read_at(file.size(), 0))
         except FileNotFoundError:
             return None
         return cls(where, source)

@@ -20,6 +20,7 @@ from tests.data_prep.handmade import write_keys
 from tests.data_prep.in_process import digests, prepare_locally
 from tests.data_prep.ledger.test_resuming import Killed, Undertaker
 from tests.data_prep.s3_server import Store
+from tests.pipeline.command import flowreel, refused
 
 BUCKET = "5x32x32"
 
@@ -218,3 +219,21 @@ def test_only_finished_shards_of_the_settings_are_merged(tmp_path: Path) -> None
     merge_latents([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     assert [m.shard for m in read_manifests(open_folder(tmp_path / "c"))] == ["a", "b"]
     assert LatentIndex.open(tmp_path / "c").ids() == {BUCKET: ["a/a/0", "b/b/0"]}
+
+
+def test_the_command_says_what_it_did_and_refuses_in_one_line(tmp_path: Path) -> None:
+    for name, shard in (("a", "0"), ("b", "1")):
+        write_keys(tmp_path / name, shard, {BUCKET: [(name, 0)]})
+        (tmp_path / name / "status").mkdir()
+        (tmp_path / name / "status" / f"{shard}.parquet").touch()
+    places = [str(tmp_path / name) for name in ("a", "b", "c")]
+    command = ("merge-latents", *places[:2], "--out", places[2], "--json")
+    for shards_now, linked in ((2, 6), (0, 0)):
+        ended = flowreel(*command)
+        assert ended.returncode == 0, ended.stderr
+        said = json.loads(ended.stdout)
+        assert (said["shards"], said["records"], said["shards_now"]) == (2, 2, shards_now)
+        assert said["files"]["linked"] == linked
+    write_keys(tmp_path / "b", "1", {BUCKET: [("b", 0)]}, "other settings")
+    refusal = refused("merge-latents", *places[:2], "--out", places[2])
+    assert "were not prepared alike (prepare_digest: 'd' → 'other settings')" in refusal

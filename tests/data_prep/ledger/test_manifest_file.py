@@ -36,6 +36,13 @@ from tests.data_prep.s3_server import Store
 COUNT = FOLDED_FROM + 6
 
 
+@pytest.fixture
+def folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every output is large."""
+    monkeypatch.setattr(manifests, "FOLDED_FROM", 1)
+    monkeypatch.setattr("data_prep.run.FOLDED_FROM", 1)
+
+
 def manifest(number: int, content: str = "") -> Manifest:
     name = f"{number:05d}"
     files = (
@@ -136,13 +143,14 @@ def test_who_reads_while_manifests_are_folded_misses_none(tmp_path: Path) -> Non
     assert list(opened.heads()) == [m.head for m in before]
 
 
+@pytest.mark.usefixtures("folded")
 def test_folding_killed_anywhere_loses_nothing(tmp_path: Path) -> None:
-    whole = written(tmp_path / "whole", range(COUNT))
+    whole = written(tmp_path / "whole", range(5))
     before = said(whole)
     fold_manifests(whole)
     points = 0
     while True:
-        folder = written(tmp_path / f"out{points}", range(COUNT))
+        folder = written(tmp_path / f"out{points}", range(5))
         with pytest.MonkeyPatch.context() as patch:
             undertaker = Undertaker(patch, operations=points + 1)
             try:
@@ -178,10 +186,11 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
             read_manifest(folder, "00001")
 
 
+@pytest.mark.usefixtures("folded")
 def test_a_store_folds_as_a_disk_does(tmp_path: Path, store: Store) -> None:
-    local = written(tmp_path, range(COUNT))
+    local = written(tmp_path, range(5))
     remote = open_folder(store.uri("folded"))
-    for number in range(COUNT):
+    for number in range(5):
         write_manifest(remote, manifest(number))
     remote.write("dataset.json", local.read("dataset.json"))
     for folder in (local, remote):
@@ -189,14 +198,7 @@ def test_a_store_folds_as_a_disk_does(tmp_path: Path, store: Store) -> None:
     assert remote.read(MANIFEST_FILE) == local.read(MANIFEST_FILE)
     assert not remote.names("manifests")
     remove_manifest(remote, "00002")
-    assert said(remote) == [manifest(n) for n in range(COUNT) if n != 2]
-
-
-@pytest.fixture
-def folded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every output is large."""
-    monkeypatch.setattr(manifests, "FOLDED_FROM", 1)
-    monkeypatch.setattr("data_prep.run.FOLDED_FROM", 1)
+    assert said(remote) == [manifest(n) for n in range(5) if n != 2]
 
 
 @pytest.mark.usefixtures("folded")

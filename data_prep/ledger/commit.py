@@ -30,7 +30,7 @@ from data_prep.ledger.staging import Staging
 from data_prep.row import Row
 from data_prep.sources.samples import ShardSummary
 from data_prep.storage.folder import Folder, map_at_once
-from data_prep.storage.location import recorded
+from data_prep.storage.uris import recorded
 from flowreel.values import sha256_of
 
 _KINDS: tuple[Kind, ...] = ("status", "latents", "captions")

@@ -102,7 +102,8 @@ def latents(location: str) -> str:
 
 def output_folder(location: str | Path, *, option: str = "--out") -> None:
     """A folder that is there or can be made; object stores are not asked."""
-    from data_prep.storage.location import absolute, check_folder, is_uri
+    from data_prep.storage.location import absolute
+    from data_prep.storage.uris import check_folder, is_uri
 
     if is_uri(location):
         check_folder(location)

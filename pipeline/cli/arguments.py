@@ -86,9 +86,11 @@ def input_file(path: Path, what: str) -> Path:
 
 def latents(location: str) -> str:
     """A dataset of latents; one in an object store is not asked for before it is opened."""
-    from data_prep.storage.location import absolute, is_uri
+    from data_prep.storage.location import absolute
+    from data_prep.storage.uris import check_folder, is_uri
 
     if is_uri(location):
+        check_folder(location)
         return location
     folder = Path(absolute(location))
     if not folder.is_dir():

@@ -34,7 +34,7 @@ from data_prep.ledger.manifest import (
 from data_prep.ledger.staging import Place, StagedSample, Staging
 from data_prep.row import Row
 from data_prep.storage.folder import Folder
-from data_prep.storage.location import recorded
+from data_prep.storage.uris import recorded
 
 _SCHEMAS: dict[Kind, pa.Schema] = {
     "status": STATUS_SCHEMA,

@@ -23,8 +23,8 @@ from data_prep.row import Row
 from data_prep.sources.find import content_sha256, fingerprint, name_shards
 from data_prep.sources.listing import ShardError
 from data_prep.storage.folder import Folder
-from data_prep.storage.location import Location, shown
 from data_prep.storage.store import open_folder
+from data_prep.storage.uris import Location, shown
 
 
 @dataclass(frozen=True)

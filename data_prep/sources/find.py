@@ -16,8 +16,9 @@ from data_prep.sources.archive import open_archive
 from data_prep.sources.config import SourceConfig
 from data_prep.sources.listing import ShardError
 from data_prep.sources.loose_files import LooseFiles
-from data_prep.storage.location import check_scheme, file_version, is_uri, is_web, shown
+from data_prep.storage.location import file_version
 from data_prep.storage.store import open_folder
+from data_prep.storage.uris import check_scheme, is_uri, is_web, shown
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 """Names of shards; what is inside shows in their first bytes."""

@@ -18,8 +18,8 @@ from data_prep.ledger.recaption import numbers_to_skip
 from data_prep.ledger.staging import Staging
 from data_prep.row import ROW_SCHEMA, Row, table_of
 from data_prep.stages import read_rows
-from data_prep.storage.location import Location, recorded
 from data_prep.storage.store import open_folder
+from data_prep.storage.uris import Location, recorded
 
 
 class ShardSource(Datasource):

@@ -2,7 +2,8 @@
 
 Read in this order:
 
-    location.py   paths and URIs; one file opened for reading; StorageError
+    uris.py       kinds of places: paths, stores, the web; how they are shown; StorageError
+    location.py   one file of any of them, opened for reading
     web.py        files of the web, https:// and hf://: read, listed, never written
     http_file.py  a file behind an address, read to the exact byte over a network that fails
     http_request.py  one question: redirects, statuses, retries

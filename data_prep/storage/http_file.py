@@ -27,7 +27,7 @@ from data_prep.storage.http_request import (
     ask,
     network_failures,
 )
-from data_prep.storage.location import StorageError
+from data_prep.storage.uris import StorageError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

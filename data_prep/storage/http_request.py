@@ -25,7 +25,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from data_prep.storage.location import StorageError, shown
+from data_prep.storage.uris import StorageError, shown
 
 log = logging.getLogger("flowreel.prepare")
 
@@ -173,7 +173,7 @@ def check_redirect(named: str, here: str, there: str) -> None:
     >>> check_redirect("https://1.1.1.1/a", "https://1.1.1.1/a", "http://8.8.8.8/b")
     Traceback (most recent call last):
     ...
-    data_prep.storage.location.StorageError: https://1.1.1.1/a redirects from https to \
+    data_prep.storage.uris.StorageError: https://1.1.1.1/a redirects from https to \
 http://8.8.8.8/b; such a redirect is not followed: give the address that it should lead to
 
     Args:

@@ -28,7 +28,7 @@ from data_prep.storage.http_request import (
     may_pass,
     read_text,
 )
-from data_prep.storage.location import StorageError, shown
+from data_prep.storage.uris import StorageError, shown
 
 _PART_BYTES = 1 << 17
 """Read at once where a file is read here and there: a header with the small files around it."""

@@ -101,9 +101,11 @@ def sample(source: str, key: str | None) -> None:
 
 def latents(location: str) -> str:
     """A dataset of latents; one in an object store is not asked for before it is opened."""
-    from data_prep.storage.location import absolute, is_uri
+    from data_prep.storage.location import absolute
+    from data_prep.storage.uris import check_folder, is_uri
 
     if is_uri(location):
+        check_folder(location)
         return location
     folder = Path(absolute(location))
     if not folder.is_dir():
@@ -117,7 +119,8 @@ def latents(location: str) -> str:
 
 def output_folder(location: str | Path, *, option: str = "--out") -> None:
     """A folder that is there or can be made; object stores are not asked."""
-    from data_prep.storage.location import absolute, check_folder, is_uri
+    from data_prep.storage.location import absolute
+    from data_prep.storage.uris import check_folder, is_uri
 
     if is_uri(location):
         check_folder(location)

@@ -49,8 +49,9 @@ def test_the_whole_run_on_ray_equals_one_process(
     junk = tmp_path / "junk.tar"
     junk.write_bytes(b"junk" * 500)
     shards = [*world, str(cut), str(junk)]
-    concurrency = ConcurrencyConfig(sinks=2)
-    config = config.model_copy(update={"windows_per_clip": 2, "concurrency": concurrency})
+    bucket = config.bucket.model_copy(update={"resolutions": ("24p", "36p")})
+    changes = {"windows_per_clip": 2, "bucket": bucket, "concurrency": ConcurrencyConfig(sinks=2)}
+    config = config.model_copy(update=changes)
     calls: list[tuple[str, int, int | None]] = []
     report = prepare(
         config,

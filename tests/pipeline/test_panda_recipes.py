@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from media.write import encode_mp4, encode_png
 from pipeline.recipes import Recipe, load_recipe
 from pipeline.stages import train_request
 from tests.data_prep.in_process import prepare_locally
+from tests.pipeline.command import flowreel
 from tests.places import ROOT
 from tests.tiny_codec import wan_like
 from training.run import train_in_process
@@ -163,3 +165,24 @@ def test_scaled_down_it_goes_from_shards_to_a_model_with_its_codec(
     assert spec.video.num_frames in recipe.prepare.bucket.lengths
     assert VideoCodec.load(result.model_dir / "codec").digest == dataset.info.codec_digest
     assert model.config == recipe.model
+
+
+@pytest.mark.slow
+def test_the_readmes_command_makes_clips_of_nearly_all_real_videos(tmp_path: Path) -> None:
+    """As typed but for the paths, and for a codec of the same shape that encodes in no time."""
+    samples = ROOT.parent / "shared" / "panda_samples"
+    panda = Path(os.environ.get("FLOWREEL_PANDA_SAMPLES", samples))
+    if not panda.is_dir():
+        pytest.skip(f"no {panda}; set FLOWREEL_PANDA_SAMPLES")
+    factors = {"dim_mult": [1, 1, 1], "temperal_downsample": [True, True], "patch_size": 4}
+    quick = wan_like(4, z_dim=CHANNELS, in_channels=48, out_channels=48, **factors)
+    save_codec(build_vae(quick), tmp_path / "codec")
+    words, out = next(commands(ROOT / "README.md")), tmp_path / "out"
+    words[words.index("--shards") + 1] = str(panda)
+    words[words.index("--out") + 1] = str(out)
+    ended = flowreel(*words[1:], "--codec", str(tmp_path / "codec"), timeout_s=900)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    buckets = LatentDataset(out, "all").buckets
+    assert {str(bucket): len(ids) for bucket, ids in buckets.items()} == {
+        "33x384x688": 15, "49x336x784": 2, "49x384x688": 24, "81x384x688": 5,
+    }  # fmt: skip

@@ -1,6 +1,6 @@
 """`flowreel look`: what preparation makes of one input, as words, a contact sheet, frames or JSON.
 
-Knows nothing of how a sample is read, and nothing of Ray or torch.
+Knows nothing of how a sample is judged, and nothing of Ray or torch.
 """
 
 from __future__ import annotations

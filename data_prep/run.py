@@ -26,6 +26,7 @@ from data_prep.latents.records import (
 )
 from data_prep.ledger.job import Digests, ShardJob, jobs_left
 from data_prep.ledger.manifest import read_manifests
+from data_prep.ledger.problems import ShardProblem, problem_of
 from data_prep.ledger.recaption import plan_captions
 from data_prep.ledger.settings import changed_settings, check_settings
 from data_prep.ledger.staging import Staging
@@ -95,8 +96,9 @@ class PrepareReport:
     shards_now: int
     """Input shards that this run itself finished."""
     truncated_shards: tuple[str, ...]
+    """Shards that end too early, or are damaged on the way."""
     unreadable_shards: dict[str, str]
-    """Why nothing, or nothing more, could be read, by the shard's name."""
+    """Why nothing could be read of a shard, by its name."""
     samples_now: int
     """Samples that this run itself finished."""
     reused_now: int
@@ -107,6 +109,10 @@ class PrepareReport:
     """Seconds until the first sample was finished; 0 if nothing was left to do."""
     captions_failed: dict[str, int] = field(default_factory=dict)
     """Kept clips without a synthetic caption, by code."""
+    shard_problems: tuple[ShardProblem, ...] = ()
+    """What was wrong with the shards of both kinds, in the order given."""
+    unjudged: dict[str, int] = field(default_factory=dict)
+    """Samples that passed a metadata filter because they lack its field (`Manifest.unjudged`)."""
     unprepared_shards: tuple[str, ...] = ()
     """Shards that a captions-only run was given and that have no latents yet."""
     stages: tuple[StageFigures, ...] = ()
@@ -337,25 +343,27 @@ def report_of(plan: RunPlan, figures: RunFigures) -> PrepareReport:
     reasons: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    truncated_shards, unreadable_shards, shards = [], {}, 0
+    unjudged: Counter[str] = Counter()
+    problems, shards = list[ShardProblem](), 0
     for manifest in read_manifests(open_folder(plan.out), plan.names):
         shards += 1
         counts.update(manifest.counts)
         reasons.update(manifest.reasons)
         failures.update(manifest.captions.failures or {})
         notes.update(manifest.notes or {})
-        if manifest.truncated:
-            truncated_shards.append(manifest.shard)
-        if manifest.error:
-            unreadable_shards[manifest.shard] = manifest.error
+        unjudged.update(manifest.unjudged or {})
+        if (problem := problem_of(manifest)) is not None:
+            problems.append(problem)
     return PrepareReport(
         counts=dict(sorted(counts.items())),
         reasons=dict(sorted(reasons.items())),
         notes=dict(sorted(notes.items())),
         shards=shards,
         shards_now=len(plan.jobs),
-        truncated_shards=tuple(truncated_shards),
-        unreadable_shards=unreadable_shards,
+        truncated_shards=tuple(p.shard for p in problems if p.problem == "truncated"),
+        unreadable_shards={p.shard: p.why for p in problems if p.problem == "unreadable"},
+        shard_problems=tuple(problems),
+        unjudged=dict(sorted(unjudged.items())),
         samples_now=figures.samples,
         reused_now=figures.reused,
         seconds=figures.seconds,

@@ -187,6 +187,20 @@ def duration(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{round(seconds / 3600)} h"
 
 
+def size(count: int) -> str:
+    """Bytes for people.
+
+    >>> size(999), size(36_000_000_000_000)
+    ('999 B', '36.0 TB')
+    """
+    value, units = float(count), ["kB", "MB", "GB", "TB", "PB"]
+    if value < 1000:
+        return f"{count} B"
+    while value >= 1000 and units:
+        value, unit = value / 1000, units.pop(0)
+    return f"{value:.1f} {unit}"
+
+
 def plain(value: Any) -> Any:
     """Values as JSON holds them: dataclasses become maps, paths text, numbers that are none null.
 

@@ -111,6 +111,9 @@ class Manifest:
     """Of the settings that decide them, metadata filters aside; None in old manifests."""
     encode_digest: str | None = None
     """Of the settings that decide latents, given the frames; None in old manifests."""
+    unjudged: dict[str, int] | None = None
+    """Samples that passed a metadata filter because they lack its field, by the field; `samples`
+    are all that came to the filters. None in old manifests."""
 
     @property
     def status(self) -> FileEntry:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from data_prep.clips.decode import DecodeStage
 from data_prep.config import ConcurrencyConfig, PrepareConfig
 from data_prep.latents.encode import EncodeStage
 from data_prep.ledger.locks import lock_output
+from data_prep.liveness import Endpoint, ended_with
 from data_prep.ledger.on_ray import Sink
 from data_prep.ledger.reuse import Reuse
 from data_prep.progress import RunProgress
@@ -63,6 +65,8 @@ from flowreel.errors import FlowreelError
 
 log = logging.getLogger("flowreel.prepare")
 
+_NODE_PATIENCE_S = 3.0
+"""How long Ray's own node may be away, in seconds: it never comes back."""
 _FREEING_S = 30.0
 """How long a killed run may take to give its CPUs back, in seconds."""
 
@@ -177,7 +181,7 @@ def build_pipeline(
     ]
     captioner = config.captioner
     calls = captioner.batch_size if captioner.backend == "vlm" else captioner.requests_in_flight
-    batch_sizes = {} if captioner.backend == "measured" else {"caption": calls}
+    batch_sizes = {"caption": calls} if captioner.needs_model else {}
     for name, operator, arguments in stages:
         if name not in resources:
             continue
@@ -266,7 +270,7 @@ def _run(
     say: RunProgress = progress or (lambda unit, count, total: None)
     shards = len(plan.names) - len(plan.jobs)
     say("shards", shards, len(plan.names))
-    with _our_ray_data(config), _plain_errors():
+    with _our_ray_data(config), _plain_errors(), ended_with(_endpoints()):
         pipeline = build_pipeline(plan, config, resources)
         for receipt in _receipts(pipeline):
             figures.startup_s = figures.startup_s or time.monotonic() - begun_s
@@ -280,6 +284,24 @@ def _run(
         figures.stages = tuple(_stage_figures(pipeline, resources))
     figures.startup_s = figures.startup_s or time.monotonic() - begun_s
     return figures
+
+
+def _endpoints() -> list[Endpoint]:
+    """The processes of Ray without which a driver cannot go on."""
+    head_host, _, head_port = ray.get_runtime_context().gcs_address.rpartition(":")
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    # Ray ends this process so long after it lost the head, which may come back until then.
+    limit_s = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))
+    return [
+        Endpoint("its head process (GCS)", head_host, int(head_port), patience_s=limit_s * 2 / 3),
+        Endpoint(
+            "the process of this node (raylet)",
+            node["NodeManagerAddress"],
+            node["NodeManagerPort"],
+            patience_s=_NODE_PATIENCE_S,
+        ),
+    ]
 
 
 def _receipts(pipeline: Dataset) -> Iterator[Row]:

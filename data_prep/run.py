@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_prep.captions.fitness import check_fitness
 from data_prep.config import BucketConfig, PrepareConfig
 from data_prep.latents.duplicates import MASK_NAME, write_mask
 from data_prep.latents.index import LatentIndex
@@ -201,14 +202,17 @@ def plan_run(
         SettingsChanged: the output was begun with other settings or another codec.
         SizeError: the codec does not take clips of the bucket's size or length.
         CodecError: the codec cannot be loaded.
+        CaptionerUnfit: the captioner is not made for these videos.
         StorageError: the disk or the store fails.
     """
     folder = open_folder(absolute(out))
     request = _request(config, shards, codec)
     if _is_new(folder, request, redo=redo):
+        check_fitness(config.captioner, request.sources.values())
         _begin(config, folder, request)
-    _keep_recipe(config, folder)
     jobs = _jobs(config, folder, request)
+    check_fitness(config.captioner, (job.source for job in jobs))
+    _keep_recipe(config, folder)
     unfinished = {job.name for job in jobs}
     staging = Staging(folder)
     for name in staging.shards():
@@ -231,8 +235,11 @@ def shards_left(
     request = _request(config, shards, codec)
     if _is_new(folder, request, redo=redo):
         config.bucket.check(read_factors(request.codec))
+        check_fitness(config.captioner, request.sources.values())
         return len(request.sources)
-    return len(_jobs(config, folder, request))
+    jobs = _jobs(config, folder, request)
+    check_fitness(config.captioner, (job.source for job in jobs))
+    return len(jobs)
 
 
 def plan_caption_run(config: PrepareConfig, shards: Sequence[str] | None, out: Location) -> RunPlan:
@@ -240,6 +247,7 @@ def plan_caption_run(config: PrepareConfig, shards: Sequence[str] | None, out: L
     folder = open_folder(absolute(out))
     sources = None if shards is None else [absolute(source) for source in shards]
     plan = plan_captions(config, sources, folder.location)
+    check_fitness(config.captioner, (job.source for job in plan.jobs))
     _keep_recipe(config, folder)
     return RunPlan(
         names=plan.names,

@@ -25,6 +25,14 @@ CLOSING_FIGURES = (
 """What of the demo's summary is printed at its end, in this order."""
 
 
+_NO_CAPTION = {
+    "no_captioner": "captioner.backend is none",
+    "not_moving_shapes": "captioner measured writes of moving shapes only (vlm, vllm, http write of "
+    "any video)",
+}
+"""Why clips are without a synthetic caption on purpose, by code."""
+
+
 def say_prepared(report: PrepareReport, reporter: Reporter) -> None:
     """What became of every sample."""
     rows = [[status, reason, str(count)] for status, reason, count in report.rows()]
@@ -124,9 +132,16 @@ def say_captioned(report: PrepareReport, reporter: Reporter) -> None:
 
 
 def _say_failed_captions(report: PrepareReport, reporter: Reporter) -> None:
-    if report.captions_failed:
-        total = sum(report.captions_failed.values())
-        codes = ", ".join(f"{code} {n}" for code, n in report.captions_failed.items())
+    failed = dict(report.captions_failed)
+    refused = {code: failed.pop(code) for code in _NO_CAPTION if code in failed}
+    for code, count in refused.items():
+        reporter.outcome(
+            f"  {count} kept clips have no synthetic caption: {_NO_CAPTION[code]}; training reads "
+            "their original captions"
+        )
+    if failed:
+        total = sum(failed.values())
+        codes = ", ".join(f"{code} {n}" for code, n in failed.items())
         reporter.outcome(
             f"  {total} kept clips have no synthetic caption ({codes}); `flowreel prepare --only "
             "captions` tries them again"

@@ -26,7 +26,11 @@ def build_captioner(config: CaptionConfig, device: str = "cpu", *, seed: int = 0
     Raises:
         CaptionerUnavailable: the model cannot be loaded, or the key is not there.
     """
-    if config.backend == "measured":
+    if config.backend == "none":
+        from data_prep.captions.none import NoCaptioner
+
+        return NoCaptioner()
+    if config.backend in ("auto", "measured"):
         from data_prep.captions.measured import MeasuredCaptioner
 
         return MeasuredCaptioner()

@@ -34,10 +34,11 @@ from data_prep.clips.decode import DecodeStage
 from data_prep.config import ConcurrencyConfig, PrepareConfig
 from data_prep.latents.encode import EncodeStage
 from data_prep.ledger.locks import lock_output
-from data_prep.liveness import Endpoint, ended_with
 from data_prep.ledger.on_ray import Sink
 from data_prep.ledger.reuse import Reuse
-from data_prep.progress import RunProgress
+from data_prep.liveness import Endpoint, RayEnded, ended_with
+from data_prep.operators import busy_so_far, stage_figures
+from data_prep.progress import RunProgress, Tally
 from data_prep.resources import (
     ResourceError,
     StageResources,
@@ -45,12 +46,11 @@ from data_prep.resources import (
     needed_concurrency,
     plan_resources,
 )
-from data_prep.row import PAYLOAD, ROW_SCHEMA, Row, is_closing, rows_of, table_of
+from data_prep.row import PAYLOAD, ROW_SCHEMA, Row, rows_of, table_of
 from data_prep.run import (
     PrepareReport,
     RunFigures,
     RunPlan,
-    StageFigures,
     finish_run,
     located,
     plan_caption_run,
@@ -267,21 +267,17 @@ def _run(
     resources["read"] = read._replace(workers=min(read.workers, len(plan.jobs)))
     figures = RunFigures(resources=describe(resources, cpus))
     log.info("preparing %d shards on %s", len(plan.jobs), figures.resources)
-    say: RunProgress = progress or (lambda unit, count, total: None)
-    shards = len(plan.names) - len(plan.jobs)
-    say("shards", shards, len(plan.names))
-    with _our_ray_data(config), _plain_errors(), ended_with(_endpoints()):
+    say: RunProgress = progress or (lambda state: None)
+    tally = Tally(len(plan.names) - len(plan.jobs), len(plan.names))
+    say(tally.state({}))
+    with _our_ray_data(config), _plain_errors(), _what_is_kept(tally), ended_with(_endpoints()):
         pipeline = build_pipeline(plan, config, resources)
         for receipt in _receipts(pipeline):
             figures.startup_s = figures.startup_s or time.monotonic() - begun_s
-            if not is_closing(receipt):
-                figures.samples += 1
-                figures.reused += receipt["reused"]
-                say("samples", figures.samples, None)
-            if receipt["committed"]:
-                shards += 1
-                say("shards", shards, len(plan.names))
-        figures.stages = tuple(_stage_figures(pipeline, resources))
+            tally.take(receipt)
+            say(tally.state(busy_so_far(pipeline, resources)))
+        figures.stages = tuple(stage_figures(pipeline, resources))
+    figures.samples, figures.reused = tally.samples, tally.reused
     figures.startup_s = figures.startup_s or time.monotonic() - begun_s
     return figures
 
@@ -292,7 +288,7 @@ def _endpoints() -> list[Endpoint]:
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     # Ray ends this process so long after it lost the head, which may come back until then.
-    limit_s = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))
+    limit_s = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112
     return [
         Endpoint("its head process (GCS)", head_host, int(head_port), patience_s=limit_s * 2 / 3),
         Endpoint(
@@ -309,28 +305,16 @@ def _receipts(pipeline: Dataset) -> Iterator[Row]:
         yield from table.to_pylist()
 
 
-def _stage_figures(
-    pipeline: Dataset, resources: dict[str, StageResources]
-) -> Iterator[StageFigures]:
-    """What Ray Data measured of each operator; stages and operators are in the same order."""
-    summaries, operators = [pipeline.get_stats_summary()], list[Any]()
-    while summaries:
-        summary = summaries.pop()
-        summaries += summary.parents
-        operators = [*summary.operators_stats, *operators]
-    if len(operators) != len(resources):
-        return  # an engine of ray.data.llm brings operators of its own
-    for (name, need), operator in zip(resources.items(), operators, strict=True):
-        if operator.wall_time is None:
-            return
-        yield StageFigures(
-            name=name,
-            workers=need.workers,
-            busy_s=operator.wall_time.sum,
-            elapsed_s=operator.latest_end_time - operator.earliest_start_time,
-            rows=int(operator.output_num_rows.sum),
-            bytes_out=int(operator.output_size_bytes.sum),
-        )
+@contextlib.contextmanager
+def _what_is_kept(tally: Tally) -> Iterator[None]:
+    """Where Ray ends, the error says what is kept and how to go on."""
+    try:
+        yield
+    except RayEnded as error:
+        raise RayEnded(
+            f"{error}. {tally.shards} of {tally.of_shards} shards are finished and kept, and so is "
+            "every finished sample of the others; run the same command again to go on"
+        ) from error
 
 
 def _resources(

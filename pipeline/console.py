@@ -106,29 +106,30 @@ class Reporter:
         self.stage_s[name] = round(time.monotonic() - started, 2)
 
     @contextmanager
-    def progress(self, name: str) -> Iterator[Update]:
+    def progress(self, name: str, *, timed: bool = True) -> Iterator[Update]:
         """A live line on standard error: call the yielded function with what is done so far.
 
         Its arguments are the count, the total or None, and what to say beside them. Where standard
-        error is no terminal (a log file, CI), a plain line every ten seconds takes its place.
+        error is no terminal (a log file, CI), a plain line every ten seconds takes its place. Not
+        `timed`: what is said tells the time left itself.
         """
         if self.quiet or self._words.quiet:
             yield lambda _done, _total, _said: None
         elif not self._errors.is_terminal:
-            yield PlainProgress(name, self._errors.print).update
+            yield PlainProgress(name, self._errors.print, timed=timed).update
         else:
-            with self._live(name) as update:
+            with self._live(name, timed=timed) as update:
                 yield update
 
     @contextmanager
-    def _live(self, name: str) -> Iterator[Update]:
+    def _live(self, name: str, *, timed: bool) -> Iterator[Update]:
         columns = (
             SpinnerColumn(),
             TextColumn("  {task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=30 if timed else 10),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
+            *([TimeRemainingColumn(compact=True)] if timed else []),
             TextColumn("{task.fields[said]}", markup=False),
         )
         bar = Progress(*columns, console=self._errors, speed_estimate_period=SPEED_WINDOW_S)
@@ -153,9 +154,14 @@ class PlainProgress:
     """
 
     def __init__(
-        self, name: str, say: Callable[..., None], clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        say: Callable[..., None],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        timed: bool = True,
     ) -> None:
-        self._name, self._say, self._clock = name, say, clock
+        self._name, self._say, self._clock, self._timed = name, say, clock, timed
         self._first: tuple[float, int] | None = None
         self._last_s = -math.inf
 
@@ -170,7 +176,7 @@ class PlainProgress:
         count = f"{done}/{total}" if total is not None else str(done)
         text = f"  {self._name} {count} {said}".rstrip()
         began_s, began = self._first
-        if total is not None and began < done < total:
+        if self._timed and total is not None and began < done < total:
             left_s = (total - done) * (now - began_s) / (done - began)
             text += f", {duration(left_s)} left"
         self._say(text, soft_wrap=True)

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.console import Reporter, size
+from pipeline.console import Reporter, duration, size
 
 if TYPE_CHECKING:
     from data_prep.ledger.problems import ShardProblem
+    from data_prep.progress import Pace, RunState
     from data_prep.run import PrepareReport
     from serving.messages import GeneratedVideo
 
@@ -27,10 +28,33 @@ CLOSING_FIGURES = (
 
 _NO_CAPTION = {
     "no_captioner": "captioner.backend is none",
-    "not_moving_shapes": "captioner measured writes of moving shapes only (vlm, vllm, http write of "
+    "not_moving_shapes": "captioner measured writes of moving shapes only (vlm, vllm and http of "
     "any video)",
 }
 """Why clips are without a synthetic caption on purpose, by code."""
+
+
+def progress_words(state: RunState, pace: Pace) -> str:
+    """How a run of `prepare` goes, the most wanted first: a narrow terminal cuts off the rest.
+
+    >>> from data_prep.progress import Pace, RunState
+    >>> progress_words(RunState(0, 3, 12, {"kept": 10, "failed": 2}), Pace())
+    '12 samples (10 kept, 0 dropped, 2 failed)'
+    """
+    statuses = [f"{state.by_status.get(name, 0)} {name}" for name in ("kept", "dropped", "failed")]
+    words = [f"{state.samples} samples"]
+    if (rate := pace.samples_per_s) is not None:
+        words.append(f"{rate:.1f}/s")
+    if state.shards < state.of_shards and (left_s := pace.left_s) is not None:
+        words.append(f"about {duration(left_s)} left")
+    if len(words) == 1:
+        words[0] += f" ({', '.join(statuses)})" if state.samples else ""
+    else:
+        words += statuses
+    if (bottleneck := pace.bottleneck) is not None:
+        stage, share = bottleneck
+        words.append(f"{stage} {share:.0%} busy")
+    return ", ".join(words)
 
 
 def say_prepared(report: PrepareReport, reporter: Reporter) -> None:

@@ -20,6 +20,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -123,21 +124,27 @@ class Reporter:
 
     @contextmanager
     def _live(self, name: str, *, timed: bool) -> Iterator[Update]:
-        columns = (
-            SpinnerColumn(),
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=30 if timed else 10),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            *([TimeRemainingColumn(compact=True)] if timed else []),
-            TextColumn("{task.fields[said]}", markup=False),
-        )
+        columns: list[ProgressColumn] = [SpinnerColumn()]
+        if timed:
+            columns += [
+                TextColumn("  {task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[said]}", markup=False),
+            ]
+        else:
+            # One column of words: of several, a narrow terminal would crush all.
+            words = "{task.description} {task.fields[count]} {task.fields[said]}"
+            columns += [TextColumn(words, markup=False)]
         bar = Progress(*columns, console=self._errors, speed_estimate_period=SPEED_WINDOW_S)
         with bar:
-            task = bar.add_task(name, total=None, said="")
+            task = bar.add_task(name, total=None, count="", said="")
 
             def update(done: int, total: int | None, said: str = "") -> None:
-                bar.update(task, completed=done, total=total, said=said)
+                count = _count(done, total)
+                bar.update(task, completed=done, total=total, count=count, said=said)
 
             yield update
 
@@ -173,13 +180,16 @@ class PlainProgress:
         if total != done and now - self._last_s < PLAIN_LINE_EVERY_S:
             return
         self._last_s = now
-        count = f"{done}/{total}" if total is not None else str(done)
-        text = f"  {self._name} {count} {said}".rstrip()
+        text = f"  {self._name} {_count(done, total)} {said}".rstrip()
         began_s, began = self._first
         if self._timed and total is not None and began < done < total:
             left_s = (total - done) * (now - began_s) / (done - began)
             text += f", {duration(left_s)} left"
         self._say(text, soft_wrap=True)
+
+
+def _count(done: int, total: int | None) -> str:
+    return f"{done}/{total}" if total is not None else str(done)
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ Knows nothing of what is measured.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from data_prep.config import PrepareConfig
@@ -38,7 +39,13 @@ def write_clips(
         write_shard(
             path,
             (
-                {"__key__": f"{n:07d}", "mp4": videos[n % len(videos)], "txt": "shapes"}
+                {
+                    "__key__": f"{n:07d}",
+                    "mp4": videos[n % len(videos)],
+                    "txt": "shapes",
+                    # The mark of moving shapes: without it they would get no synthetic caption.
+                    "json": {"scene": asdict(random_spec(n % len(videos)))},
+                }
                 for n in range(first, min(first + per_shard, clips))
             ),
         )

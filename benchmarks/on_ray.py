@@ -23,6 +23,7 @@ import ray
 
 from data_prep.config import PrepareConfig
 from data_prep.on_ray import prepare
+from data_prep.progress import RunState
 
 
 def main(arguments: list[str]) -> None:
@@ -38,10 +39,10 @@ def main(arguments: list[str]) -> None:
     )
     times: list[float] = []
 
-    def note(unit: str, count: int, _total: int | None) -> None:
-        if unit == "samples":
+    def note(state: RunState) -> None:
+        if state.samples > len(times):
             times.append(time.monotonic())
-            if count == 1:
+            if state.samples == 1:
                 print("STARTED", flush=True)
 
     report = prepare(config, shards, Path(out), codec, progress=note)

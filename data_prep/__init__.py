@@ -11,7 +11,9 @@ At the top, in this order:
     look.py       the stages on one sample: `flowreel look`
     look_record.py  what was found, as words and pictures
     resources.py  how many workers of each stage a cluster holds
-    progress.py   what is called as work goes on
+    operators.py  how busy the stages are, by Ray Data's own account
+    progress.py   how far a run is: what is called as work goes on; rate, time left, bottleneck
+    liveness.py   whether Ray is still there
     strict.py     the base of every settings class
 
 and the wings, in the order in which a sample passes them:

@@ -255,6 +255,6 @@ class PrepareConfig(Strict):
     def caption_digest(self) -> str:
         """Digest of what decides the synthetic captions, given the clip; reads a model's folder."""
         settings = self.captioner.settings()
-        if settings:
+        if self.captioner.needs_model:
             settings["seed"] = self.seed
         return digest_of({"captioner": self.captioner.backend, "caption_version": 1, **settings})

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -38,15 +39,16 @@ from data_prep.latents.records import INFO_NAME
 from data_prep.ledger.locks import lock_output
 from data_prep.ledger.on_ray import Sink, blocks_in_flight, running_sinks
 from data_prep.ledger.reuse import Reuse
+from data_prep.liveness import Endpoint, RayEnded, ended_with
+from data_prep.operators import busy_so_far, stage_figures
 from data_prep.preflight.on_ray import check_shared, plan_on_cluster
-from data_prep.progress import RunProgress
+from data_prep.progress import RunProgress, Tally
 from data_prep.resources import StageResources, describe, needed_concurrency
-from data_prep.row import PAYLOAD, ROW_SCHEMA, Row, is_closing, rows_of, table_of
+from data_prep.row import PAYLOAD, ROW_SCHEMA, Row, rows_of, table_of
 from data_prep.run import (
     PrepareReport,
     RunFigures,
     RunPlan,
-    StageFigures,
     finish_run,
     located,
     plan_caption_run,
@@ -63,6 +65,8 @@ log = logging.getLogger("flowreel.prepare")
 
 _SOURCES_LOOKED_AT = 16
 """Of so many local shards it is asked whether all machines see them."""
+_NODE_PATIENCE_S = 3.0
+"""How long Ray's own node may be away, in seconds: it never comes back."""
 
 
 class _Operator:
@@ -179,7 +183,7 @@ def build_pipeline(
     ]
     captioner = config.captioner
     calls = captioner.batch_size if captioner.backend == "vlm" else captioner.requests_in_flight
-    batch_sizes = {} if captioner.backend in ("measured", "none") else {"caption": calls}
+    batch_sizes = {"caption": calls} if captioner.needs_model else {}
     for name, operator, arguments in stages:
         if name not in resources:
             continue
@@ -278,25 +282,23 @@ def _run(
     resources["read"] = read._replace(workers=min(read.workers, readers), most=readers)
     figures = RunFigures(resources=describe(resources, cpus))
     log.info("preparing %d shards on %s", len(plan.jobs), figures.resources)
-    say: RunProgress = progress or (lambda unit, count, total: None)
-    shards = len(plan.names) - len(plan.jobs)
-    say("shards", shards, len(plan.names))
+    say: RunProgress = progress or (lambda state: None)
+    tally = Tally(len(plan.names) - len(plan.jobs), len(plan.names))
+    say(tally.state({}))
     with (
         _our_ray_data(config),
         _plain_errors(),
+        _what_is_kept(tally),
+        ended_with(_endpoints()),
         running_sinks(config, plan.out, plan.jobs, _most(resources["sink"], plan)) as sinks,
     ):
         pipeline = build_pipeline(plan, config, resources, sinks)
         for receipt in _receipts(pipeline):
             figures.startup_s = figures.startup_s or time.monotonic() - begun_s
-            if not is_closing(receipt):
-                figures.samples += 1
-                figures.reused += receipt["reused"]
-                say("samples", figures.samples, None)
-            if receipt["committed"]:
-                shards += 1
-                say("shards", shards, len(plan.names))
-        figures.stages = tuple(_stage_figures(pipeline, resources))
+            tally.take(receipt)
+            say(tally.state(busy_so_far(pipeline, resources)))
+        figures.stages = tuple(stage_figures(pipeline, resources))
+    figures.samples, figures.reused = tally.samples, tally.reused
     figures.startup_s = figures.startup_s or time.monotonic() - begun_s
     return figures
 
@@ -306,33 +308,39 @@ def _most(need: StageResources, plan: RunPlan) -> int:
     return min(max(need.workers, need.most), len(plan.jobs))
 
 
+def _endpoints() -> list[Endpoint]:
+    """The processes of Ray without which a driver cannot go on."""
+    head_host, _, head_port = ray.get_runtime_context().gcs_address.rpartition(":")
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    # Ray ends this process so long after it lost the head, which may come back until then.
+    limit_s = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))  # noqa: SIM112
+    return [
+        Endpoint("its head process (GCS)", head_host, int(head_port), patience_s=limit_s * 2 / 3),
+        Endpoint(
+            "the process of this node (raylet)",
+            node["NodeManagerAddress"],
+            node["NodeManagerPort"],
+            patience_s=_NODE_PATIENCE_S,
+        ),
+    ]
+
+
 def _receipts(pipeline: Dataset) -> Iterator[Row]:
     for table in pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from table.to_pylist()
 
 
-def _stage_figures(
-    pipeline: Dataset, resources: dict[str, StageResources]
-) -> Iterator[StageFigures]:
-    """What Ray Data measured of each operator; stages and operators are in the same order."""
-    summaries, operators = [pipeline.get_stats_summary()], list[Any]()
-    while summaries:
-        summary = summaries.pop()
-        summaries += summary.parents
-        operators = [*summary.operators_stats, *operators]
-    if len(operators) != len(resources):
-        return  # an engine of ray.data.llm brings operators of its own
-    for (name, need), operator in zip(resources.items(), operators, strict=True):
-        if operator.wall_time is None:
-            return
-        yield StageFigures(
-            name=name,
-            workers=need.workers,
-            busy_s=operator.wall_time.sum,
-            elapsed_s=operator.latest_end_time - operator.earliest_start_time,
-            rows=int(operator.output_num_rows.sum),
-            bytes_out=int(operator.output_size_bytes.sum),
-        )
+@contextlib.contextmanager
+def _what_is_kept(tally: Tally) -> Iterator[None]:
+    """Where Ray ends, the error says what is kept and how to go on."""
+    try:
+        yield
+    except RayEnded as error:
+        raise RayEnded(
+            f"{error}. {tally.shards} of {tally.of_shards} shards are finished and kept, and so is "
+            "every finished sample of the others; run the same command again to go on"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -59,6 +59,8 @@ ROW_SCHEMA = pa.schema(
 PAYLOAD = ("media", "frames", "mean", "logvar")
 """Columns that hold bytes by the megabyte; in a row they may be buffers of any kind."""
 _LARGE = (*PAYLOAD, "windows")
+FINAL_CAPTION_CODES = ("no_captioner", "not_moving_shapes")
+"""Codes of `caption_error` of clips that are without a synthetic caption on purpose."""
 
 
 def is_closing(row: Row) -> bool:
@@ -69,6 +71,15 @@ def is_closing(row: Row) -> bool:
 def wants_caption(row: Row) -> bool:
     """Whether a row is an undecided sample without a synthetic caption."""
     return not row["status"] and not is_closing(row) and row["synthetic"] is None
+
+
+def is_final(caption_error: str | None) -> bool:
+    """Whether the same captioner would refuse the clip again: then it is not asked again.
+
+    >>> is_final("not_moving_shapes: other video"), is_final("timeout: 60 s"), is_final(None)
+    (True, False, False)
+    """
+    return (caption_error or "").partition(":")[0] in FINAL_CAPTION_CODES
 
 
 def decided(row: Row, status: str, reason: str, detail: str) -> Row:

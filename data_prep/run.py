@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_prep.captions.fitness import check_fitness
 from data_prep.config import BucketConfig, PrepareConfig
 from data_prep.latents.duplicates import MASK_NAME, write_mask
 from data_prep.latents.index import LatentIndex
@@ -26,6 +27,7 @@ from data_prep.latents.records import (
 )
 from data_prep.ledger.job import Digests, ShardJob, jobs_left
 from data_prep.ledger.manifest import FOLDED_FROM, fold_manifests, read_manifests
+from data_prep.ledger.problems import ShardProblem, problem_of
 from data_prep.ledger.recaption import plan_captions
 from data_prep.ledger.settings import changed_settings, check_settings
 from data_prep.ledger.staging import Staging
@@ -95,8 +97,9 @@ class PrepareReport:
     shards_now: int
     """Input shards that this run itself finished."""
     truncated_shards: tuple[str, ...]
+    """Shards that end too early, or are damaged on the way."""
     unreadable_shards: dict[str, str]
-    """Why nothing, or nothing more, could be read, by the shard's name."""
+    """Why nothing could be read of a shard, by its name."""
     samples_now: int
     """Samples that this run itself finished."""
     reused_now: int
@@ -107,6 +110,10 @@ class PrepareReport:
     """Seconds until the first sample was finished; 0 if nothing was left to do."""
     captions_failed: dict[str, int] = field(default_factory=dict)
     """Kept clips without a synthetic caption, by code."""
+    shard_problems: tuple[ShardProblem, ...] = ()
+    """What was wrong with the shards of both kinds, in the order given."""
+    unjudged: dict[str, int] = field(default_factory=dict)
+    """Samples that passed a metadata filter because they lack its field (`Manifest.unjudged`)."""
     unprepared_shards: tuple[str, ...] = ()
     """Shards that a captions-only run was given and that have no latents yet."""
     stages: tuple[StageFigures, ...] = ()
@@ -195,16 +202,19 @@ def plan_run(
         SettingsChanged: the output was begun with other settings or another codec.
         SizeError: the codec does not take clips of the bucket's size or length.
         CodecError: the codec cannot be loaded.
+        CaptionerUnfit: the captioner is not made for these videos.
         StorageError: the disk or the store fails.
     """
     folder = open_folder(absolute(out))
     request = _request(config, shards, codec)
     if _is_new(folder, request, redo=redo):
+        check_fitness(config.captioner, request.sources.values())
         _begin(config, folder, request)
-    _keep_recipe(config, folder)
     # What a killed run left, so that this one does not ask for each of them.
     fold_manifests(folder, FOLDED_FROM)
     jobs = _jobs(config, folder, request)
+    check_fitness(config.captioner, (job.source for job in jobs))
+    _keep_recipe(config, folder)
     unfinished = {job.name for job in jobs}
     staging = Staging(folder)
     for name in staging.shards():
@@ -227,8 +237,11 @@ def shards_left(
     request = _request(config, shards, codec)
     if _is_new(folder, request, redo=redo):
         config.bucket.check(read_factors(request.codec))
+        check_fitness(config.captioner, request.sources.values())
         return len(request.sources)
-    return len(_jobs(config, folder, request))
+    jobs = _jobs(config, folder, request)
+    check_fitness(config.captioner, (job.source for job in jobs))
+    return len(jobs)
 
 
 def plan_caption_run(config: PrepareConfig, shards: Sequence[str] | None, out: Location) -> RunPlan:
@@ -236,6 +249,7 @@ def plan_caption_run(config: PrepareConfig, shards: Sequence[str] | None, out: L
     folder = open_folder(absolute(out))
     sources = None if shards is None else [absolute(source) for source in shards]
     plan = plan_captions(config, sources, folder.location)
+    check_fitness(config.captioner, (job.source for job in plan.jobs))
     _keep_recipe(config, folder)
     return RunPlan(
         names=plan.names,
@@ -343,25 +357,27 @@ def report_of(plan: RunPlan, figures: RunFigures) -> PrepareReport:
     reasons: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    truncated_shards, unreadable_shards, shards = [], {}, 0
+    unjudged: Counter[str] = Counter()
+    problems, shards = list[ShardProblem](), 0
     for manifest in read_manifests(open_folder(plan.out), plan.names):
         shards += 1
         counts.update(manifest.counts)
         reasons.update(manifest.reasons)
         failures.update(manifest.captions.failures or {})
         notes.update(manifest.notes or {})
-        if manifest.truncated:
-            truncated_shards.append(manifest.shard)
-        if manifest.error:
-            unreadable_shards[manifest.shard] = manifest.error
+        unjudged.update(manifest.unjudged or {})
+        if (problem := problem_of(manifest)) is not None:
+            problems.append(problem)
     return PrepareReport(
         counts=dict(sorted(counts.items())),
         reasons=dict(sorted(reasons.items())),
         notes=dict(sorted(notes.items())),
         shards=shards,
         shards_now=len(plan.jobs),
-        truncated_shards=tuple(truncated_shards),
-        unreadable_shards=unreadable_shards,
+        truncated_shards=tuple(p.shard for p in problems if p.problem == "truncated"),
+        unreadable_shards={p.shard: p.why for p in problems if p.problem == "unreadable"},
+        shard_problems=tuple(problems),
+        unjudged=dict(sorted(unjudged.items())),
         samples_now=figures.samples,
         reused_now=figures.reused,
         seconds=figures.seconds,

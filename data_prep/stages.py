@@ -17,13 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import asdict
 from typing import Protocol
 
 from data_prep.captions.captioner import CaptionerUnavailable
 from data_prep.clips.cut import Bars
-from data_prep.clips.filters import judge_pixels, judge_source
+from data_prep.clips.filters import absent_fields, judge_pixels, judge_source
 from data_prep.clips.windows import ClipTooShort
 from data_prep.config import PrepareConfig
 from data_prep.ledger.job import ShardJob
@@ -38,7 +39,7 @@ from data_prep.row import (
     split_windows,
 )
 from data_prep.sources.archive import Archive
-from data_prep.sources.samples import ShardSummary, read_shard
+from data_prep.sources.samples import Sample, ShardSummary, read_shard
 from data_prep.storage.location import StorageError
 from media.errors import MediaError
 
@@ -130,7 +131,10 @@ def read_rows(
         config=config.source,
         archive=archive,
     )
+    unjudged: Counter[str] = Counter()
     for sample in samples:
+        # Counted of staged samples too, so that a resumed run counts what an undisturbed one does.
+        unjudged.update(_unjudged(sample, config))
         if sample.number in skip:
             continue
         row = {
@@ -154,8 +158,18 @@ def read_rows(
         elif sample.is_image and not config.images:
             row = decided(row, "dropped", "image", "this run takes no images")
         yield row
+    summary.unjudged = dict(sorted(unjudged.items()))
     closing = {"shard": job.name, "number": -1, "key": "", "status": ""}
     yield {**empty, **closing, "closing": json.dumps(asdict(summary))}
+
+
+def _unjudged(sample: Sample, config: PrepareConfig) -> list[str]:
+    """What a sample adds to `Manifest.unjudged`."""
+    filters = config.filters
+    if sample.problem or (sample.is_image and not config.images):
+        return []  # it does not come to the filters
+    absent = absent_fields(sample.metadata, filters) if filters.missing_metadata == "keep" else []
+    return ["samples", *absent]
 
 
 def _digest_of_sample(row: Row) -> str:

@@ -20,6 +20,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -106,37 +107,44 @@ class Reporter:
         self.stage_s[name] = round(time.monotonic() - started, 2)
 
     @contextmanager
-    def progress(self, name: str) -> Iterator[Update]:
+    def progress(self, name: str, *, timed: bool = True) -> Iterator[Update]:
         """A live line on standard error: call the yielded function with what is done so far.
 
         Its arguments are the count, the total or None, and what to say beside them. Where standard
-        error is no terminal (a log file, CI), a plain line every ten seconds takes its place.
+        error is no terminal (a log file, CI), a plain line every ten seconds takes its place. Not
+        `timed`: what is said tells the time left itself.
         """
         if self.quiet or self._words.quiet:
             yield lambda _done, _total, _said: None
         elif not self._errors.is_terminal:
-            yield PlainProgress(name, self._errors.print).update
+            yield PlainProgress(name, self._errors.print, timed=timed).update
         else:
-            with self._live(name) as update:
+            with self._live(name, timed=timed) as update:
                 yield update
 
     @contextmanager
-    def _live(self, name: str) -> Iterator[Update]:
-        columns = (
-            SpinnerColumn(),
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[said]}", markup=False),
-        )
+    def _live(self, name: str, *, timed: bool) -> Iterator[Update]:
+        columns: list[ProgressColumn] = [SpinnerColumn()]
+        if timed:
+            columns += [
+                TextColumn("  {task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[said]}", markup=False),
+            ]
+        else:
+            # One column of words: of several, a narrow terminal would crush all.
+            words = "{task.description} {task.fields[count]} {task.fields[said]}"
+            columns += [TextColumn(words, markup=False)]
         bar = Progress(*columns, console=self._errors, speed_estimate_period=SPEED_WINDOW_S)
         with bar:
-            task = bar.add_task(name, total=None, said="")
+            task = bar.add_task(name, total=None, count="", said="")
 
             def update(done: int, total: int | None, said: str = "") -> None:
-                bar.update(task, completed=done, total=total, said=said)
+                count = _count(done, total)
+                bar.update(task, completed=done, total=total, count=count, said=said)
 
             yield update
 
@@ -153,9 +161,14 @@ class PlainProgress:
     """
 
     def __init__(
-        self, name: str, say: Callable[..., None], clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        say: Callable[..., None],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        timed: bool = True,
     ) -> None:
-        self._name, self._say, self._clock = name, say, clock
+        self._name, self._say, self._clock, self._timed = name, say, clock, timed
         self._first: tuple[float, int] | None = None
         self._last_s = -math.inf
 
@@ -167,13 +180,16 @@ class PlainProgress:
         if total != done and now - self._last_s < PLAIN_LINE_EVERY_S:
             return
         self._last_s = now
-        count = f"{done}/{total}" if total is not None else str(done)
-        text = f"  {self._name} {count} {said}".rstrip()
+        text = f"  {self._name} {_count(done, total)} {said}".rstrip()
         began_s, began = self._first
-        if total is not None and began < done < total:
+        if self._timed and total is not None and began < done < total:
             left_s = (total - done) * (now - began_s) / (done - began)
             text += f", {duration(left_s)} left"
         self._say(text, soft_wrap=True)
+
+
+def _count(done: int, total: int | None) -> str:
+    return f"{done}/{total}" if total is not None else str(done)
 
 
 def duration(seconds: float) -> str:
@@ -185,6 +201,20 @@ def duration(seconds: float) -> str:
     if seconds < 59.5:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 90 * 60 else f"{round(seconds / 3600)} h"
+
+
+def size(count: int) -> str:
+    """Bytes for people.
+
+    >>> size(999), size(36_000_000_000_000)
+    ('999 B', '36.0 TB')
+    """
+    value, units = float(count), ["kB", "MB", "GB", "TB", "PB"]
+    if value < 1000:
+        return f"{count} B"
+    while value >= 1000 and units:
+        value, unit = value / 1000, units.pop(0)
+    return f"{value:.1f} {unit}"
 
 
 def plain(value: Any) -> Any:

@@ -26,7 +26,8 @@ from data_prep.latents.inspection import (
 from data_prep.storage.location import Location, is_uri
 from flowreel.files import write_whole
 from media.frames import Frames
-from pipeline.console import Reporter
+from pipeline.console import Reporter, size
+from pipeline.tables import say_shard_problems, unjudged_lines
 
 _THUMBNAIL_SIDE = 192
 _BINS = 12
@@ -78,6 +79,9 @@ def figures(inspection: Inspection) -> dict[str, Any]:
         "root": inspection.root,
         "shards": inspection.shards,
         "truncated_shards": inspection.truncated,
+        "unreadable_shards": inspection.unreadable,
+        "shard_problems": inspection.shard_problems,
+        "unjudged_by_field": inspection.unjudged,
         "samples": inspection.total,
         "samples_by_status": inspection.counts,
         "samples_by_reason": [
@@ -124,6 +128,9 @@ def print_tables(inspection: Inspection, reporter: Reporter) -> None:
         rows.append(["kept", "of these masked as near-duplicates", str(inspection.duplicates)])
     title = f"{inspection.total} samples of {inspection.shards} shards"
     reporter.table(title, ["status", "reason", "samples"], rows)
+    for line in unjudged_lines(inspection.unjudged):
+        reporter.outcome(line)
+    say_shard_problems(inspection.shard_problems, inspection.shards, reporter)
     rows = [
         [str(b.bucket), str(b.clips), clock(b.seconds) if b.seconds else "–", size(b.size_bytes)]
         for b in inspection.buckets
@@ -172,6 +179,7 @@ def render(inspection: Inspection, kept: list[Picture], dropped: list[Picture]) 
     return environment.get_template("inspect.html.j2").render(
         inspection=inspection,
         name=inspection.root.rstrip("/").rpartition("/")[2],
+        unjudged=unjudged_lines(inspection.unjudged),
         seconds=sum(b.seconds for b in inspection.buckets),
         latents_bytes=inspection.size_bytes["latents"],
         histograms={kind: histogram(words) for kind, words in inspection.caption_words.items()},
@@ -226,20 +234,6 @@ def thumbnail(frames: Frames | None, fps: float) -> str:
     }
     pictures[0].save(buffer, "WEBP", quality=72, **(moving if len(pictures) > 1 else {}))
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def size(count: int) -> str:
-    """Bytes for people.
-
-    >>> size(999), size(36_000_000_000_000)
-    ('999 B', '36.0 TB')
-    """
-    value, units = float(count), ["kB", "MB", "GB", "TB", "PB"]
-    if value < 1000:
-        return f"{count} B"
-    while value >= 1000 and units:
-        value, unit = value / 1000, units.pop(0)
-    return f"{value:.1f} {unit}"
 
 
 def clock(seconds: float) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.on_ray import prepare
+from data_prep.progress import Pace, RunProgress, RunState
 from data_prep.run import PrepareReport, plan_caption_run, shards_left
 from data_prep.sources.moving_shapes import COLOURS, write_world
 from flow.codec_factors import read_factors
@@ -32,7 +33,7 @@ from pipeline.demo_figures import (
 )
 from pipeline.recipes import Recipe, save_recipe
 from pipeline.report import Sample, write_report
-from pipeline.tables import say_captioned, say_prepared, say_summary
+from pipeline.tables import progress_words, say_captioned, say_prepared, say_summary
 from serving.config import ServiceSpec
 from serving.on_ray import ServedApp, serve_model
 from training.history import read_history
@@ -126,7 +127,7 @@ def prepare_latents(
     recipe: Recipe, shards: list[str], out: str | Path, reporter: Reporter, *, redo: bool = False
 ) -> PrepareReport:
     """Video shards → latent shards, on Ray Data; prints what became of every sample."""
-    with reporter.progress("preparing") as update:
+    with reporter.progress("preparing", timed=False) as update:
         report = prepare(
             recipe.prepare, shards, out, recipe.codec_source, redo=redo, progress=_samples(update)
         )
@@ -138,7 +139,7 @@ def caption_again(
     recipe: Recipe, shards: list[str] | None, out: str | Path, reporter: Reporter
 ) -> PrepareReport:
     """New captions from the recipe's captioner for latents that stand; latents are not touched."""
-    with reporter.progress("captioning") as update:
+    with reporter.progress("captioning", timed=False) as update:
         report = prepare(
             recipe.prepare,
             shards,
@@ -306,14 +307,13 @@ def training_to_do(recipe: Recipe, latents: str | Path, out: Path) -> bool:
 # How the stages' own progress becomes one line.
 
 
-def _samples(update: Callable[[int, int, str], None]) -> Callable[[str, int, int | None], None]:
-    """The progress of preparing: shards of shards, and the samples so far."""
-    counts = {"shards": 0, "samples": 0, "of": 0}
+def _samples(update: Callable[[int, int, str], None]) -> RunProgress:
+    """The progress of preparing: shards of shards, and what is known of its samples."""
+    pace = Pace()
 
-    def show(stage: str, count: int, total: int | None) -> None:
-        counts[stage] = count
-        counts["of"] = total or counts["of"]
-        update(counts["shards"], counts["of"], f"shards, {counts['samples']} samples")
+    def show(state: RunState) -> None:
+        pace.take(state)
+        update(state.shards, state.of_shards, f"shards, {progress_words(state, pace)}")
 
     return show
 

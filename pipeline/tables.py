@@ -6,13 +6,15 @@ of Ray or files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.console import Reporter
+from pipeline.console import Reporter, duration, size
 
 if TYPE_CHECKING:
+    from data_prep.ledger.problems import ShardProblem
+    from data_prep.progress import Pace, RunState
     from data_prep.run import PrepareReport
     from serving.messages import GeneratedVideo
 
@@ -24,13 +26,45 @@ CLOSING_FIGURES = (
 """What of the demo's summary is printed at its end, in this order."""
 
 
+_NO_CAPTION = {
+    "no_captioner": "captioner.backend is none",
+    "not_moving_shapes": "captioner measured writes of moving shapes only (vlm, vllm and http of "
+    "any video)",
+}
+"""Why clips are without a synthetic caption on purpose, by code."""
+
+
+def progress_words(state: RunState, pace: Pace) -> str:
+    """How a run of `prepare` goes, the most wanted first: a narrow terminal cuts off the rest.
+
+    >>> from data_prep.progress import Pace, RunState
+    >>> progress_words(RunState(0, 3, 12, {"kept": 10, "failed": 2}), Pace())
+    '12 samples (10 kept, 0 dropped, 2 failed)'
+    """
+    statuses = [f"{state.by_status.get(name, 0)} {name}" for name in ("kept", "dropped", "failed")]
+    words = [f"{state.samples} samples"]
+    if (rate := pace.samples_per_s) is not None:
+        words.append(f"{rate:.1f}/s")
+    if state.shards < state.of_shards and (left_s := pace.left_s) is not None:
+        words.append(f"about {duration(left_s)} left")
+    if len(words) == 1:
+        words[0] += f" ({', '.join(statuses)})" if state.samples else ""
+    else:
+        words += statuses
+    if (bottleneck := pace.bottleneck) is not None:
+        stage, share = bottleneck
+        words.append(f"{stage} {share:.0%} busy")
+    return ", ".join(words)
+
+
 def say_prepared(report: PrepareReport, reporter: Reporter) -> None:
     """What became of every sample."""
     rows = [[status, reason, str(count)] for status, reason, count in report.rows()]
     reporter.table(f"{report.total} samples", ["status", "reason", "samples"], rows)
-    if report.samples_now == 0:
+    if report.shards_now == 0:
         reporter.outcome("  nothing to do: every shard was prepared before")
     else:
+        _say_stages(report, reporter)
         reporter.say(f"  on {report.resources}")
     if report.reused_now:
         reporter.say(
@@ -38,13 +72,79 @@ def say_prepared(report: PrepareReport, reporter: Reporter) -> None:
             "before"
         )
     _say_failed_captions(report, reporter)
+    for line in unjudged_lines(report.unjudged):
+        reporter.outcome(f"  {line}")
+    say_shard_problems(report.shard_problems, report.shards, reporter)
+
+
+def say_shard_problems(
+    problems: Sequence[ShardProblem], shards: int, reporter: Reporter, *, shown: int = 20
+) -> None:
+    """The shards of which nothing, or not everything, could be read, and why."""
+    if not problems:
+        return
+    rows = [[p.shard, p.problem, p.why] for p in problems[:shown]]
+    if len(problems) > shown:
+        rows.append([f"and {len(problems) - shown} more", "", ""])
+    counts = [
+        f"{sum(p.problem == kind for p in problems)} {kind}" for kind in ("unreadable", "truncated")
+    ]
+    reporter.table(
+        f"{len(problems)} of {shards} shards not read to their end: {', '.join(counts)}",
+        ["shard", "", "why"],
+        rows,
+        left=True,
+    )
+
+
+def unjudged_lines(unjudged: Mapping[str, int]) -> list[str]:
+    """Which metadata filters had no value to judge, and of how many samples.
+
+    >>> print(*unjudged_lines({"samples": 1200, "matching_score": 1200, "one": 3}), sep="\\n")
+    1,200 of 1,200 samples have no matching_score: that filter judged nothing
+    3 of 1,200 samples have no one: that filter let them pass
+    """
+    total = unjudged.get("samples", 0)
+    fields = {name: count for name, count in unjudged.items() if name != "samples"}
+    lines = []
+    whole = [name for name, count in fields.items() if count == total]
+    if whole:
+        filters = "that filter" if len(whole) == 1 else "those filters"
+        lines.append(
+            f"{total:,} of {total:,} samples have no {' or '.join(whole)}: {filters} judged nothing"
+        )
+    lines += [
+        f"{count:,} of {total:,} samples have no {name}: that filter let them pass"
+        for name, count in fields.items()
+        if count < total
+    ]
+    return lines
+
+
+def _say_stages(report: PrepareReport, reporter: Reporter) -> None:
+    """How busy each stage was; the busiest held up the others."""
+    if not report.stages:
+        return
+    rows = [
+        [
+            stage.name,
+            str(stage.workers),
+            f"{stage.utilisation:.0%}",
+            f"{stage.rows / stage.elapsed_s:.1f}" if stage.elapsed_s > 0 else "–",
+            size(stage.bytes_out),
+        ]
+        for stage in report.stages
+    ]
+    busiest = max(report.stages, key=lambda stage: stage.utilisation)
+    title = f"{report.clips_per_s:.1f} clips/s; the busiest stage was {busiest.name}"
+    reporter.table(title, ["stage", "workers", "busy", "rows/s", "bytes out"], rows)
 
 
 def say_captioned(report: PrepareReport, reporter: Reporter) -> None:
     """How many clips have a synthetic caption, and what still keeps others from one."""
     num_kept, failed = report.counts.get("kept", 0), sum(report.captions_failed.values())
     reporter.outcome(f"  {num_kept - failed} of {num_kept} clips have a synthetic caption")
-    if report.samples_now == 0:
+    if report.shards_now == 0:
         reporter.outcome("  nothing to do: every caption was written before")
     if report.unprepared_shards:
         names = ", ".join(report.unprepared_shards[:5])
@@ -56,9 +156,16 @@ def say_captioned(report: PrepareReport, reporter: Reporter) -> None:
 
 
 def _say_failed_captions(report: PrepareReport, reporter: Reporter) -> None:
-    if report.captions_failed:
-        total = sum(report.captions_failed.values())
-        codes = ", ".join(f"{code} {n}" for code, n in report.captions_failed.items())
+    failed = dict(report.captions_failed)
+    refused = {code: failed.pop(code) for code in _NO_CAPTION if code in failed}
+    for code, count in refused.items():
+        reporter.outcome(
+            f"  {count} kept clips have no synthetic caption: {_NO_CAPTION[code]}; training reads "
+            "their original captions"
+        )
+    if failed:
+        total = sum(failed.values())
+        codes = ", ".join(f"{code} {n}" for code, n in failed.items())
         reporter.outcome(
             f"  {total} kept clips have no synthetic caption ({codes}); `flowreel prepare --only "
             "captions` tries them again"

@@ -6,6 +6,8 @@ Read in this order:
     config.py     its settings, and what of them decides a caption
     stage.py      the captioning stage, and when many failures in a row stop a run
     choose.py     the back end of a recipe
+    fitness.py    which samples a back end is fit to caption
+    none.py       back end: no synthetic captions
     measured.py   back end: colours, shapes and motion read from the pixels, no weights
     vlm.py        back end: a vision-language model of transformers
     http.py       back end: any OpenAI-compatible chat endpoint

@@ -4,7 +4,8 @@ A clip is shown as a few of its frames, as images, so that no model needs a vide
 nothing of Ray or of the back ends.
 
     CaptionError(FlowreelError, ValueError)
-    └── CaptionerUnavailable   no caption can be had: the run stops and can be resumed
+    ├── CaptionerUnavailable   no caption can be had: the run stops and can be resumed
+    └── CaptionerUnfit         the captioner is not made for these videos: the run does not begin
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class CaptionError(FlowreelError, ValueError):
 
 class CaptionerUnavailable(CaptionError):
     """The captioner cannot work at all, as opposed to failing on one clip."""
+
+
+class CaptionerUnfit(CaptionError):
+    """The captioner is not made for videos of this kind."""
 
 
 class CaptionResult(NamedTuple):

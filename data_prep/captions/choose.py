@@ -6,28 +6,8 @@ captions are written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from data_prep.captions.captioner import Captioner, CaptionerUnavailable, CaptionResult
+from data_prep.captions.captioner import Captioner, CaptionerUnavailable
 from data_prep.captions.config import CaptionConfig
-from media.frames import Frames
-
-
-class NoCaptioner:
-    """Writes nothing: the captions that came with the clips stand alone.
-
-    >>> NoCaptioner().caption_all([])
-    []
-    """
-
-    name = "none"
-
-    def caption_all(self, clips: Sequence[Frames]) -> list[CaptionResult]:
-        """An empty caption a clip, which is no failure."""
-        return [CaptionResult("") for _ in clips]
-
-    def close(self) -> None:
-        """Do nothing: it holds nothing."""
 
 
 def build_captioner(config: CaptionConfig, device: str = "cpu", *, seed: int = 0) -> Captioner:
@@ -47,8 +27,10 @@ def build_captioner(config: CaptionConfig, device: str = "cpu", *, seed: int = 0
         CaptionerUnavailable: the model cannot be loaded, or the key is not there.
     """
     if config.backend == "none":
+        from data_prep.captions.none import NoCaptioner
+
         return NoCaptioner()
-    if config.backend == "measured":
+    if config.backend in ("auto", "measured"):
         from data_prep.captions.measured import MeasuredCaptioner
 
         return MeasuredCaptioner()

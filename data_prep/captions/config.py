@@ -41,12 +41,18 @@ class CaptionConfig(Strict):
     # A value may hold a secret, such as a key in an endpoint's URL.
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    backend: Literal["measured", "vlm", "vllm", "http", "none"] = Field(
-        default="measured",
-        description="measured: read from the pixels, no weights. none: no synthetic captions; "
-        "training takes those that came with the data. vlm: a transformers model in the "
-        "captioning actors. vllm: the same on vLLM, through ray.data.llm (GPUs; extra "
-        "flowreel[vllm]). http: any OpenAI-compatible chat endpoint.",
+    backend: Literal["auto", "measured", "none", "vlm", "vllm", "http"] = Field(
+        default="auto",
+        description="measured: read from the pixels of moving shapes, no weights; other video is "
+        "refused. auto: measured for moving shapes, none for other video. none: no synthetic "
+        "captions; training reads the original ones. vlm: a transformers model in the captioning "
+        "actors. vllm: the same on vLLM, through ray.data.llm (GPUs; extra flowreel[vllm]). http: "
+        "any OpenAI-compatible chat endpoint.",
+    )
+    any_video: bool = Field(
+        default=False,
+        description="Let measured caption video that is not of moving shapes too, of which it says "
+        "little that is true.",
     )
     model: str | None = Field(
         default=None, description="Folder or hub id (vlm, vllm), or the endpoint's name for it."
@@ -129,7 +135,12 @@ class CaptionConfig(Strict):
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> CaptionConfig:
-        if self.backend not in ("measured", "none") and not self.model:
+        if self.any_video and self.backend != "measured":
+            raise ValueError(
+                f"captioner.any_video is for captioner.backend 'measured', not {self.backend!r}; "
+                "leave it out"
+            )
+        if self.needs_model and not self.model:
             what = "the endpoint's name of it" if self.backend == "http" else "a folder or hub id"
             raise ValueError(f"captioner.backend {self.backend!r} needs captioner.model: {what}")
         if self.backend == "http" and not self.endpoint:
@@ -150,9 +161,21 @@ class CaptionConfig(Strict):
             )
         return self
 
+    @property
+    def needs_model(self) -> bool:
+        """Whether a model writes, here or behind an endpoint."""
+        return self.backend in ("vlm", "vllm", "http")
+
+    @property
+    def only_moving_shapes(self) -> bool:
+        """Whether clips of other video get no synthetic caption."""
+        return self.backend in ("auto", "measured") and not self.any_video
+
     def settings(self) -> dict[str, Any]:
         """What decides a caption, given the clip; a model's folder counts by its content."""
-        if self.backend in ("measured", "none"):
+        if self.backend == "measured":
+            return {"any_video": self.any_video}
+        if not self.needs_model:
             return {}
         names = ["model", "revision", "prompt", "image_prompt", "frames", "max_tokens"]
         if self.backend in ("vlm", "vllm"):

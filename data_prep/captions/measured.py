@@ -1,7 +1,8 @@
 """Captions from pixels, without weights: colour, shape and motion of the one coloured thing.
 
 Made for the synthetic world, and for what a model that was trained on it generates, which is soft
-and a little noisy. Of real footage it says what little it can see. Needs numpy and Pillow only.
+and a little noisy. Of real footage it says little that is true, so it is asked of none unless
+`captioner.any_video` is set. Needs numpy and Pillow only.
 Knows nothing of Ray or files.
 """
 

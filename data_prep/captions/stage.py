@@ -5,13 +5,15 @@ Knows nothing of the back ends, or of Ray.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 
 from data_prep.captions.captioner import CaptionerUnavailable, CaptionResult
 from data_prep.captions.choose import build_captioner
+from data_prep.captions.fitness import refusal
 from data_prep.config import PrepareConfig
-from data_prep.row import Row, frames_of, join_windows, split_windows, wants_caption
+from data_prep.row import Row, frames_of, is_final, join_windows, split_windows, wants_caption
 from media.frames import Frames
 
 log = logging.getLogger("flowreel.prepare")
@@ -23,14 +25,17 @@ class CaptionStage:
     A clip that cannot be captioned goes on without a caption, and its error is recorded; a later
     `--only captions` tries it again. If many in a row fail, it is not the clips: the run stops.
 
-    >>> stage = CaptionStage(PrepareConfig())
+    >>> from data_prep.captions.config import CaptionConfig
+    >>> stage = CaptionStage(PrepareConfig(captioner=CaptionConfig(backend="measured")))
     >>> black = {"frames": bytes(5 * 32 * 32 * 3), "frames_shape": [5, 32, 32, 3]}
-    >>> row = stage.process({"status": "", "number": 0, "synthetic": None, **black})
+    >>> row = {"status": "", "number": 0, "synthetic": None, "metadata": "{}", **black}
+    >>> row = stage.process(row)
     >>> row["synthetic"], row["captioner"], row["caption_error"]
-    ('A mostly dark scene without motion.', 'measured', None)
+    ('', 'measured', 'not_moving_shapes: captioner measured writes of moving shapes only')
     """
 
     def __init__(self, config: PrepareConfig, device: str = "cpu") -> None:
+        self.config = config.captioner
         self.captioner = build_captioner(config.captioner, device, seed=config.seed)
         self.give_up_after = config.captioner.give_up_after
         self.failures_in_a_row = 0
@@ -46,6 +51,7 @@ class CaptionStage:
             CaptionerUnavailable: `give_up_after` clips in a row got no caption.
         """
         samples = [split_windows(row) for row in rows]
+        samples = [[self._unless_refused(part) for part in parts] for parts in samples]
         without = [part for parts in samples for part in parts if wants_caption(part)]
         captions = iter(self._captions([frames_of(part) for part in without]))
         rows_after = []
@@ -74,8 +80,17 @@ class CaptionStage:
                 return [CaptionResult.failed("internal_error", detail)]
             return [result for frames in clips for result in self._captions([frames])]
 
+    def _unless_refused(self, row: Row) -> Row:
+        """The row; with the reason where the captioner is not fit for it."""
+        if not (self.config.only_moving_shapes and wants_caption(row)):
+            return row
+        refused = refusal(self.config, json.loads(row["metadata"]))
+        return row if refused is None else with_caption(row, refused, self.captioner.name)
+
     def _count(self, row: Row) -> None:
         error = row["caption_error"]
+        if is_final(error):
+            return
         self.failures_in_a_row = self.failures_in_a_row + 1 if error else 0
         if self.failures_in_a_row >= self.give_up_after:
             raise CaptionerUnavailable(

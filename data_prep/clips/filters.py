@@ -49,31 +49,41 @@ def judge_metadata(metadata: dict[str, Any], config: FilterConfig) -> Drop | Non
     >>> judge_metadata({"matching_score": 0.5}, FilterConfig()) is None
     True
     """
-    absent = []
     if config.matching_score_above is not None:
         scores = _numbers(metadata.get("matching_score"))
-        if not scores:
-            absent.append("matching_score")
-        elif min(scores) <= config.matching_score_above:
+        if scores and min(scores) <= config.matching_score_above:
             return Drop(
                 "low_matching_score",
                 f"matching score {min(scores):g}, not above {config.matching_score_above:g}",
             )
     if config.desirable:
         marks = _texts(metadata.get("desirable_filtering"))
-        if not marks:
-            absent.append("desirable_filtering")
-        elif any(mark != "desirable" for mark in marks):
+        if any(mark != "desirable" for mark in marks):
             return Drop("not_desirable", f"marked {', '.join(marks)[:200]}")
     if config.one_shot:
         shots = count_shots(metadata.get("shot_boundary_detection"))
-        if not shots:
-            absent.append("shot_boundary_detection")
-        elif shots > 1:
+        if shots > 1:
             return Drop("several_shots", f"{shots} shots")
+    absent = absent_fields(metadata, config)
     if absent and config.missing_metadata == "drop":
         return Drop("missing_metadata", f"no readable {', '.join(absent)}")
     return _judge_claims(metadata, config)
+
+
+def absent_fields(metadata: dict[str, Any], config: FilterConfig) -> list[str]:
+    """The fields that a metadata filter in use reads and that hold no value it can judge.
+
+    >>> absent_fields({"matching_score": [0.5], "desirable_filtering": ""}, FilterConfig())
+    ['desirable_filtering', 'shot_boundary_detection']
+    """
+    absent = []
+    if config.matching_score_above is not None and not _numbers(metadata.get("matching_score")):
+        absent.append("matching_score")
+    if config.desirable and not _texts(metadata.get("desirable_filtering")):
+        absent.append("desirable_filtering")
+    if config.one_shot and not count_shots(metadata.get("shot_boundary_detection")):
+        absent.append("shot_boundary_detection")
+    return absent
 
 
 def _judge_claims(metadata: dict[str, Any], config: FilterConfig) -> Drop | None:

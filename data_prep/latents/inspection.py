@@ -30,6 +30,7 @@ from data_prep.latents.records import (
 )
 from data_prep.ledger.manifest import MANIFESTS
 from data_prep.ledger.manifest_file import MANIFEST_FILE
+from data_prep.ledger.problems import ShardProblem, problem_of
 from data_prep.ledger.staging import STAGING
 from data_prep.row import Row
 from data_prep.sources.config import IMAGE_SUFFIXES, SourceConfig
@@ -102,8 +103,10 @@ class Inspection:
     reasons: dict[tuple[str, str], int]
     """Samples not kept by (status, reason)."""
     shards: int
-    truncated: int
-    """Shards that end too early."""
+    shard_problems: list[ShardProblem]
+    """Shards of which nothing, or not everything, could be read."""
+    unjudged: dict[str, int]
+    """Samples that passed a metadata filter because they lack its field (`Manifest.unjudged`)."""
     buckets: list[BucketFigures]
     caption_words: dict[str, list[int]]
     """Words of each original and of each synthetic caption, of some of the clips."""
@@ -117,6 +120,16 @@ class Inspection:
     @property
     def total(self) -> int:
         return sum(self.counts.values())
+
+    @property
+    def truncated(self) -> int:
+        """Shards that end too early."""
+        return sum(problem.problem == "truncated" for problem in self.shard_problems)
+
+    @property
+    def unreadable(self) -> int:
+        """Shards of which nothing could be read."""
+        return len(self.shard_problems) - self.truncated
 
 
 def inspect_dataset(root: Location, *, records: int = 256) -> Inspection:
@@ -134,13 +147,17 @@ def inspect_dataset(root: Location, *, records: int = 256) -> Inspection:
     reasons: Counter[tuple[str, str]] = Counter()
     rows: Counter[Bucket] = Counter()
     sizes: Counter[Bucket] = Counter()
-    shards, truncated = 0, 0
+    unjudged: Counter[str] = Counter()
+    shards, problems = 0, list[ShardProblem]()
     folder = dataset.folder
     # One listing: a large output has too many files to ask for each.
     file_sizes = {f"latents/{base}": size for base, size in folder.sizes("latents").items()}
     for manifest in current_manifests(folder):
-        shards, truncated = shards + 1, truncated + manifest.truncated
+        shards += 1
+        if (problem := problem_of(manifest)) is not None:
+            problems.append(problem)
         counts.update(manifest.counts)
+        unjudged.update(manifest.unjudged or {})
         for entry in manifest.latents:
             bucket = Bucket.parse(entry.bucket)
             rows[bucket] += entry.rows
@@ -169,7 +186,8 @@ def inspect_dataset(root: Location, *, records: int = 256) -> Inspection:
         counts=dict(sorted(counts.items())),
         reasons=dict(sorted(reasons.items())),
         shards=shards,
-        truncated=truncated,
+        shard_problems=problems,
+        unjudged=dict(sorted(unjudged.items())),
         buckets=buckets,
         caption_words={
             kind: [len(text[place].split()) for text in texts]

@@ -14,6 +14,7 @@ Read in this order:
     staging.py    finished samples of unfinished shards
     commit.py     a shard's files and manifest, once all its samples are there
     sink.py       the last stage: staging and committing, as blocks of rows arrive
+    problems.py   what is wrong with a shard itself, for reports
     reuse.py      what is taken over when a shard is made anew
     recaption.py  new captions for latents that stand
     settings.py   the settings that an output was begun with, against a run's

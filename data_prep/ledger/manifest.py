@@ -130,6 +130,9 @@ class Manifest:
     """Of the settings that decide latents, given the frames; None in old manifests."""
     dropped: dict[str, int] | None = None
     """Those of `reasons` that a filter decided, the others failed; None in old manifests."""
+    unjudged: dict[str, int] | None = None
+    """Samples that passed a metadata filter because they lack its field, by the field; `samples`
+    are all that came to the filters. None in old manifests."""
 
     @property
     def head(self) -> Head:

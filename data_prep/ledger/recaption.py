@@ -19,7 +19,7 @@ from data_prep.ledger.job import ShardJob
 from data_prep.ledger.manifest import Manifest, Manifests, read_manifest
 from data_prep.ledger.settings import check_settings
 from data_prep.ledger.staging import Staging
-from data_prep.row import Row
+from data_prep.row import FINAL_CAPTION_CODES, Row, is_final
 from data_prep.sources.find import content_sha256, fingerprint, name_shards
 from data_prep.sources.listing import ShardError
 from data_prep.storage.folder import Folder
@@ -74,7 +74,8 @@ def plan_captions(
             without_latents.append(name)
             continue
         names.append(name)
-        if manifest.caption_digest == caption_digest and not manifest.captions.failures:
+        tried_again = set(manifest.captions.failures or ()) - set(FINAL_CAPTION_CODES)
+        if manifest.caption_digest == caption_digest and not tried_again:
             staging.sweep(name)
             continue
         problem, now = _source_problem(manifest, source, verify=config.verify)
@@ -179,7 +180,8 @@ def numbers_to_caption(folder: Folder, job: ShardJob, manifest: Manifest) -> set
     if manifest.caption_digest != job.caption_digest:
         return set(numbers.values())
     rows = _caption_rows(folder, manifest)
-    return {numbers[row["key"]] for row in rows if row["caption_error"]}
+    failed = (row for row in rows if row["caption_error"] and not is_final(row["caption_error"]))
+    return {numbers[row["key"]] for row in failed}
 
 
 def _kept_numbers(folder: Folder, manifest: Manifest) -> dict[str, int]:

@@ -25,7 +25,7 @@ from data_prep.latents.records import Bucket, stored_rows
 from data_prep.ledger.errors import DamagedManifest
 from data_prep.ledger.job import ShardJob
 from data_prep.ledger.manifest import Manifest, read_manifest
-from data_prep.row import Row, decided, join_windows
+from data_prep.row import Row, decided, is_final, join_windows
 from data_prep.storage.folder import Folder
 from data_prep.storage.location import Location
 from data_prep.storage.store import open_folder
@@ -111,7 +111,9 @@ class _StandingShard:
         if manifest.caption_digest == job.caption_digest:
             rows = stored_rows(folder, manifest.captions.path)
             self.captions = {
-                (row["key"], row["window"]): row for row in rows if not row["caption_error"]
+                (row["key"], row["window"]): row
+                for row in rows
+                if not row["caption_error"] or is_final(row["caption_error"])
             }
         self.by_frames: dict[str, _StandingWindow] = {}
         self.by_key: dict[str, list[_StandingWindow]] = {}

@@ -7,8 +7,8 @@ latents or Ray.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,16 @@ def random_spec(seed: int, **fixed: str) -> ShapeSpec:
         speed=float(rng.uniform(0.16, 0.28)),
         seed=seed,
     )
+
+
+def is_moving_shapes(metadata: Mapping[str, Any]) -> bool:
+    """Whether a sample's json is one that `write_world` wrote: it names the whole scene.
+
+    >>> is_moving_shapes({"scene": asdict(random_spec(0))}), is_moving_shapes({"scene": "a lake"})
+    (True, False)
+    """
+    scene = metadata.get("scene")
+    return isinstance(scene, dict) and {field.name for field in fields(ShapeSpec)} <= scene.keys()
 
 
 def _background(spec: ShapeSpec, height: int, width: int) -> np.ndarray:

@@ -67,6 +67,8 @@ class ShardSummary:
     """Why nothing, or nothing more, could be read, where that is so."""
     sha256: str = ""
     """Hex SHA-256 of the shard's whole content."""
+    unjudged: dict[str, int] = field(default_factory=dict)
+    """See `Manifest.unjudged`; filled by whoever knows the filters."""
 
 
 @dataclass

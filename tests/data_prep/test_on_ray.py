@@ -20,6 +20,7 @@ from data_prep.config import BucketConfig, ConcurrencyConfig, PrepareConfig
 from data_prep.ledger.on_ray import running_sinks
 from data_prep.ledger.reuse import Reuse
 from data_prep.on_ray import Decode, build_pipeline, prepare
+from data_prep.progress import RunState
 from data_prep.resources import describe, plan_resources
 from data_prep.row import rows_of, table_of
 from data_prep.run import plan_run
@@ -52,21 +53,26 @@ def test_the_whole_run_on_ray_equals_one_process(
     bucket = config.bucket.model_copy(update={"resolutions": ("24p", "36p")})
     changes = {"windows_per_clip": 2, "bucket": bucket, "concurrency": ConcurrencyConfig(sinks=2)}
     config = config.model_copy(update=changes)
-    calls: list[tuple[str, int, int | None]] = []
+    states: list[RunState] = []
     report = prepare(
         config,
         shards,
         tmp_path / "ray",
         codec_dir,
-        progress=lambda unit, count, total: calls.append((unit, count, total)),
+        progress=states.append,
     )
     local = prepare_locally(config, shards, tmp_path / "local", codec_dir)
     assert digests(tmp_path / "ray") == digests(tmp_path / "local")
     assert report.counts == local.counts
     assert report.samples_now == report.total == sum(n for _, _, n in report.rows())
-    assert calls[0] == ("shards", 0, 5)
-    assert calls[-1][:2] in (("shards", 5), ("samples", report.total))
-    assert ("shards", 5, 5) in calls
+    assert states[0] == RunState(shards=0, of_shards=5)
+    assert (states[-1].shards, states[-1].samples) == (5, report.total)
+    assert states[-1].by_status == report.counts
+    assert [s.samples for s in states] == sorted(s.samples for s in states)
+    stages = ["read", "decode", "filter", "caption", "encode", "sink"]
+    assert list(states[-1].stages) == stages
+    assert all(busy.spent_s > 0 and busy.workers > 0 for busy in states[-1].stages.values())
+    assert [stage.name for stage in report.stages] == stages
     rows = [
         (row["shard"], row["key"])
         for path in (tmp_path / "ray" / "status").iterdir()

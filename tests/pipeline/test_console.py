@@ -73,6 +73,22 @@ def test_a_terminal_shows_a_bar_with_the_time_left(monkeypatch: pytest.MonkeyPat
     assert "0:00" in text
 
 
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_words_that_tell_the_time_themselves_are_one_line_of_any_terminal(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    reporter, shown = Reporter(), io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=width, markup=False, color_system=None)
+    monkeypatch.setattr(reporter, "_errors", console)
+    words = "shards, 400 samples, 39.9/s, about 2 min left, 399 kept, 0 dropped, 1 failed"
+    with reporter.progress("preparing", timed=False) as update:
+        update(3, 10, words)
+    last = shown.getvalue().rstrip().split("\x1b[2K")[-1].split("\n")[0]
+    assert "preparing 3/10 shards, 400" in last
+    assert len(last) <= width
+    assert (words in last) == (width == 200)
+
+
 def test_the_time_left_counts_only_what_this_run_did() -> None:
     lines: list[str] = []
     clock = iter([0.0, 30.0, 35.0, 60.0]).__next__

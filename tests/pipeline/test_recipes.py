@@ -34,11 +34,11 @@ def tiny_text() -> str:
 def test_a_captioner_is_a_name_or_a_section(tmp_path: Path) -> None:
     default = load_recipe("tiny").prepare
     path = tmp_path / "recipe.yaml"
-    section = "captioner: {backend: measured}"
+    section = "captioner: {backend: auto}"
     assert section in tiny_text()
-    path.write_text(tiny_text().replace(section, "captioner: measured"))
+    path.write_text(tiny_text().replace(section, "captioner: auto"))
     assert load_recipe(str(path)).prepare == default
-    assert default.caption_digest() == digest_of({"captioner": "measured", "caption_version": 1})
+    assert default.caption_digest() == digest_of({"captioner": "auto", "caption_version": 1})
     chosen = ["prepare.captioner.backend=vlm", "prepare.captioner.model=owner/name"]
     assert load_recipe("tiny", chosen).prepare.captioner.model == "owner/name"
     message = refusal(tmp_path, tiny_text(), ["prepare.captioner.backend=vlm"])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from data_prep.captions.config import CaptionConfig
 from data_prep.captions.measured import MeasuredCaptioner
 from data_prep.config import FilterConfig, PrepareConfig
 from data_prep.ledger.manifest import read_manifest, write_manifest
@@ -120,7 +121,9 @@ def output(tmp_path: Path, scored: str, calls: Counter[str]) -> Output:
 
 @pytest.fixture
 def base(config: PrepareConfig) -> PrepareConfig:
-    return config.model_copy(update={"filters": FilterConfig(matching_score_above=0.15)})
+    filters = FilterConfig(matching_score_above=0.15)
+    captioner = CaptionConfig(backend="measured", any_video=True)
+    return config.model_copy(update={"filters": filters, "captioner": captioner})
 
 
 @pytest.mark.parametrize(

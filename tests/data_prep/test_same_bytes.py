@@ -132,6 +132,7 @@ def samples_of(folder: Path) -> dict[str, tuple[str, bytes]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_each_odd_video_of_real_crawls_has_one_outcome_over_fifty_decodings(
     odd_videos: Path,
 ) -> None:
@@ -139,11 +140,13 @@ def test_each_odd_video_of_real_crawls_has_one_outcome_over_fifty_decodings(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_each_odd_input_has_one_outcome_over_fifty_decodings(odd_inputs: Path) -> None:
     assert_one_outcome(samples_of(odd_inputs), times=50, processes=5)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_each_made_kind_has_one_outcome_over_fifty_decodings() -> None:
     samples = {name: ("mp4", make()) for name, make in MADE.items()}
     assert_one_outcome(samples, times=50, processes=5)

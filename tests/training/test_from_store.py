@@ -18,6 +18,7 @@ def test_training_from_a_store_gives_the_weights_of_training_from_a_disk(
 ) -> None:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = write_dataset(tmp_path / "data")
     with running_store(tmp_path) as store:
         for path in data.rglob("*"):

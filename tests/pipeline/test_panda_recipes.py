@@ -168,6 +168,7 @@ def test_scaled_down_it_goes_from_shards_to_a_model_with_its_codec(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_the_readmes_command_makes_clips_of_nearly_all_real_videos(tmp_path: Path) -> None:
     """As typed but for the paths, and for a codec of the same shape that encodes in no time."""
     samples = ROOT.parent / "shared" / "panda_samples"

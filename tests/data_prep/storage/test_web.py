@@ -91,6 +91,23 @@ def test_a_connection_that_is_cut_goes_on_at_the_exact_byte(
         assert starts == [0, 200_000, 400_000, 600_000]
 
 
+def test_here_and_there_goes_on_after_every_cut_too(web: WebServer) -> None:
+    web.cut_bytes = http_file.PROGRESS_BYTES
+    with open_stream(web.put("/a", DATA), seekable=True) as stream:
+        for _ in range(2):
+            assert b"".join(iter(lambda: stream.read(300_000), b"")) == DATA
+            stream.seek(0)
+
+
+def test_reading_here_and_there_keeps_its_connection(web: WebServer) -> None:
+    with open_stream(web.put("/a", 9 * DATA), seekable=True) as stream:
+        for number in range(8):
+            stream.seek(number * 700_001)
+            assert stream.read(512) == DATA[:512]
+    assert len(web.requests) == 8
+    assert web.connections == 1
+
+
 def test_a_connection_that_is_always_cut_is_an_error_of_storage_and_never_an_end(
     web: WebServer,
 ) -> None:

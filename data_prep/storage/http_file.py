@@ -39,6 +39,8 @@ PROGRESS_BYTES = 1 << 16
 `http_request.SILENCE_S` seconds in which it is waited for."""
 _SKIP_BYTES = 1 << 20
 """A gap of fewer bytes is read over; beyond it, the bytes after the gap are asked for."""
+PART_BYTES = 1 << 17
+"""Read at once where a file is read here and there: a header with the small files around it."""
 _FIRST_BYTES = 1 << 16
 _RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 
@@ -81,7 +83,7 @@ class HttpFile(io.RawIOBase):
 
     Args:
         address: where it is.
-        seekable: for reading here and there: each read asks for its own bytes, so that the
+        seekable: for reading here and there: each request is for the bytes of a read, so that the
             connection can be used again. Otherwise one answer is read front to back.
 
     Raises:
@@ -151,8 +153,22 @@ class HttpFile(io.RawIOBase):
         return data
 
     def close(self) -> None:
-        self._let_go()
+        self._leave()
         super().close()
+
+    def _leave(self) -> None:
+        """Let go of an answer that works; what is left of it is read, unless it is much.
+
+        After its end the connection is free for the next request.
+        """
+        body = self._body
+        if body is not None and body.end - body.at - len(body.rest) <= PART_BYTES:
+            late_s = time.monotonic() + 1.0
+            # Nobody waits for these bytes, so that a failure here is of no matter.
+            with contextlib.suppress(httpx.TransportError):
+                while next(body.chunks, b"") and time.monotonic() < late_s:
+                    pass
+        self._let_go()
 
     def _let_go(self) -> None:
         if self._body is not None:
@@ -185,31 +201,20 @@ class HttpFile(io.RawIOBase):
             return data
 
     def _take(self, at_most: int) -> bytes:
-        """Bytes at `_place`; of an answer in parts as many as it has, else as many as came."""
+        """The bytes at `_place` that come next, of the answer at hand or of a new one."""
         body = self._body
         if body is None or not body.at <= self._place < body.end or self._is_far(body):
-            self._let_go()
+            self._leave()
             body = self._body = self._ask(at_most)
             self._check(body)
-        wanted = min(at_most, body.end - self._place)
-        if wanted <= 0:
+        if self._place >= body.end:
             return b""
-        pieces: list[bytes] = []
-        count = 0
-        while count < wanted and not (pieces and not self._in_parts):
-            place = self._place + count
-            while body.at + len(body.rest) <= place:
-                body.advance()
-            piece = body.rest[place - body.at :][: wanted - count]
-            pieces.append(piece)
-            count += len(piece)
-        if self._place + count >= body.end:
-            # After its end the connection is free for the next request. All bytes are here, so
-            # that what goes wrong now is of no matter.
-            with contextlib.suppress(httpx.TransportError):
-                next(body.chunks, b"")
-            self._let_go()
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        while body.at + len(body.rest) <= self._place:
+            body.advance()
+        data = body.rest[self._place - body.at :][:at_most]
+        if self._place + len(data) >= body.end:
+            self._leave()
+        return data
 
     def _is_far(self, body: _Body) -> bool:
         """Whether to skip to the place takes longer than to ask for it."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from data_prep.storage.http_file import HttpFile
+from data_prep.storage.http_file import PART_BYTES, HttpFile
 from data_prep.storage.http_request import (
     Address,
     PassingFailure,
@@ -30,8 +30,6 @@ from data_prep.storage.http_request import (
 )
 from data_prep.storage.uris import StorageError, shown
 
-_PART_BYTES = 1 << 17
-"""Read at once where a file is read here and there: a header with the small files around it."""
 _LISTING_BYTES = 32 * 2**20
 _HF = "hf://datasets/"
 
@@ -44,7 +42,7 @@ def open_web(location: str, *, seekable: bool = False) -> IO[bytes]:
         StorageError: see `data_prep.storage.http_file.HttpFile`, `address_of`.
     """
     file = HttpFile(address_of(location), seekable=seekable)
-    return cast("IO[bytes]", io.BufferedReader(file, _PART_BYTES) if seekable else file)
+    return cast("IO[bytes]", io.BufferedReader(file, PART_BYTES) if seekable else file)
 
 
 def web_version(location: str) -> str:

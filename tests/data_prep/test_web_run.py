@@ -27,12 +27,12 @@ PLACES = ("source", "fingerprint", "job")
 
 @pytest.fixture
 def web(world: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
-    """The shards of the world, behind a connection that is cut every 100 000 bytes."""
+    """The shards of the world, behind a connection that is cut every 20 000 bytes."""
     monkeypatch.setattr(http_request, "PAUSE_S", 0.0)
     with serving_files() as server:
         for path in world:
             server.put(f"/w/{Path(path).name}", Path(path).read_bytes())
-        server.cut_bytes = 100_000
+        server.cut_bytes = 20_000
         yield server
     forget_connections()
 
@@ -61,6 +61,7 @@ def test_a_run_over_a_failing_network_stopped_and_run_again_makes_the_same_bytes
     assert secrets_in(out) == []
     report = prepare_locally(config, uris, out, codec_dir, shuffle=2)
     assert report.truncated_shards == ()
+    assert "bytes=20000-" in web.ranges("/w/00000.tar")
     assert made(out) == made(tmp_path / "disk")
     assert secrets_in(out) == []
     assert plan_run(config, uris, out, str(codec_dir)).jobs == ()

@@ -33,6 +33,7 @@ class WebServer:
         """Content by path, such as `/shards/00000.tar`."""
         self.requests: list[tuple[str, dict[str, str]]] = []
         """Path with query, and headers, of every request."""
+        self.connections = 0
         self.redirects: dict[str, str] = {}
         self.failures: list[tuple[int, dict[str, str]]] = []
         """Status and headers of the next answers, before it answers in earnest."""
@@ -61,6 +62,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
+
+    def setup(self) -> None:
+        self.web.connections += 1
+        super().setup()
 
     def do_GET(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}

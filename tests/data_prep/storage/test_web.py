@@ -91,6 +91,23 @@ def test_a_connection_that_is_cut_goes_on_at_the_exact_byte(
         assert starts == [0, 200_000, 400_000, 600_000]
 
 
+def test_here_and_there_goes_on_after_every_cut_too(web: WebServer) -> None:
+    web.cut_bytes = http_file.PROGRESS_BYTES
+    with open_stream(web.put("/a", DATA), seekable=True) as stream:
+        for _ in range(2):
+            assert b"".join(iter(lambda: stream.read(300_000), b"")) == DATA
+            stream.seek(0)
+
+
+def test_reading_here_and_there_keeps_its_connection(web: WebServer) -> None:
+    with open_stream(web.put("/a", 9 * DATA), seekable=True) as stream:
+        for number in range(8):
+            stream.seek(number * 700_001)
+            assert stream.read(512) == DATA[:512]
+    assert len(web.requests) == 8
+    assert web.connections == 1
+
+
 def test_a_connection_that_is_always_cut_is_an_error_of_storage_and_never_an_end(
     web: WebServer,
 ) -> None:
@@ -355,12 +372,13 @@ def test_a_shard_of_the_web_gives_what_it_gives_on_a_disk(
     web: WebServer, world: list[str], has_ranges: bool
 ) -> None:
     web.has_ranges = has_ranges
-    web.cut_bytes = 100_000 if has_ranges else None
+    web.cut_bytes = 20_000 if has_ranges else None
     uri = web.put("/a.tar", Path(world[0]).read_bytes())
     here, there = ShardSummary(), ShardSummary()
     assert list(read_shard(uri, summary=there)) == list(read_shard(world[0], summary=here))
     assert here == there
     assert content_sha256(uri) == content_sha256(world[0])
+    assert ("bytes=20000-" in web.ranges("/a.tar")) is has_ranges
 
 
 def test_a_server_that_fails_within_a_shard_is_not_a_truncated_shard(
@@ -422,7 +440,7 @@ def test_a_data_set_of_the_hub_is_listed_and_read(hub: WebServer, world: list[st
         uris = [f"{root}/s/{number}.tar" for number in range(2)]
         assert find_shards(f"{root}/s") == uris == find_shards(f"{root}/s/{{0..1}}.tar")
         assert find_shards(f"{root}@v1/s") == [f"{root}@v1/s/{n}.tar" for n in range(2)]
-        hub.cut_bytes = 100_000
+        hub.cut_bytes = 20_000
         for uri, path in zip(uris, world, strict=False):
             assert list(read_shard(uri)) == list(read_shard(path))
             assert whole(uri) == Path(path).read_bytes() + b"main"

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import sinks
 from benchmarks.clips import write_clips
 from benchmarks.feeder import feeder
 from benchmarks.prepare import PipelineRun, main, verdicts
@@ -65,6 +67,26 @@ def test_a_bar_that_is_missed_is_said() -> None:
     ]
     result = {"ratio": 0.89, "memory_ratio": 1.2, "shards": [8, 80], "others_cpus": [0.0, 0.5, 0.0]}
     assert [met for _, met in verdicts(result)] == [False, False, False]
+
+
+def test_sinks_that_are_slow_or_ask_a_store_for_more_than_before_are_said() -> None:
+    def result(core: float, second: float, puts: int) -> dict[str, Any]:
+        rates = {"sink 1": {"clips_per_cpu_s": core}, "sink 2": {"clips_per_cpu_s": second}}
+        requests = {"requests_half": {"PUT": 20, "seconds": 1.0}, "store_shards": 10}
+        return {"memory": rates, **requests, "requests": {"PUT": puts, "seconds": 3.0}}
+
+    assert [met for _, met in sinks.verdicts(result(210, 200, 40))] == [True, True, True]
+    assert [met for _, met in sinks.verdicts(result(190, 150, 41))] == [False, False, False]
+
+
+@pytest.mark.slow
+def test_a_small_benchmark_of_sinks_runs_whole(tmp_path: Path) -> None:
+    arguments = ["--scale", "--clips", "64", "--store-shards", "6", "--out", str(tmp_path)]
+    code = main(arguments)
+    result = json.loads((tmp_path / "sinks.json").read_text())
+    assert code == (0 if all(met for _, met in sinks.verdicts(result)) else 1)
+    assert result["requests"]["PUT"] == 4 * 6
+    assert result["disk"]["sink 2"]["clips_per_s"] > 0
 
 
 def test_the_feeder_says_how_busy_the_encoder_was(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.sinks import block_of, job_of
 from data_prep.clips.decode import DecodeStage
 from data_prep.config import BucketConfig, ConcurrencyConfig, PrepareConfig
-from data_prep.ledger.on_ray import running_sinks
+from data_prep.ledger.on_ray import Sink, running_sinks
 from data_prep.ledger.reuse import Reuse
 from data_prep.on_ray import Decode, build_pipeline, prepare
 from data_prep.progress import RunState
@@ -28,6 +29,7 @@ from data_prep.sources.moving_shapes import write_world
 from data_prep.sources.on_ray import ShardSource
 from data_prep.sources.samples import write_shard
 from data_prep.stages import StageChain
+from data_prep.storage.location import StorageError
 from tests.data_prep.bad_media import (
     moving,
     sample,
@@ -98,6 +100,18 @@ def test_a_run_of_one_shard_has_nothing_to_warn_of(
 ) -> None:
     assert prepare(config, world[:1], tmp_path, codec_dir).counts == {"kept": 4}
     assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+def test_the_error_of_a_sink_comes_out_as_it_was_raised(
+    cluster: None, config: PrepareConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    block = block_of("a", [0], (b"", b""), (0,))
+    with (
+        running_sinks(config, str(tmp_path / "file" / "out"), [job_of("a")], 2) as sinks,
+        pytest.raises(StorageError, match=r"cannot lock .*run the same command again"),
+    ):
+        next(Sink(sinks)(block))
 
 
 def test_every_stage_is_an_operator_of_its_own(

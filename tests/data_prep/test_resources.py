@@ -58,6 +58,13 @@ def test_bounds_that_cannot_be_are_refused(pool: int | tuple[int, int]) -> None:
         ConcurrencyConfig(decoders=pool)
 
 
+def test_sinks_grow_with_the_cluster_or_are_as_many_as_asked_for() -> None:
+    counts = [plan_resources(n, 0, ConcurrencyConfig())["sink"].workers for n in (1, 8, 64, 6400)]
+    assert counts == [1, 1, 4, 400]
+    for cpus in (2, 64):
+        assert plan_resources(cpus, 0, ConcurrencyConfig(sinks=3))["sink"].workers == 3
+
+
 def test_gpus_set_the_number_of_encoders() -> None:
     plan = plan_resources(32, 4, ConcurrencyConfig(encoder_gpus=0.5))
     assert plan["encode"] == (8, 1.0, 0.5, 0)

@@ -1,6 +1,6 @@
 """What is wrong with a finished shard itself, rather than with its samples: nothing hides it.
 
-Knows nothing of how a shard is read or made.
+Knows nothing of how a shard is read.
 """
 
 from __future__ import annotations

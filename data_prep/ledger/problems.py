@@ -30,4 +30,4 @@ def problem_of(manifest: Manifest) -> ShardProblem | None:
     why = manifest.error or "it ends too early, or is damaged on the way"
     if not samples:
         return ShardProblem(manifest.shard, "unreadable", why)
-    return ShardProblem(manifest.shard, "truncated", f"{why}; {samples} samples came before that")
+    return ShardProblem(manifest.shard, "truncated", f"{why}; {samples} samples were found")

@@ -55,8 +55,17 @@ def test_a_process_that_went_away_interrupts_the_main_thread(server: socket.sock
 
 def test_one_that_is_busy_or_may_come_back_is_waited_for(server: socket.socket) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        away = endpoint(other, patience_s=3600.0)
-    with ended_with([endpoint(server), away]):
+        watched = [endpoint(server), endpoint(other, patience_s=3600.0)]
+        with ended_with(watched):
+            other.close()
+            time.sleep(3.0)
+    assert [answers(process) for process in watched] == [True, False]
+
+
+def test_what_cannot_be_reached_from_the_start_is_not_watched() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        away = endpoint(other)
+    with ended_with([away]):
         time.sleep(3.0)
 
 
@@ -64,9 +73,13 @@ def test_an_error_with_a_process_gone_is_that_the_process_is_gone(server: socket
     watched = [endpoint(server, patience_s=3600.0)]
     with pytest.raises(KeyError), ended_with(watched):
         raise KeyError("our own fault")
-    server.close()
-    with pytest.raises(RayEnded, match="does not answer"), ended_with(watched):
+
+    def fail() -> None:
+        server.close()
         raise ConnectionError("what Ray makes of it")
+
+    with pytest.raises(RayEnded, match="does not answer"), ended_with(watched):
+        fail()
 
 
 @pytest.mark.slow

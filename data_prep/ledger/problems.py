@@ -1,6 +1,6 @@
 """What is wrong with a finished shard itself, rather than with its samples: nothing hides it.
 
-Knows nothing of how a shard is read or made.
+Knows nothing of how a shard is read.
 """
 
 from __future__ import annotations
@@ -30,4 +30,4 @@ def problem_of(manifest: Manifest) -> ShardProblem | None:
     why = manifest.error or "it ends too early, or is damaged on the way"
     if not samples:
         return ShardProblem(manifest.shard, "unreadable", why)
-    return ShardProblem(manifest.shard, "truncated", f"{why}; {samples} samples came before that")
+    return ShardProblem(manifest.shard, "truncated", f"{why}; {samples} samples were found")

@@ -130,7 +130,10 @@ def _through_stages(source: str, row: Row, config: PrepareConfig, factors: Codec
         reader=reader,
         reader_why=why,
         facts=_facts(media, info) if reader else {},
-        windows=tuple(_window(*pair, info) for pair in zip(cut, parts, strict=True)),
+        # A size that a window would be enlarged too much for has no frames.
+        windows=tuple(
+            _window(*pair, info) for pair in zip(cut, parts, strict=True) if pair[0]["frames"]
+        ),
         overview=tuple(frame for _, frame in shown),
         overview_s=tuple(time_s for time_s, _ in shown),
     )
@@ -223,8 +226,10 @@ def _remedy(row: Row, config: PrepareConfig, factors: CodecFactors, info: VideoI
         (setting,) = remedy.settings
         return f"--set prepare.{setting}={remedy.off} (now {now[setting]}): {remedy.advice}"
     if row["reason"] == "too_short" and info is not None:
-        fit = _frames_that_fit(config, factors, info)
+        fit = str(_frames_that_fit(config, factors, info))
         setting = "bucket.num_frames"
+        if config.bucket.frame_counts:
+            setting, fit = "bucket.frame_counts", f"[{fit}]"
         return f"--set prepare.{setting}={fit} (now {now[setting]}): {remedy.advice}"
     present = ", ".join(f"prepare.{name} is {value}" for name, value in now.items())
     return remedy.advice + (f": {present}" if present else "")

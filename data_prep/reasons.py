@@ -42,9 +42,12 @@ REASONS: dict[str, Remedy] = {
     "low_rate": _off("filters.min_source_fps", "0", "take any rate; frames are then repeated"),
     "gap": _off("filters.max_gap_s", "null", "take windows with a still inside"),
     "image": _off("images", "true", "take images as clips of one frame"),
+    "too_small": _off(
+        "bucket.max_enlargement", "null", "take pictures enlarged as far as it needs"
+    ),
     "too_short": Remedy(
         "ask for fewer frames, or for more of them a second",
-        ("bucket.num_frames", "bucket.fps"),
+        ("bucket.num_frames", "bucket.frame_counts", "bucket.fps"),
     ),
     # the pixels
     "letterbox": _off("filters.max_bar_share", "1", "take any bars"),

@@ -51,9 +51,12 @@ def odd_samples() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def strict(config: PrepareConfig) -> PrepareConfig:
-    """Every filter on, and two windows of each video."""
+    """Every filter on, two windows of each video, two lengths and two resolutions."""
     filters = FilterConfig(max_black_frames=0.5, static_below=0.1, crop_bars=True)
-    return config.model_copy(update={"filters": filters, "windows_per_clip": 2})
+    bucket = {"resolutions": ("24p", "36p"), "frame_counts": (9, 5), "max_enlargement": 1.0}
+    buckets = config.bucket.model_copy(update=bucket)
+    changes = {"filters": filters, "windows_per_clip": 2, "bucket": buckets}
+    return config.model_copy(update=changes)
 
 
 def prepared(out: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, int], dict[str, Any]]]:
@@ -91,8 +94,11 @@ def test_a_look_at_each_sample_of_a_shard_is_what_a_run_makes_of_it(
     assert sorted(key for key, _, _ in keys_in(source, SourceConfig())) == [
         row["key"] for row in rows
     ]
-    for row in rows:
-        assert_same(look_at(source, row["key"], strict, FACTORS), row, latents)
+    looks = [look_at(source, row["key"], strict, FACTORS) for row in rows]
+    for look, row in zip(looks, rows, strict=True):
+        assert_same(look, row, latents)
+    assert {len(w.pts_s) for look in looks for w in look.windows} == {1, 5, 9}
+    assert any("too_small" in look.detail for look in looks if look.status == "kept")
 
 
 def test_a_look_at_a_sample_of_a_damaged_shard_is_what_a_run_makes_of_it(
@@ -220,6 +226,10 @@ def test_of_a_clip_that_is_too_short_it_says_how_many_frames_fit(config: Prepare
         setting = look.remedy.split()[1]
         fits = load_recipe("tiny", [f"prepare.bucket={json.dumps(bucket)}", setting])
         assert looked(fits.prepare, "a", data).status == "kept"
+        counts = [f"prepare.bucket={json.dumps({**bucket, 'frame_counts': [85, 81]})}"]
+        assert looked(load_recipe("tiny", counts).prepare, "a", data).remedy.split()[1] == (
+            setting.replace("num_frames=", "frame_counts=[") + "]"
+        )
         more = fits.prepare.bucket.num_frames + FACTORS.time
         over = load_recipe(
             "tiny", [f"prepare.bucket={json.dumps(bucket)}", f"prepare.bucket.num_frames={more}"]

@@ -187,7 +187,7 @@ def wait_for(watched: Watched, driver: subprocess.Popen[bytes], target: float) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2400)
 def test_twenty_kills_leave_the_bytes_of_an_uninterrupted_run(
     address: str, config: PrepareConfig, codec_dir: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def rows_of(recorder: Recorder) -> list[dict[str, Any]]:
     return [json.loads(text) for text in line.getvalue().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_failing_part_costs_only_itself(tmp_path: Path) -> None:
     report = Report(tmp_path)
     earlier = PartResult(COMPLETE, made="earlier")
@@ -77,6 +78,7 @@ def test_a_failing_part_costs_only_itself(tmp_path: Path) -> None:
     assert f"State: {FAILED}. ended with exit code 1" in page
 
 
+@pytest.mark.slow
 def test_a_part_out_of_time_is_ended(tmp_path: Path) -> None:
     # It hangs after its first row; on a busy machine it may not come so far.
     run = rehearse(tmp_path, "--only", "machine", "--minutes", "0.2", "--fail", "machine=hang")

@@ -19,6 +19,7 @@ from tests.places import ROOT
 TINY = load_recipe("tiny")
 
 
+@pytest.mark.slow
 def test_doctor_finds_this_machine_fit() -> None:
     ended = flowreel("doctor", "--json", "--quiet")
     assert ended.returncode == 0, ended.stdout

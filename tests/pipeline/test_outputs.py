@@ -102,7 +102,13 @@ def test_an_output_without_our_characters_spells_them(environment: dict[str, str
     assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", **PLAIN}])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        pytest.param({"LC_ALL": "C", **PLAIN}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_command_works_where_nothing_is_utf_8(
     model_dir: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

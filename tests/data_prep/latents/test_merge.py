@@ -164,7 +164,7 @@ def test_datasets_that_are_not_alike_are_refused_by_what_differs(
     recipe = json.loads((other / "prepare.json").read_text())
     recipe["captioner"]["backend"] = "vlm"
     (other / "prepare.json").write_text(json.dumps(recipe))
-    with pytest.raises(MergeError, match=r"captioner\.backend: 'measured' → 'vlm'.*only captions"):
+    with pytest.raises(MergeError, match=r"captioner\.backend: 'auto' → 'vlm'.*only captions"):
         merge_latents([pair / "a", other], tmp_path / "c")
     assert not (tmp_path / "c").exists()
 

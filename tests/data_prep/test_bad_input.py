@@ -24,6 +24,7 @@ from data_prep.sources.samples import write_shard
 from media.pixels import PQ
 from tests.data_prep.bad_media import (
     audio_only,
+    av1,
     claiming_frames,
     flat,
     gif,
@@ -129,7 +130,7 @@ MEDIA: dict[str, Callable[[], dict[str, Any]]] = {
     "rotated": lambda: {"mp4": rotated()},
     "10_bit": lambda: {"mp4": video(moving(20), pix_fmt="yuv420p10le")},
     "hevc": lambda: {"mp4": video(moving(20), codec="libx265", options=X265)},
-    "av1": lambda: {"mp4": video(moving(20, 64, 64), codec="libsvtav1")},
+    "av1": lambda: {"mp4": av1()},
     "audio_only": lambda: {"mp4": audio_only()},
     "gif_named_mp4": lambda: {"mp4": gif()},
     "huge_json": lambda: {"mp4": GOOD, "json": {"caption": "a" * 2_000_000}},

@@ -279,7 +279,8 @@ def _run(
         del resources["encode"]
     read = resources["read"]
     readers = _most(read, plan)
-    resources["read"] = read._replace(workers=min(read.workers, readers), most=readers)
+    workers = min(read.workers, readers)
+    resources["read"] = read._replace(workers=workers, most=readers if readers > workers else 0)
     figures = RunFigures(resources=describe(resources, cpus))
     log.info("preparing %d shards on %s", len(plan.jobs), figures.resources)
     say: RunProgress = progress or (lambda state: None)

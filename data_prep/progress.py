@@ -13,6 +13,8 @@ Progress = Callable[[int, int], None]
 
 WINDOW_S = 60.0
 """Rate and bottleneck are those of so many seconds."""
+LEAST_S = 1.0
+"""Of fewer seconds nothing is said: samples of one block end at one moment."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Pace:
     def samples_per_s(self) -> float | None:
         """Samples finished per second; None while that is not known."""
         elapsed_s, first, last = self._span()
-        return (last.samples - first.samples) / elapsed_s if elapsed_s > 0 else None
+        return (last.samples - first.samples) / elapsed_s if elapsed_s >= LEAST_S else None
 
     @property
     def left_s(self) -> float | None:
@@ -145,7 +147,7 @@ class Pace:
         shares = {
             name: min(1.0, (now.spent_s - first.stages[name].spent_s) / (elapsed_s * now.workers))
             for name, now in last.stages.items()
-            if name in first.stages and elapsed_s > 0 and now.workers
+            if name in first.stages and elapsed_s >= LEAST_S and now.workers
         }
         return max(shares.items(), key=lambda item: item[1]) if shares else None
 

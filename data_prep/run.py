@@ -127,9 +127,9 @@ class PrepareReport:
 
     @property
     def clips_per_s(self) -> float:
-        """Samples finished per second after the start-up; 0 if there were none."""
+        """Samples finished per second after the start-up; 0 if that took less than a second."""
         working_s = self.seconds - self.startup_s
-        return (self.samples_now - 1) / working_s if self.samples_now > 1 and working_s > 0 else 0.0
+        return (self.samples_now - 1) / working_s if self.samples_now and working_s >= 1 else 0.0
 
     def rows(self) -> list[tuple[str, str, int]]:
         """(status, reason, samples) of the closing table; its numbers add up to `total`."""

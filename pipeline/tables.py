@@ -136,7 +136,8 @@ def _say_stages(report: PrepareReport, reporter: Reporter) -> None:
         for stage in report.stages
     ]
     busiest = max(report.stages, key=lambda stage: stage.utilisation)
-    title = f"{report.clips_per_s:.1f} clips/s; the busiest stage was {busiest.name}"
+    rate = f"{report.clips_per_s:.1f} clips/s; " if report.clips_per_s else ""
+    title = f"{rate}the busiest stage was {busiest.name}"
     reporter.table(title, ["stage", "workers", "busy", "rows/s", "bytes out"], rows)
 
 

@@ -23,6 +23,7 @@ from data_prep.config import PrepareConfig
 from data_prep.ledger.job import ShardJob
 from data_prep.ledger.locks import lock_writing
 from data_prep.ledger.sink import SinkStage, sink_of
+from data_prep.liveness import RayEnded
 from data_prep.row import window_tables
 from data_prep.storage.store import open_folder
 from flowreel.errors import FlowreelError
@@ -154,13 +155,20 @@ def running_sinks(
     try:
         yield actors
         ray.get([actor.close.remote() for actor in actors])
+    except RayEnded:
+        # Nobody is left who would answer, and to ask would take longer than Ray lets us live.
+        raise
     except BaseException:
         ends = [actor.close.remote() for actor in actors]
         ray.wait(ends, num_returns=len(ends), timeout=_ENDING_S)
+        _end(actors)
         raise
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+    _end(actors)
+
+
+def _end(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor)
 
 
 def _has_cpus(node: dict[str, Any]) -> bool:

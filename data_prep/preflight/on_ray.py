@@ -7,6 +7,7 @@ Knows nothing of samples, or of how one is made.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import ray
 from ray._private.state import state as cluster_state  # Ray's own libraries ask it the same way
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_prep.config import ConcurrencyConfig
@@ -149,7 +151,11 @@ def check_shared(paths: Iterable[str], what: str) -> None:
         address: _on_node(ask, node).remote(local, _identities(local))
         for node, address in nodes.items()
     }
-    unseen = {address: ray.get(answer) for address, answer in answers.items()}
+    unseen = {}
+    for address, answer in answers.items():
+        # A machine that went away since it was listed has nothing to see.
+        with contextlib.suppress(TaskUnschedulableError, NodeDiedError, WorkerCrashedError):
+            unseen[address] = ray.get(answer)
     blind = [address for address, paths in unseen.items() if paths]
     if blind:
         others = f" and {len(blind) - _NAMED} more" if len(blind) > _NAMED else ""

@@ -147,8 +147,9 @@ def check_shared(paths: Iterable[str], what: str) -> None:
     if not local or len(nodes) < 2:
         return
     ask = ray.remote(num_cpus=0)(_unseen)
+    identities = _identities(local)
     answers = {
-        address: _on_node(ask, node).remote(local, _identities(local))
+        address: _on_node(ask, node).remote(local, identities)
         for node, address in nodes.items()
     }
     unseen = {}

@@ -149,8 +149,7 @@ def check_shared(paths: Iterable[str], what: str) -> None:
     ask = ray.remote(num_cpus=0)(_unseen)
     identities = _identities(local)
     answers = {
-        address: _on_node(ask, node).remote(local, identities)
-        for node, address in nodes.items()
+        address: _on_node(ask, node).remote(local, identities) for node, address in nodes.items()
     }
     unseen = {}
     for address, answer in answers.items():

@@ -186,10 +186,14 @@ def _captions(
         return [""] * len(ids)
     if kind != "shuffled":
         raise EvaluationError(f"captions is {kind!r}; use 'true', 'shuffled' or 'null'")
-    # A cycle through a random order: no clip keeps its own caption.
-    order = random_stream(seed, "order", 0, 1 << 41).permutation(len(ids))
+    return shuffled(captions, seed)
+
+
+def shuffled(captions: Sequence[str], seed: int) -> list[str]:
+    """The captions of other clips: a cycle through a random order, in which none keeps its own."""
+    order = random_stream(seed, "order", 0, 1 << 41).permutation(len(captions))
     successor = dict(zip(order, np.roll(order, 1), strict=True))
-    return [captions[successor[place]] for place in range(len(ids))]
+    return [captions[successor[place]] for place in range(len(captions))]
 
 
 def evaluate_nats(

@@ -50,8 +50,8 @@ def need(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingPackageError(
-            f"{', '.join(missing)} is not installed, which this measure needs: run `make setup`, or "
-            "`pip install 'flowreel[evaluate]'`; `--only` leaves measures out"
+            f"{', '.join(missing)} is not installed, and this measure needs it: run "
+            "`pip install 'flowreel[evaluate]'`, or leave the measure out with --only"
         )
 
 

@@ -92,9 +92,7 @@ def fidelity(
     )
 
 
-def _run(
-    model: FlowModel, texts: Texts, spec: SampleSpec, noise: Noise, denoiser: str
-) -> _Run:
+def _run(model: FlowModel, texts: Texts, spec: SampleSpec, noise: Noise, denoiser: str) -> _Run:
     text, null = texts.text_BJE, texts.null_BJE
     stream = DeepStream(model.flow, text, null, spec, noise=noise)
     started = time.perf_counter()

@@ -17,11 +17,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flowreel.values import flattened
+from media.frames import Frames
 from pipeline.evaluation.codec_quality import CodecQuality
 from pipeline.evaluation.distances import Distance
 from pipeline.evaluation.drift import Drift
 from pipeline.evaluation.fidelity import Fidelity
 from pipeline.evaluation.nats import Nats
+from pipeline.evaluation.physics import Physics
 from pipeline.evaluation.prompt_following import PromptFollowing, Share
 from pipeline.evaluation.steadiness import Steadiness
 
@@ -57,6 +59,29 @@ class About:
 
 
 @dataclass(frozen=True)
+class ShownClip:
+    """A prompt's video beside a real clip of it, before and after the codec; uint8 [T, H, W, 3].
+
+    `split` says whether its combination of words was trained on: seen or unseen.
+    """
+
+    prompt: str
+    split: str
+    made: Frames
+    real: Frames
+    back: Frames | None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The videos that a page shows."""
+
+    clips: tuple[ShownClip, ...] = ()
+    long_video: Frames | None = None
+    fps: float = 8.0
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything that was found; a family that was not asked for is None.
 
@@ -68,8 +93,8 @@ class Evaluation:
         codec: the codec's round trip.
         distances: by what the vectors are.
         steadiness: flicker and flow-warp error, by whose clips: generated, codec, real.
+        physics: figures of the world's mechanics, by whose clips: generated, real.
         drift: of one long video.
-        physics: figures of the world's mechanics, by whose clips.
     """
 
     about: About
@@ -79,6 +104,7 @@ class Evaluation:
     codec: CodecQuality | None = None
     distances: dict[str, Distance] | None = None
     steadiness: dict[str, Steadiness] | None = None
+    physics: dict[str, Physics] | None = None
     drift: Drift | None = None
 
     def figures(self) -> dict[str, Any]:
@@ -90,7 +116,12 @@ class Evaluation:
             found |= _of_prompts(self.prompts)
         for family, value in (("sampler", self.sampler), ("codec", self.codec)):
             found |= flattened(asdict(value), family) if value is not None else {}
-        for family, values in (("distance", self.distances), ("motion", self.steadiness)):
+        families: dict[str, Mapping[str, Any] | None] = {
+            "distance": self.distances,
+            "motion": self.steadiness,
+            "physics": self.physics,
+        }
+        for family, values in families.items():
             for name, value in (values or {}).items():
                 found |= flattened(asdict(value), f"{family}.{name}")
         if self.drift is not None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flow.sample_spec import SampleSpec, Schedule
@@ -71,7 +70,7 @@ def noise_shape(loaded: LoadedModel) -> tuple[int, int, int]:
 
 
 def denoiser_of(loaded: LoadedModel) -> str:
-    """What takes the noise away: the recipe's choice, or nothing where the model has no denoiser."""
+    """What takes the noise away: as chosen, or nothing where the model has no denoiser."""
     chosen = loaded.sampling.denoiser
     return "none" if chosen == "learned" and loaded.model.denoiser is None else chosen
 

@@ -1,12 +1,13 @@
 """How steady a video is in time: flicker, and error along the optical flow.
 
 Flicker is what a pixel does against its neighbours in time: its distance from the median of itself,
-the frame before and the frame after. An edge that passes makes a pixel go one way, and adds nothing;
-what goes up and down again does. The optical flow is scikit-image's iterative Lucas-Kanade on brightness. Both figures are of a
-video by itself, so they stand beside those of real clips. Knows pixels. Knows nothing of models or
-files.
+the frame before and the frame after. An edge that passes makes a pixel go one way and adds nothing;
+what goes up and down again does. The optical flow is scikit-image's iterative Lucas-Kanade on
+brightness. Both figures are of a video by itself, so they stand beside those of real clips. Knows
+pixels. Knows nothing of models or files.
 
-Shapes: N clips, T frames, H, W pixels; frames uint8 [N, T, H, W, 3], flow [2, H, W] (rows, columns).
+Shapes: N clips, T frames, H, W pixels; frames uint8 [N, T, H, W, 3], flow [2, H, W] as (rows,
+columns).
 """
 
 from __future__ import annotations

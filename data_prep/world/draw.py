@@ -52,6 +52,10 @@ _WORDS: dict[str, tuple[str, ...]] = {
 }
 _LANES: tuple[tuple[str, ...], ...] = (("up", "down", "still"), ("left", "right", "still"))
 """What two things may do side by side: motions along axis 0 or axis 1."""
+_PAN_RATES = (0.07, 0.095)
+"""Lengths per second."""
+_ZOOM_RATES = (0.10, 0.15)
+"""Logarithm of the scale per second."""
 _CAMERA_MOVES = 0.5
 """Share of the scenes with a moving camera, of those in which it can move."""
 
@@ -134,7 +138,7 @@ class _Draw:
         size, radius = self.size(("small", "medium") if "zoom" in camera else tuple(SIZES))
         speed = "" if motion == "still" else self.word("speed", speeds)
         thing = Thing(colour, shape, size, motion, speed, radius, (0.0, 0.0), (0.0, 0.0))
-        return self.scene((self.placed(thing),), camera)
+        return self.scene((self.placed(thing, camera),), camera)
 
     def two_things(self) -> Scene | None:
         """Two small or medium things on lanes, or two small ones that meet; None if none fit."""
@@ -152,7 +156,7 @@ class _Draw:
         if not self.allows("size", sizes):
             return None
         colour, shape, motion = self.combination(chosen)
-        other = self.another(colour, shape, chosen)
+        other = self.another(colour, shape, motion, chosen)
         things = []
         for number, words in enumerate(((colour, shape, motion), other)):
             size, radius = self.size(sizes, fixed=number == 0)
@@ -174,9 +178,9 @@ class _Draw:
         size, radius = self.size(("small",))
         way = DIRECTIONS[motion]
         axis = 0 if way[0] else 1
-        rate, aside = self.between(0.40, 0.44), self.between(-0.15, 0.15)
+        rate, aside = self.between(0.37, 0.41), self.between(-0.15, 0.15)
         centre = [aside, aside]
-        centre[axis] = self.between(-0.03, 0.03)
+        centre[axis] = self.between(-0.02, 0.02)
         velocity = (way[0] * rate, way[1] * rate)
         thing = Thing(
             colour, shape, size, motion, "quickly", radius, (centre[0], centre[1]), velocity
@@ -200,12 +204,16 @@ class _Draw:
             "split 'any'"
         )
 
-    def another(self, colour: str, shape: str, motions: tuple[str, ...]) -> tuple[str, str, str]:
+    def another(
+        self, colour: str, shape: str, motion: str, motions: tuple[str, ...]
+    ) -> tuple[str, str, str]:
         """Words of a second thing that can be told from the first."""
         free = _Draw(self.rng, self.kinds, self.split, {})
         while True:
             words = free.combination(motions)
-            if words[0] != colour and words[1] != shape:
+            # Two things that both stand still would be a picture.
+            moves = words[2] != "still" or motion != "still"
+            if words[0] != colour and words[1] != shape and moves:
                 return words
 
     def size(self, among: tuple[str, ...], *, fixed: bool = True) -> tuple[str, float]:
@@ -235,7 +243,7 @@ class _Draw:
         rate = 0.0
         if camera != "static":
             textures = tuple(t for t in textures if t in SHOWING_TEXTURES) or SHOWING_TEXTURES
-            rate = self.between(0.07, 0.095) if "pan" in camera else self.between(0.10, 0.15)
+            rate = self.between(*(_PAN_RATES if "pan" in camera else _ZOOM_RATES))
         texture = self.word("texture", textures)
         if camera != "static" and texture not in SHOWING_TEXTURES:
             raise WorldError(
@@ -244,10 +252,13 @@ class _Draw:
             )
         return Scene(things, self.word("tone"), texture, camera, rate, None, False, 0)
 
-    def placed(self, thing: Thing) -> Thing:
+    def placed(self, thing: Thing, camera: str = "static") -> Thing:
         """A single thing with place and velocity for its motion."""
         quick = thing.speed == "quickly"
-        room = 0.5 - np.array(thing.extent)
+        # What the camera does to a place leaves less room for the thing's own way.
+        nearer = math.exp(_ZOOM_RATES[1] * MOST_S / 2) if "zoom" in camera else 1.0
+        aside = _PAN_RATES[1] * MOST_S / 2 if "pan" in camera else 0.0
+        room = 0.5 / nearer - np.array(thing.extent) - np.array([0.0, aside])
         if thing.motion == "bounce":
             return self.bouncing(thing, room, 2.6 if quick else 1.3)
         if thing.motion == "circle":

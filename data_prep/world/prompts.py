@@ -16,7 +16,7 @@ from data_prep.world.captions import canonical
 from data_prep.world.draw import random_scene
 from data_prep.world.scene import Scene, SceneKinds
 from data_prep.world.split import Split, in_split
-from data_prep.world.vocabulary import COLOURS, SHAPES
+from data_prep.world.vocabulary import COLOURS, SHAPES, SIZES
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def prompts(
 ) -> list[Prompt]:
     """Prompts in the canonical wording; the first ones of a longer list are the shorter list.
 
-    Each is one of the combinations of the split that were asked for least, word by word; sizes,
-    backgrounds and cameras are drawn.
+    Each is one of the combinations of the split that were asked for least, word by word; sizes
+    take turns, backgrounds and cameras are drawn.
 
     Args:
         count: how many.
@@ -50,13 +50,14 @@ def prompts(
         kinds: motions, textures and cameras to ask for; by default all.
 
     >>> prompts(1, seed=3)[0].text
-    'A large orange square moves down quickly over a dark smooth background.'
+    'A small orange square moves right quickly over a light cloudy background.'
     """
     alone = replace(kinds or SceneKinds(), two_things=0, occluders=0)
     rng = np.random.default_rng([seed, 4711])
     combinations = [
         words for words in product(COLOURS, SHAPES, alone.motions) if in_split(*words, split)
     ]
+    sizes = tuple(SIZES)
     asked: Counter[tuple[str, ...]] = Counter()
     chosen = []
     for number in range(count):
@@ -67,6 +68,7 @@ def prompts(
         asked.update(_counted(colour, shape, motion))
         scene = random_scene(
             seed * 1_000_003 + number,
+            size=sizes[number % len(sizes)],
             kinds=alone,
             split=split,
             colour=colour,

@@ -173,21 +173,6 @@ def _say_failed_captions(report: PrepareReport, reporter: Reporter) -> None:
         )
 
 
-def say_evaluation(figures: Mapping[str, float], reporter: Reporter) -> None:
-    """Held-out likelihoods of a model beside their baselines."""
-    mean, error = figures["held_out_nats_per_dim"], figures["held_out_stderr"]
-    rows = [
-        ["held out, true captions", f"{mean:.4f} ± {error:.4f}"],
-        ["held out, shuffled captions", f"{figures['shuffled_caption_nats_per_dim']:.4f}"],
-        ["best Gaussian per channel", f"{figures['gaussian_nats_per_dim']:.4f}"],
-        ["noise floor ½ + ln σ", f"{figures['noise_floor_nats_per_dim']:.4f}"],
-    ]
-    title = f"{figures['held_out_clips']:.0f} clips, {figures['noise_draws']:.0f} noise draws"
-    reporter.table(title, ["loss (½ ln 2π left out)", "nats/dim"], rows)
-    bits = figures["held_out_nll_bits_per_dim"]
-    reporter.outcome(f"nll {bits:.4f} bits/dim (held out, true captions, ½ ln 2π included)")
-
-
 def sampling_lines(video: GeneratedVideo) -> list[str]:
     """What sampling took and how exact it is."""
     lines = []

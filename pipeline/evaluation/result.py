@@ -90,7 +90,7 @@ class Evaluation:
         nats: likelihood.
         prompts: prompt following.
         sampler: fidelity of the sampler.
-        codec: the codec's round trip.
+        codec: the codec's round trip, of clips of the trained length and of long ones.
         distances: by what the vectors are.
         steadiness: flicker and flow-warp error, by whose clips: generated, codec, real.
         physics: figures of the world's mechanics, by whose clips: generated, real.
@@ -101,7 +101,7 @@ class Evaluation:
     nats: Nats | None = None
     prompts: PromptFollowing | None = None
     sampler: Fidelity | None = None
-    codec: CodecQuality | None = None
+    codec: dict[str, CodecQuality] | None = None
     distances: dict[str, Distance] | None = None
     steadiness: dict[str, Steadiness] | None = None
     physics: dict[str, Physics] | None = None
@@ -114,8 +114,10 @@ class Evaluation:
             found |= flattened(asdict(self.nats))
         if self.prompts is not None:
             found |= _of_prompts(self.prompts)
-        for family, value in (("sampler", self.sampler), ("codec", self.codec)):
-            found |= flattened(asdict(value), family) if value is not None else {}
+        if self.sampler is not None:
+            found |= flattened(asdict(self.sampler), "sampler")
+        for name, quality in (self.codec or {}).items():
+            found |= flattened(asdict(quality), name)
         families: dict[str, Mapping[str, Any] | None] = {
             "distance": self.distances,
             "motion": self.steadiness,
@@ -139,6 +141,10 @@ class Evaluation:
             for name, value in self.figures().items()
             if isinstance(value, int | float) and math.isfinite(value)
         }
+
+    def series(self) -> dict[str, tuple[float, ...]]:
+        """The figures that are lists over time, first to last."""
+        return {name: value for name, value in self.figures().items() if isinstance(value, tuple)}
 
 
 def _of_prompts(prompts: PromptFollowing) -> dict[str, Any]:

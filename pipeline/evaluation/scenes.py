@@ -24,8 +24,9 @@ from serving.requests import ModelFacts
 HELD_OUT_SEED = 910_000_000
 """Scenes from here on are trained on by nobody: a world's own seeds begin at 0, a codec's held-out
 ones at 900 million."""
-OTHER_SEED = 920_000_000
 FIT_SEED = 930_000_000
+STAYING = ("still", "circle", "bounce")
+"""Motions that keep a thing in the picture for as long as one likes."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ def held_out_scenes(count: int, seed: int, kinds: SceneKinds, *, first: int) -> 
     """Scenes of seen combinations, drawn from seeds that no training uses."""
     start = first + seed * 100_003
     return [random_scene(start + number, kinds=kinds) for number in range(count)]
+
+
+def staying(count: int, seed: int, kinds: SceneKinds) -> list[Scene]:
+    """Held-out scenes of one thing that keeps in the picture, whatever the kinds say of motion."""
+    alone = replace(kinds, motions=STAYING, cameras=("static",), two_things=0, occluders=0)
+    return held_out_scenes(count, seed, alone, first=HELD_OUT_SEED)
 
 
 def rendered(

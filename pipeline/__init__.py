@@ -9,6 +9,8 @@ Read in this order:
     make_video.py         `flowreel sample`
     video_likelihood.py   `flowreel likelihood`
     run_service.py        `flowreel serve`
+    evaluation/           `flowreel evaluate`
+    shipped.py            the weights that ship
     import_released.py    `flowreel import-weights`
     sample_look.py        `flowreel look`
     dataset_page.py       `flowreel inspect`

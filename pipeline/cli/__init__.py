@@ -2,8 +2,8 @@
 
     demo.py       the whole in one command: demo, here, and submit, on a cluster
     data.py       around a dataset: prepare, look, inspect, export, merge-latents
-    model.py      around a model: train, sample, likelihood, evaluate, serve, import-weights,
-                  train-codec
+    model.py      around a model: train, sample, likelihood, serve, import-weights, train-codec
+    evaluation.py evaluate: every figure of a model
     about.py      doctor and settings
     options.py    the app, the options that several commands have, and `command`
     arguments.py  checks of arguments and paths before anything heavy is imported
@@ -76,7 +76,7 @@ def _run() -> int:
 
 def _register_commands() -> None:
     """Import the files of commands, in the order in which the help lists them."""
-    for name in ("demo", "data", "model", "about"):
+    for name in ("demo", "data", "model", "evaluation", "about"):
         importlib.import_module(f"pipeline.cli.{name}")
 
 

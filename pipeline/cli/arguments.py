@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import socket
@@ -23,8 +24,13 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = (".mp4", ".png")
 """What `flowreel sample` writes: a video, or one frame."""
 CONNECT_S = 5.0
+MAX_LONG_S = 3600.0
+"""A longer video would not fit into memory as one."""
 DTYPES = ("keep", "bf16", "fp32")
 """Of imported weights; a test holds them equal to those of `pipeline.import_released`."""
+
+FAMILIES = ("nats", "prompts", "sampler", "codec", "distances", "motion", "physics", "drift")
+"""What `flowreel evaluate` measures; a test holds them equal to those of `pipeline.evaluation`."""
 
 
 class ArgumentError(FlowreelError, ValueError):
@@ -46,6 +52,39 @@ def one_of(option: str, value: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(value, choices, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ArgumentError(f"{option} {value!r}: must be one of {', '.join(choices)}{hint}")
+
+
+def several(option: str, value: str) -> tuple[str, ...]:
+    """The parts of a list with commas, each once.
+
+    >>> several("--only", "nats, codec,nats")
+    ('nats', 'codec')
+    """
+    parts = tuple(dict.fromkeys(part for text in value.split(",") if (part := text.strip())))
+    if not parts:
+        raise ArgumentError(f"{option} {value!r}: names nothing; leave it out for all")
+    return parts
+
+
+def lengths_s(option: str, value: str) -> tuple[float, ...]:
+    """Lengths of time in seconds, a list with commas.
+
+    >>> lengths_s("--long", "30,2.5")
+    (30.0, 2.5)
+    """
+    lengths = []
+    for text in several(option, value):
+        try:
+            length = float(text)
+        except ValueError:
+            length = math.nan
+        if not 0 < length <= MAX_LONG_S:
+            raise ArgumentError(
+                f"{option} {text!r}: must be seconds above 0, at most {MAX_LONG_S:g}; such as "
+                "30,60,120"
+            )
+        lengths.append(length)
+    return tuple(lengths)
 
 
 def model_folder(path: str) -> Path:

@@ -1,4 +1,4 @@
-"""Commands around a model: train it, sample, ask how likely a video is, evaluate, serve, import."""
+"""Commands around a model: train it, sample, ask how likely a video is, serve, import."""
 
 from __future__ import annotations
 
@@ -191,28 +191,6 @@ command(
     )
 )(likelihood)
 command("score", hidden=True)(likelihood)
-
-
-@command(examples=["flowreel evaluate runs/demo/train/model --data runs/demo/latents"])
-def evaluate(
-    model: ModelArgument,
-    data: DataOption,
-    draws: Annotated[int, typer.Option(min=2, max=1024, help="Noise draws per clip.")] = 4,
-    json_: JsonOption = False,
-) -> None:
-    """Held-out loss in nats per dimension, beside its baselines.
-
-    These are shuffled captions, the best Gaussian per channel, and the noise floor ½ + ln σ.
-    """
-    folder = arguments.model_folder(model)
-    arguments.latents(data)
-    from pipeline.demo_figures import likelihoods
-    from pipeline.tables import say_evaluation
-
-    said = reporter(json_)
-    figures = likelihoods(folder, data, draws=draws)
-    say_evaluation(figures, said)
-    said.document(figures)
 
 
 @command(

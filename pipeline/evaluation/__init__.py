@@ -2,7 +2,10 @@
 
 Read in this order:
 
-    run.py               READ FIRST: which families there are, and what each is given
+    command.py           READ FIRST: `flowreel evaluate`
+    options.py           what is measured and how much of it
+    run.py               the families in order, and what each is given
+    clips.py             the clips of an evaluation, each made once
     scenes.py            prompts, real clips of them, and the judge: the world's side
     samples.py           the model's side: videos in batches, and a long one
     nats.py              held-out likelihood by bucket, beside its baselines

@@ -187,9 +187,9 @@ class _Run:
         assert data is not None
         held_out, train = LatentDataset(data, "held_out"), LatentDataset(data, "train")
         of_model = self.loaded.spec.codec_digest
-        if of_model is not None and held_out.info.codec != of_model:
+        if of_model is not None and held_out.info.codec_digest != of_model:
             raise FamilyError(
-                f"--data {data}: latents of the codec {held_out.info.codec}, but the model was "
+                f"--data {data}: latents of the codec {held_out.info.codec_digest}, but the model was "
                 f"trained on those of {of_model}; prepare the clips with the model's codec"
             )
         return (

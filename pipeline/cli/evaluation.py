@@ -1,0 +1,127 @@
+"""The command that measures a model: evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli import arguments
+from pipeline.cli.options import JsonOption, SetOption, command, reporter
+
+
+@command(
+    examples=(
+        "flowreel evaluate runs/demo/train/model --out runs/demo/evaluation",
+        "flowreel evaluate runs/demo/train/model --only nats --data runs/demo/latents --json",
+        "flowreel evaluate runs/demo/train/model --only prompts --prompts 256",
+    )
+)
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Model folder; default: the weights that ship."),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FAMILY,…",
+            help="Measure these only: " + ", ".join(arguments.FAMILIES) + "; default: all.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Latents that `flowreel prepare` wrote, whose held-out clips the likelihood is "
+            "of; default: scenes rendered for this."
+        ),
+    ] = None,
+    prompts: Annotated[
+        int,
+        typer.Option(min=2, max=4096, help="Prompts of seen combinations, and as many of unseen."),
+    ] = 64,
+    draws: Annotated[int, typer.Option(min=2, max=1024, help="Noise draws per clip.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts, scenes and noise.")] = 0,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Guidance weight; 0 is none, default the recipe's serve.limits.default_guidance.",
+        ),
+    ] = None,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="jacobi (as served), sliding (fewer evaluations) or sequential.",
+            autocompletion=arguments.complete_schedule,
+        ),
+    ] = "jacobi",
+    long: Annotated[
+        str,
+        typer.Option(
+            metavar="SECONDS,…", help="Lengths of the long video at which its drift is measured."
+        ),
+    ] = "30,60,120",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for evaluation.json, .md and .html (with videos); default: none.",
+        ),
+    ] = None,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="MLflow store for figures and files, such as sqlite:///mlflow.db; default: none.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="Recipe whose world and sampler hold; default: recipe.yaml of the model or its "
+            "run, else tiny.",
+            autocompletion=arguments.complete_recipe,
+        ),
+    ] = None,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Measure a model: likelihood, prompts, sampler, codec, distances, motion, physics, drift.
+
+    Every figure stands beside what it is to be read against: chance, floor, real clips.
+    """
+    from pipeline.shipped import shipped_model
+
+    folder = shipped_model() if model is None else arguments.model_folder(model)
+    families = arguments.FAMILIES if only is None else arguments.several("--only", only)
+    for family in families:
+        arguments.one_of("--only", family, arguments.FAMILIES)
+    if data is not None:
+        arguments.latents(data)
+    lengths = arguments.lengths_s("--long", long)
+    arguments.one_of("--schedule", schedule, arguments.schedules())
+    if out is not None:
+        arguments.output_folder(out)
+    from pipeline.evaluation.command import evaluate_model, recipe_beside
+    from pipeline.evaluation.options import Options
+    from pipeline.recipes import load_recipe
+
+    loaded = load_recipe(recipe or recipe_beside(folder), set_)
+    options = Options(
+        only=families,
+        data=data,
+        prompts=prompts,
+        draws=draws,
+        seed=seed,
+        guidance=loaded.serve.limits.default_guidance if guidance is None else guidance,
+        schedule=schedule,  # type: ignore[arg-type]
+        long_s=lengths,
+        kinds=loaded.world.kinds,
+        sampling=loaded.sampler,
+    )
+    evaluate_model(folder, options, out=out, mlflow=mlflow, reporter=reporter(json_))

@@ -1,0 +1,81 @@
+"""`flowreel evaluate`: measure a model, say it, and write what is wanted of it.
+
+Starts no cluster. Knows nothing of Ray or of how a figure comes about.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from flowreel.files import write_whole
+from pipeline.console import Reporter, plain
+from pipeline.evaluation.options import Options
+from pipeline.evaluation.page import page
+from pipeline.evaluation.record import log_to_mlflow
+from pipeline.evaluation.result import Evaluation, Shown
+from pipeline.evaluation.run import evaluate
+from pipeline.evaluation.tables import markdown, say
+
+
+def evaluate_model(
+    folder: Path,
+    options: Options,
+    *,
+    out: Path | None = None,
+    mlflow: str | None = None,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Measure a model folder, and print every figure as tables or as JSON.
+
+    Args:
+        folder: the model.
+        options: what is measured.
+        out: folder for `evaluation.json`, `evaluation.md` and `evaluation.html`; None writes none.
+        mlflow: store that figures and files go to as well, such as sqlite:///mlflow.db.
+        reporter: what is said on the way.
+
+    Raises:
+        what `pipeline.evaluation.run.evaluate` raises.
+    """
+    reporter = reporter or Reporter()
+    evaluation, shown = evaluate(folder, options, reporter)
+    say(evaluation, reporter)
+    if out is not None:
+        write_files(out, evaluation, shown)
+        reporter.outcome(f"page: {out / 'evaluation.html'}")
+    if mlflow is not None:
+        run_id = _record(evaluation, shown, mlflow, out)
+        reporter.outcome(f"MLflow run {run_id}")
+    reporter.document(evaluation.document())
+    return evaluation
+
+
+def write_files(out: Path, evaluation: Evaluation, shown: Shown) -> list[Path]:
+    """Write the three files into a folder, each whole; returns their paths."""
+    document = json.dumps(plain(evaluation.document()), indent=1, allow_nan=False) + "\n"
+    contents = {
+        "evaluation.json": document,
+        "evaluation.md": markdown(evaluation),
+        "evaluation.html": page(evaluation, shown),
+    }
+    for name, content in contents.items():
+        write_whole(out / name, content)
+    return [out / name for name in contents]
+
+
+def _record(evaluation: Evaluation, shown: Shown, uri: str, out: Path | None) -> str:
+    if out is not None:
+        return log_to_mlflow(evaluation, uri, out, [*out.glob("evaluation.*")])
+    with tempfile.TemporaryDirectory(prefix="flowreel-") as folder:
+        files = write_files(Path(folder), evaluation, shown)
+        return log_to_mlflow(evaluation, uri, Path(folder), files)
+
+
+def recipe_beside(folder: Path) -> str:
+    """The recipe that a model was made by: in its folder or in its run's, else the default."""
+    for place in (folder, folder.resolve().parent):
+        if (place / "recipe.yaml").is_file():
+            return str(place / "recipe.yaml")
+    return "tiny"

@@ -1,0 +1,146 @@
+"""Which shape a soft outline has, and how large it is: the best of a bank of blurred templates.
+
+A thing's outlines are laid over each other, centred, at one scale, and compared with every shape at
+several radii and blurs. What is unsure in a single noisy frame is sure in their mean; that the
+frames agree is asked of parts of the video. Knows nothing of colours and motions.
+
+Shapes: T frames, S parts of the video, G × G points of the outline's own grid, K templates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.world.render import depth
+from data_prep.world.vocabulary import SHAPES
+
+Floats = npt.NDArray[np.floating]
+
+_POINTS, _REACH = 29, 1.9
+"""The grid: points a side, and how far it goes from the middle, in radii."""
+_RATIOS = np.linspace(0.80, 1.24, 12)
+_BLURS = (0.05, 0.12, 0.19, 0.27, 0.36, 0.46, 0.6)
+"""Standard deviation, in radii."""
+_PARTS = 6
+CENTROIDS = {"triangle": 0.2 * np.sqrt(3)}
+"""How far below the middle of its box a shape's centroid lies, in radii; 0 for the others."""
+AREAS = {"circle": np.pi, "square": 3.140, "triangle": 2.494, "cross": 2.592, "ring": 2.545}
+"""In squared radii."""
+MEAN_AREA = 2.78
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What was read of a thing's outline."""
+
+    shape: str
+    confidence: float
+    """0 to 1; below 0.5 it is not sure."""
+    ratio: float
+    """Radius, in units of the radius that the grid was laid for."""
+    blur: float
+    """Standard deviation of the blur that fits best, in radii."""
+    fit: float
+    """Correlation with the best template."""
+
+
+def read_outline(crops_TGG: Floats, weight_T: Floats) -> Outline | None:
+    """The shape of the outlines; None if no frame has a weight.
+
+    Args:
+        crops_TGG: from `crops`.
+        weight_T: 0 for frames in which the thing is not whole.
+    """
+    if weight_T.sum() <= 0:
+        return None
+    flat_TP = crops_TGG.reshape(len(crops_TGG), -1)
+    score_NRB = _scores(weight_T @ flat_TP / weight_T.sum())
+    by_shape_N = score_NRB.max((1, 2))
+    best, second = np.argsort(-by_shape_N)[:2]
+    ratio, blur = np.unravel_index(score_NRB[best].argmax(), score_NRB.shape[1:])
+    # How much worse the second is, in shares of what the best leaves unexplained.
+    unexplained, other = 1 - by_shape_N[best] ** 2, 1 - by_shape_N[second] ** 2
+    margin = (other - unexplained) / (other + unexplained)
+    agree = _agreement(flat_TP, weight_T, int(best))
+    fit = float(by_shape_N[best])
+    sure = min(1.0, margin / 0.2) * min(1.0, max(0.0, (fit - 0.85) / 0.1)) * agree
+    return Outline(SHAPES[best], float(sure), float(_RATIOS[ratio]), _BLURS[blur], fit)
+
+
+def crops(cover_THW: Floats, place_T2: Floats, radius_T: Floats) -> Floats:
+    """Each frame's cover on a grid around the thing, bilinear; 0 outside the picture.
+
+    Args:
+        cover_THW: the matte.
+        place_T2: the thing's centroid, in pixels.
+        radius_T: about the thing's radius, in pixels, to which the grid is scaled.
+    """
+    frames, height, width = cover_THW.shape
+    steps_G = np.linspace(-_REACH, _REACH, _POINTS)
+    rows_TG = _weights(place_T2[:, :1] + radius_T[:, None] * steps_G, height)
+    columns_TG = _weights(place_T2[:, 1:] + radius_T[:, None] * steps_G, width)
+    return np.asarray(rows_TG @ cover_THW @ columns_TG.transpose(0, 2, 1))
+
+
+def _weights(at_TG: Floats, size: int) -> Floats:
+    """Bilinear weights [T, G, size] of the pixels along one axis."""
+    off = np.abs(at_TG[..., None] - 0.5 - np.arange(size))
+    return np.clip(1 - off, 0, None).astype(np.float32)
+
+
+def _agreement(flat_TP: Floats, weight_T: Floats, best: int) -> float:
+    """1 if the parts of the video agree on the shape, 0 if less than two thirds of them do."""
+    seen = np.flatnonzero(weight_T > 0)
+    parts = [p for p in np.array_split(seen, _PARTS) if len(p)]
+    mean_SP = np.stack([weight_T[p] @ flat_TP[p] / weight_T[p].sum() for p in parts])
+    winners_S = _scores(mean_SP).max((-2, -1)).argmax(-1)
+    return float(np.clip(3 * (winners_S == best).mean() - 2 + 0.5, 0, 1))
+
+
+def _scores(picture_P: Floats) -> Floats:
+    """Correlations [..., N, R, B] of pictures [..., G * G] with all templates."""
+    picture_P = picture_P - picture_P.mean(-1, keepdims=True)
+    norm = np.linalg.norm(picture_P, axis=-1, keepdims=True) + 1e-9
+    bank_KP = _bank()
+    return (picture_P / norm @ bank_KP.T).reshape(
+        *picture_P.shape[:-1], len(SHAPES), len(_RATIOS), len(_BLURS)
+    )
+
+
+@lru_cache(maxsize=1)
+def _bank() -> Floats:
+    """The templates [K, G * G], each with mean 0 and norm 1, around their centroids."""
+    fine = 4
+    step = 2 * _REACH / (_POINTS - 1)
+    # Finer than the grid and wider, so that blurring has something to take from.
+    points = _POINTS * fine + 60
+    at = (np.arange(points) - (points - 1) / 2) * step / fine
+    middle_GP = _at_grid(at)
+    templates = []
+    for shape in SHAPES:
+        for ratio in _RATIOS:
+            y = at[:, None] + CENTROIDS.get(shape, 0.0) * ratio
+            cover = np.clip(depth(shape, y, at, float(ratio)) * fine / step + 0.5, 0, 1)
+            for blur in _BLURS:
+                kernel = _gaussian(at, blur) if blur else np.eye(points)
+                side_GP = middle_GP @ kernel
+                templates.append(side_GP @ cover @ side_GP.T)
+    bank_KP = np.stack(templates).reshape(len(templates), -1)
+    bank_KP -= bank_KP.mean(1, keepdims=True)
+    return np.asarray(bank_KP / np.linalg.norm(bank_KP, axis=1, keepdims=True), dtype=np.float32)
+
+
+def _at_grid(at: Floats) -> Floats:
+    """Linear interpolation from the fine points to the grid."""
+    grid_G = np.linspace(-_REACH, _REACH, _POINTS)
+    return np.clip(1 - np.abs(grid_G[:, None] - at) / (at[1] - at[0]), 0, None)
+
+
+def _gaussian(at: Floats, sigma: float) -> Floats:
+    """A blur as a matrix over the fine points."""
+    kernel = np.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
+    return np.asarray(kernel / kernel.sum(1, keepdims=True))

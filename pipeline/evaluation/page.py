@@ -121,7 +121,7 @@ def _bars(prompts: PromptFollowing) -> str:
         "unseen": (prompts.unseen, WARM),
         "real clips after the codec": (prompts.codec, PALE),
     }
-    attributes = [*prompts.chance]
+    attributes = [name for name, chance in prompts.chance.items() if chance < 1]
     for number, (name, (shares, colour)) in enumerate(sets.items()):
         at = [i + 0.26 * (number - 1) for i, a in enumerate(attributes) if a in shares]
         of = [shares[a] for a in attributes if a in shares]

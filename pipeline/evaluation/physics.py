@@ -1,31 +1,40 @@
 """Whether motion is plausible: momentum at a bounce, and a thing that passes behind a bar.
 
-Both are read from where the coloured pixels are, frame by frame, with no word of the prompt. Real
-clips are read the same way: their figures are what a perfect model would have. Knows pixels. Knows
-nothing of models or files.
+Both are read from the judge's track of the thing, with no word of the prompt. Real clips are read
+the same way: their figures are what a perfect model would have. Knows nothing of models, pixels or
+files.
 
-Shapes: N clips, T frames, H, W pixels; frames uint8 [N, T, H, W, 3]; places are (down, right) in
-lengths of the picture's smaller side.
+Shapes: T frames; places are (down, right) in lengths of the picture's smaller side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from media.frames import Frames
-
-MIN_CHROMA = 60.0
-"""Least spread between the channels, of 255, of a pixel that belongs to a thing."""
 MIN_SPEED = 0.05
 """Lengths per second below which a thing does not move."""
 HIDDEN_SHARE, SHOWN_SHARE, WHOLE_SHARE = 0.25, 0.6, 0.93
 """Of a thing's largest area: below the first it is hidden, above the second it is shown, above the
 third it is shown whole, so that its middle is where its pixels say."""
 
-Floats = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating]
+
+
+class Tracked(Protocol):
+    """The way of a video's thing; None where there is no thing."""
+
+    @property
+    def world_T2(self) -> Floats | None:
+        """Its place in each frame, whatever the camera does; nan where it cannot be told."""
+
+    @property
+    def area_T(self) -> Floats | None:
+        """How much of it is seen in each frame."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +79,9 @@ class Physics:
     occluder: Permanence | None
 
 
-def areas_and_places(frames_THWC: Frames) -> tuple[Floats, Floats]:
-    """Pixels of the coloured thing [T], and its centroid [T, 2]; nan where there is none."""
-    pixels = frames_THWC.astype(np.int16)
-    mask_THW = pixels.max(axis=-1) - pixels.min(axis=-1) > MIN_CHROMA
-    area_T = mask_THW.sum(axis=(1, 2)).astype(np.float64)
-    safe_T = np.where(area_T > 0, area_T, np.nan)
-    height, width = mask_THW.shape[1:]
-    down_T = mask_THW.sum(axis=2) @ np.arange(height) / safe_T
-    right_T = mask_THW.sum(axis=1) @ np.arange(width) / safe_T
-    return area_T, np.stack([down_T, right_T], axis=1) / min(height, width)
-
-
-def bounces(clips_NTHWC: Frames, fps: float) -> Bounces:
-    """Read each clip for the turn along an axis that is clearest, and compare momenta."""
-    ratios = [_momentum_ratio(areas_and_places(clip)[1], fps) for clip in clips_NTHWC]
+def bounces(tracks: Sequence[Tracked], fps: float) -> Bounces:
+    """In each clip take the turn along an axis that is clearest, and compare momenta."""
+    ratios = [None if t.world_T2 is None else momentum_ratio(t.world_T2, fps) for t in tracks]
     found = [ratio for ratio in ratios if ratio is not None]
     return Bounces(
         turned=len(found) / len(ratios),
@@ -93,7 +90,7 @@ def bounces(clips_NTHWC: Frames, fps: float) -> Bounces:
     )
 
 
-def _momentum_ratio(places_T2: Floats, fps: float) -> float | None:
+def momentum_ratio(places_T2: Floats, fps: float) -> float | None:
     """Speed after the clearest turn over speed before it; None where it does not turn.
 
     The turn is where medians before and after are most opposed: a median forgives the frame in
@@ -110,10 +107,10 @@ def _momentum_ratio(places_T2: Floats, fps: float) -> float | None:
     return ratio
 
 
-def permanence(clips_NTHWC: Frames) -> Permanence:
-    """Read each clip for a thing that is shown, then hidden, then shown again."""
-    read = [_passage(*areas_and_places(clip)) for clip in clips_NTHWC]
-    hidden = [passage for passage in read if passage is not None]
+def permanence(tracks: Sequence[Tracked]) -> Permanence:
+    """In each clip look for a thing that is shown, then hidden, then shown again."""
+    read = [passage(t) for t in tracks]
+    hidden = [found for found in read if found is not None]
     errors = [error for came_out, error in hidden if came_out and np.isfinite(error)]
     return Permanence(
         hidden=len(hidden) / len(read),
@@ -123,18 +120,21 @@ def permanence(clips_NTHWC: Frames) -> Permanence:
     )
 
 
-def _passage(area_T: Floats, places_T2: Floats) -> tuple[bool, float] | None:
+def passage(track: Tracked) -> tuple[bool, float] | None:
     """Whether a thing that was hidden comes out, and how far from its straight way (or nan).
 
     None where it never was shown and then hidden.
     """
+    area_T, places_T2 = track.area_T, track.world_T2
+    if area_T is None or places_T2 is None:
+        return None
     largest, times = area_T.max(), np.arange(len(area_T))
     shown = times[area_T > SHOWN_SHARE * largest]
     hidden = times[area_T < HIDDEN_SHARE * largest]
     if largest == 0 or not len(shown) or not (hidden > shown[0]).any():
         return None
     gone = hidden[hidden > shown[0]][0]
-    whole = times[area_T > WHOLE_SHARE * largest]
+    whole = times[(area_T > WHOLE_SHARE * largest) & np.isfinite(places_T2[:, 0])]
     before, after = whole[whole < gone], whole[whole > gone]
     came_out = bool((shown > gone).any())
     # Two places tell a velocity.

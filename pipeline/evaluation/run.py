@@ -18,7 +18,7 @@ import torch
 
 from data_prep.latents.dataset import LatentDataset
 from data_prep.latents.records import Bucket
-from data_prep.world.judge import judge
+from data_prep.world.judge import Reading, judge
 from data_prep.world.prompts import prompts as world_prompts
 from data_prep.world.scene import Scene
 from flow.sampling import batch_noise
@@ -189,8 +189,8 @@ class _Run:
         of_model = self.loaded.spec.codec_digest
         if of_model is not None and held_out.info.codec_digest != of_model:
             raise FamilyError(
-                f"--data {data}: latents of the codec {held_out.info.codec_digest}, but the model was "
-                f"trained on those of {of_model}; prepare the clips with the model's codec"
+                f"--data {data}: latents of the codec {held_out.info.codec_digest}, but the model "
+                f"was trained on those of {of_model}; prepare the clips with the model's codec"
             )
         return (
             [SizedClips.of_dataset(held_out, b, DATASET_CLIPS) for b in held_out.buckets],
@@ -231,8 +231,8 @@ class _Run:
             chance=chances(asked),
         )
 
-    def _read(self, clips_NTHWC: Frames) -> list[Words]:
-        return [judge(frames) for frames in clips_NTHWC]
+    def _read(self, clips_NTHWC: Frames) -> list[Reading]:
+        return [judge(frames, fps=self.loaded.facts.fps) for frames in clips_NTHWC]
 
     def fidelity(self) -> Fidelity:
         """A batch of videos made twice."""
@@ -310,11 +310,17 @@ class _Run:
         if "bounce" in kinds.motions:
             texts, real = scenes.one_motion("bounce", PHYSICS_CLIPS, seed, kinds, facts)
             made = self.clips.made("sampling, bounces", texts, seed)
-            turns = {"generated": bounces(made, facts.fps), "real": bounces(real, facts.fps)}
+            turns = {
+                name: bounces(self._read(frames), facts.fps)
+                for name, frames in (("generated", made), ("real", real))
+            }
         if kinds.occluders:
             texts, real = scenes.behind_bars(PHYSICS_CLIPS, seed, kinds, facts)
             made = self.clips.made("sampling, bars", texts, seed + PHYSICS_CLIPS)
-            bars = {"generated": permanence(made), "real": permanence(real)}
+            bars = {
+                name: permanence(self._read(frames))
+                for name, frames in (("generated", made), ("real", real))
+            }
         if not turns and not bars:
             self.reporter.say("  the recipe's world has neither bounces nor bars")
             return None

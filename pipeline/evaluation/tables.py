@@ -143,6 +143,7 @@ def _of_prompts(prompts: PromptFollowing) -> Table:
             said(prompts.codec, attribute),
         )
         for attribute, chance in prompts.chance.items()
+        if chance < 1
     ]
     columns = ("read back", "seen", "unseen", "chance", "real clips", "after the codec")
     note = "share right, Wilson's 95% interval; where the judge is not sure, it counts as wrong"

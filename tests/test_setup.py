@@ -34,9 +34,10 @@ PINS = {
     if line and not line.startswith("#")
     for requirement in [Requirement(line)]
 }
+EXTRAS = PROJECT["optional-dependencies"]
 DIRECT = [
     canonicalize_name(Requirement(text).name)
-    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    for text in [*PROJECT["dependencies"], *EXTRAS["evaluate"], *EXTRAS["dev"]]
 ]
 
 

@@ -72,7 +72,7 @@ def codec_quality(real_NTHWC: Frames, back_NTHWC: Frames) -> CodecQuality:
         ssim=float(ssim_NT.mean()),
         psnr_db_by_frame=tuple(by_frame),
         ssim_by_frame=tuple(float(value) for value in ssim_NT.mean(axis=0)),
-        psnr_db_change=float(np.mean(by_frame[-quarter:]) - np.mean(by_frame[:quarter])),
+        psnr_db_change=float(np.mean(by_frame[-quarter:])) - float(np.mean(by_frame[:quarter])),
         clips=len(real_NTHWC),
         frames=num_frames,
     )

@@ -33,7 +33,8 @@ class Look:
     Attributes:
         colour: spread between the channels (most minus least), mean of the most coloured 5% of the
             pixels.
-        sharpness: mean length of the gradient of brightness, per pixel.
+        sharpness: root mean square of the gradient of brightness, per pixel. (Its mean would not
+            do: a blurred edge is lower and wider.)
         background: brightness, mean of the least coloured half of the pixels.
     """
 
@@ -100,7 +101,7 @@ def look(frames_THWC: Frames) -> Look:
     down, right = np.gradient(brightness_THW, axis=(1, 2))
     return Look(
         colour=float(chroma[coloured].mean()),
-        sharpness=float(np.hypot(down, right).mean()),
+        sharpness=float(np.sqrt((down**2 + right**2).mean())),
         background=float(brightness_THW.ravel()[bland].mean()),
     )
 

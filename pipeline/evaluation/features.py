@@ -28,7 +28,7 @@ IMAGE_SIDE = 224
 """Pixels on the side of the pictures that the image network was trained on."""
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's pictures, by which its weights expect their input standardised."""
-FRAMES_PER_CLIP = 3
+FRAMES_PER_CLIP = 2
 """Frames of a clip that the image network sees, spread evenly over it."""
 BATCH = 16
 

@@ -1,4 +1,4 @@
-"""`flowreel likelihood` and `evaluate` on a real model folder: figures and files that agree."""
+"""`flowreel likelihood` on a real model folder: figures and files that agree."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from PIL import Image
 from flow.config import tiny
 from flow.likelihood import NoiseFloorWarning, draw_noise
 from pipeline.cli.options import show_warning
-from pipeline.console import Reporter
 from pipeline.demo_figures import likelihoods
-from pipeline.tables import say_evaluation
 from pipeline.video_likelihood import (
     PerTokenFileError,
     VideoLikelihood,
@@ -101,26 +99,21 @@ def test_every_token_is_written_as_numbers_or_as_a_picture(
         check_per_token_path(tmp_path / "a.jpg")
 
 
-def test_evaluate_prints_the_loss_beside_its_baselines(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demos_likelihoods_have_their_baselines(tmp_path: Path) -> None:
+    """A start model is the identity: it hears no caption, and a Gaussian is no worse."""
     from flow.flow import FlowModel
     from flow.model_folder import ModelSpec, save_model
 
     root = write_dataset(tmp_path / "data", clips=160, images=0)
     torch.manual_seed(0)
     save_model(tmp_path / "model", FlowModel(tiny()), ModelSpec(tiny(), TEXT))
-    say_evaluation(likelihoods(tmp_path / "model", root, draws=2), Reporter())
-    said = capsys.readouterr().out
-    for what in (
-        "true captions",
-        "shuffled captions",
-        "best Gaussian",
-        "-0.7040",
-        "nll",
-        "½ ln 2π",
-    ):
-        assert what in said
+    found = likelihoods(tmp_path / "model", root, draws=2)
+    loss = found["held_out_nats_per_dim"]
+    assert found["shuffled_caption_nats_per_dim"] == pytest.approx(loss)
+    assert found["noise_floor_nats_per_dim"] == pytest.approx(0.5 + math.log(0.3))
+    assert found["noise_floor_nats_per_dim"] < found["gaussian_nats_per_dim"] < loss
+    bits = (loss + 0.5 * math.log(2 * math.pi)) / math.log(2)
+    assert found["held_out_nll_bits_per_dim"] == pytest.approx(bits)
 
 
 def test_a_warning_of_ours_is_one_line_to_a_user(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,15 @@
 """The command line: `flowreel --help`.
 
-    demo.py       the whole in one command: demo, here, and submit, on a cluster
-    data.py       around a dataset: prepare, look, inspect, export, merge-latents
-    model.py      around a model: train, sample, likelihood, serve, import-weights, train-codec
-    evaluation.py evaluate: every figure of a model
-    about.py      doctor and settings
-    options.py    the app, the options that several commands have, and `command`
-    arguments.py  checks of arguments and paths before anything heavy is imported
-    failures.py   how a failure is said: one line and an exit code
-    streams.py    output that degrades where it cannot be printed
-    __main__.py   `python -m pipeline.cli`
+    demo.py        the whole in one command: demo, here, and submit, on a cluster
+    data.py        around a dataset: prepare, look, inspect, export, merge-latents
+    model.py       around a model: train, sample, likelihood, serve, import-weights, train-codec
+    evaluation.py  evaluate: every figure of a model
+    about.py       doctor and settings
+    options.py     the app, the options that several commands have, and `command`
+    arguments.py   checks of arguments and paths before anything heavy is imported
+    failures.py    how a failure is said: one line and an exit code
+    streams.py     output that degrades where it cannot be printed
+    __main__.py    `python -m pipeline.cli`
 
 Read `options.py` first, then any command: each is a few lines over what `pipeline` does. `main` is
 the entry point; `app` is loaded when it is first asked for, so that Ctrl-C is in good hands before.

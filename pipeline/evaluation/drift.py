@@ -1,7 +1,7 @@
 """What becomes of a long video: colour, sharpness, background and likelihood, window by window.
 
 A window has the trained length. Each figure is given by itself and as a ratio to that of the first
-window: 1 is no drift. Knows pixels and latents. Knows nothing of prompts' words or files.
+window: 1 is no drift. Knows pixels and latents. Knows nothing of files.
 
 Shapes: T video frames, t latent frames, H, W pixels; frames uint8 [T, H, W, 3].
 """

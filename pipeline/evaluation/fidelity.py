@@ -1,6 +1,6 @@
 """How true the default sampler is: its samples against those of the exact one at the same noise.
 
-Knows the flow's streams. Knows nothing of prompts' words, codecs or files.
+Knows the flow's streams. Knows nothing of codecs or files.
 
 Shapes: B videos, t latent frames, H, W tokens, C channels.
 """

@@ -1,8 +1,7 @@
 """The videos that a model is measured by, made in batches, and one long video.
 
 A batch shares its passes; each video's noise is that of its own seed, as in `flowreel sample`, so
-it is the same video up to what the schedule tolerates. Knows nothing of prompts' words, judges or
-files.
+it is the same video up to what the schedule tolerates. Knows nothing of files.
 
 Shapes: N videos, B batch, T video frames, t latent frames, C channels, h, w latent cells; frames
 uint8 [N, T, H, W, 3].

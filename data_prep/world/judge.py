@@ -22,8 +22,8 @@ from PIL import Image
 
 from data_prep.world.judge_camera import Camera, read_camera
 from data_prep.world.judge_matte import Matte, mattes, name_hue
-from data_prep.world.judge_motion import Motion, read_motion
-from data_prep.world.judge_shape import AREAS, CENTROIDS, MEAN_AREA, crops, read_outline
+from data_prep.world.judge_motion import read_motion
+from data_prep.world.judge_shape import CENTROIDS, MEAN_AREA, crops, read_outline
 from data_prep.world.vocabulary import COLOURS, EXTENTS, SIZES, TONES
 from media.frames import Frames
 
@@ -277,8 +277,8 @@ def _colour(matte: Matte) -> tuple[str, float]:
     """The colour that the frames agree on."""
     seen_T2 = matte.chroma_T2[np.hypot(*matte.chroma_T2.T) > 0]
     named = [name_hue(chroma_2) for chroma_2 in seen_T2]
-    votes = {colour: 0.0 for colour in COLOURS}
-    for colour, sure in named:
+    votes = dict.fromkeys(COLOURS, 0.0)
+    for colour, _ in named:
         votes[colour] += 1 / len(named)
     best = max(votes, key=lambda colour: votes[colour])
     _, margin = name_hue(seen_T2.mean(0))

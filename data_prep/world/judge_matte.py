@@ -163,20 +163,28 @@ def _groups(
 
 def _covers(found: list[_Pixels], u_THW: Floats, v_THW: Floats) -> list[Floats]:
     """The share of each pixel that each thing covers, by its chroma."""
-    means = [part.chroma_P2.mean(0) for part in found]
-    scales = []
-    for part, mean in zip(found, means, strict=True):
-        along_P = part.chroma_P2 @ (mean / np.hypot(*mean))
-        scales.append(float(np.quantile(along_P, 0.75)))
+    covers = []
+    for part in found:
+        mean = part.chroma_P2.mean(0)
+        scale = float(np.quantile(part.chroma_P2 @ (mean / np.hypot(*mean)), 0.75))
+        chroma_T2, _ = part.per_frame(len(u_THW))
+        seen_T1 = np.hypot(*chroma_T2.T)[:, None] > 0
+        # Along each frame's own hue, so that a thing that changes colour keeps its outline.
+        axis_T2 = np.where(seen_T1, chroma_T2, mean)
+        axis_T2 /= np.hypot(*axis_T2.T)[:, None] * scale
+        axis_T211 = axis_T2[..., None, None].astype(np.float32)
+        covers.append(axis_T211[:, 0] * u_THW + axis_T211[:, 1] * v_THW)
     if len(found) == 2:
-        # A pixel is a mixture of two colours and grey: two equations, two unknowns.
-        axes_22 = np.stack([m / np.hypot(*m) * s for m, s in zip(means, scales, strict=True)], 1)
-        inverse_22 = np.linalg.inv(axes_22).astype(np.float32)
-        return [row[0] * u_THW + row[1] * v_THW for row in inverse_22]
-    chroma_T2, _ = found[0].per_frame(len(u_THW))
-    seen_T = np.hypot(*chroma_T2.T) > 0
-    # Along each frame's own hue, so that a thing that changes colour keeps its outline.
-    axis_T2 = np.where(seen_T[:, None], chroma_T2, means[0])
-    axis_T2 /= np.hypot(*axis_T2.T)[:, None]
-    axis_T2 = (axis_T2 / scales[0]).astype(np.float32)
-    return [axis_T2[:, :1, None] * u_THW + axis_T2[:, 1:, None] * v_THW]
+        first_THW, second_THW = (_beyond(part, u_THW.shape) for part in found)
+        covers[0][second_THW < first_THW] = 0
+        covers[1][first_THW < second_THW] = 0
+    return covers
+
+
+def _beyond(part: _Pixels, shape: tuple[int, ...]) -> Floats:
+    """How far each pixel is beyond a thing's usual outline; infinite where it is not seen."""
+    _, place_T2 = part.per_frame(shape[0])
+    radius = np.sqrt(len(part.at_P3) / shape[0] / np.pi)
+    y_TH1 = (np.arange(shape[1]) + 0.5 - place_T2[:, :1])[:, :, None]
+    x_T1W = (np.arange(shape[2]) + 0.5 - place_T2[:, 1:])[:, None]
+    return np.nan_to_num(np.hypot(y_TH1, x_T1W) - radius, nan=np.inf).astype(np.float32)

@@ -79,7 +79,7 @@ def crops(cover_THW: Floats, place_T2: Floats, radius_T: Floats) -> Floats:
         place_T2: the thing's centroid, in pixels.
         radius_T: about the thing's radius, in pixels, to which the grid is scaled.
     """
-    frames, height, width = cover_THW.shape
+    height, width = cover_THW.shape[1:]
     steps_G = np.linspace(-_REACH, _REACH, _POINTS)
     rows_TG = _weights(place_T2[:, :1] + radius_T[:, None] * steps_G, height)
     columns_TG = _weights(place_T2[:, 1:] + radius_T[:, None] * steps_G, width)

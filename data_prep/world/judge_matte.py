@@ -38,8 +38,10 @@ class Matte:
     """Its mean chroma in each frame; 0 where it is not seen."""
     place_T2: Floats
     """Its middle by the coloured pixels alone, NaN where it is not seen."""
-    pixels: int
-    """How many pixels it has in all frames."""
+    strong_THW: npt.NDArray[np.bool_]
+    """Its coloured pixels."""
+    purity: float
+    """Share of a frame's coloured pixels that are nearest in hue to one colour."""
 
 
 def chroma_of(rgb_C: npt.ArrayLike) -> Floats:
@@ -89,7 +91,7 @@ def mattes(frames: Frames) -> list[Matte]:
     found = [_Pixels(at_P3[g], chroma_P2[g]) for g in groups]
     covers = _covers(found, u_THW, v_THW)
     return [
-        Matte(cover, *part.per_frame(len(frames)), len(part.at_P3))
+        Matte(cover, *part.per_frame(len(frames)), part.mask(frames.shape[:3]), part.purity())
         for part, cover in zip(found, covers, strict=True)
     ]
 
@@ -100,6 +102,21 @@ class _Pixels:
 
     at_P3: npt.NDArray[np.int64]
     chroma_P2: Floats
+
+    def mask(self, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+        """Where they are."""
+        mask_THW = np.zeros(shape, dtype=bool)
+        mask_THW[tuple(self.at_P3.T)] = True
+        return mask_THW
+
+    def purity(self) -> float:
+        """The largest share of one frame's pixels that are of one colour, by the median frame."""
+        hue_P = (self.chroma_P2 @ _HUES_N2.T).argmax(1)
+        hues, frames = len(_HUES_N2), int(self.at_P3[:, 0].max()) + 1
+        cell_P = self.at_P3[:, 0] * hues + hue_P
+        count_TN = np.bincount(cell_P, minlength=hues * frames).reshape(frames, hues)
+        count_TN = count_TN[count_TN.any(1)]
+        return float(np.median(count_TN.max(1) / count_TN.sum(1)))
 
     def per_frame(self, frames: int) -> tuple[Floats, Floats]:
         """Mean chroma and mean place of each frame."""
@@ -155,7 +172,7 @@ def _groups(
         )
         apart_T = np.hypot(*(place_N2T[first] - place_N2T[second]))
         radii_T = np.sqrt(count_NT[[first, second]][:, both_T] / np.pi).sum(0)
-        if np.median(apart_T / radii_T) > 0.8:
+        if np.median(apart_T / radii_T) > 1.0:
             nearer = chroma_P2 @ (_HUES_N2[first] - _HUES_N2[second]) > 0
             return [nearer, ~nearer]
     return [everything]
@@ -163,7 +180,7 @@ def _groups(
 
 def _covers(found: list[_Pixels], u_THW: Floats, v_THW: Floats) -> list[Floats]:
     """The share of each pixel that each thing covers, by its chroma."""
-    covers = []
+    covers: list[Floats] = []
     for part in found:
         mean = part.chroma_P2.mean(0)
         scale = float(np.quantile(part.chroma_P2 @ (mean / np.hypot(*mean)), 0.75))

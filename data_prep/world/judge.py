@@ -171,6 +171,8 @@ class _Seen:
     together_T: Floats
     """Share of the coloured area that is at the thing's place."""
     clipped_T: npt.NDArray[np.bool_]
+    covered_T: npt.NDArray[np.bool_]
+    """A bar may hide some of it."""
 
     @classmethod
     def of(cls, matte: Matte, about: _About) -> _Seen:
@@ -186,23 +188,27 @@ class _Seen:
         edges = [cover_THW[:, [0, -1]].max((1, 2)), cover_THW[:, :, [0, -1]].max((1, 2))]
         clipped_T = np.maximum(*edges) > 0.6
         growth_T = about.growth(len(area_T))
-        usual = _usual(area_T / growth_T**2, clipped_T)
-        radius_T = growth_T * np.sqrt(usual / MEAN_AREA)
+        covered_T = _covered(place_T2, 1.3 * radius * growth_T + 1, about.ground.bar)
+        usual = _usual(area_T / growth_T**2, ~clipped_T & ~covered_T)
         with np.errstate(invalid="ignore", divide="ignore"):
             together_T = np.where(total_T > 0, area_T / total_T, 0.0)
-        return cls(matte, place_T2, radius_T, area_T / (growth_T**2 * usual), together_T, clipped_T)
+        radius_T = growth_T * np.sqrt(usual / MEAN_AREA)
+        share_T = area_T / (growth_T**2 * usual)
+        return cls(matte, place_T2, radius_T, share_T, together_T, clipped_T, covered_T)
 
-    def covered(self, bar: Bar | None) -> npt.NDArray[np.bool_]:
-        """Frames in which the bar may hide some of it; where it is not seen, all of it."""
-        if bar is None:
-            return np.zeros(len(self.area_T), dtype=bool)
-        at_T, reach_T = self.place_T2[:, bar.axis], 1.3 * self.radius_T + 1
-        beside_T = (at_T + reach_T < bar.low) | (at_T - reach_T > bar.high)
-        return np.asarray(~beside_T)
+    @property
+    def free_T(self) -> npt.NDArray[np.bool_]:
+        """Frames in which it is seen, away from edges and bar."""
+        return (self.area_T > 0.4) & ~self.clipped_T & ~self.covered_T
 
-    def apart(self) -> npt.NDArray[np.bool_]:
-        """Frames in which it is seen, away from the edges."""
-        return (self.area_T > 0.4) & ~self.clipped_T
+
+def _covered(place_T2: Floats, reach_T: Floats, bar: Bar | None) -> npt.NDArray[np.bool_]:
+    """Frames in which the bar may hide some of a thing; where it is not seen, all of it."""
+    if bar is None:
+        return np.zeros(len(place_T2), dtype=bool)
+    at_T = place_T2[:, bar.axis]
+    beside_T = (at_T + reach_T < bar.low) | (at_T - reach_T > bar.high)
+    return np.asarray(~beside_T)
 
 
 def _windows(place_T2: Floats, half: float, size: tuple[int, ...]) -> tuple[Floats, Floats]:
@@ -225,20 +231,20 @@ def _moments(cover_THW: Floats, window_TH: Floats, window_TW: Floats) -> tuple[F
     return area_T.astype(np.float64), np.stack([rows_T, columns_T], 1).astype(np.float64)
 
 
-def _usual(area_T: Floats, clipped_T: npt.NDArray[np.bool_]) -> float:
-    """The area of the thing when it is whole: an upper quantile, since bars and edges take away."""
-    free_T = area_T[~clipped_T] if (~clipped_T).sum() >= 3 else area_T
-    most = float(np.quantile(free_T, 0.85))
-    near = free_T[np.abs(free_T - most) < 0.15 * most]
-    return float(np.median(near)) if len(near) and most > 0 else max(most, 1.0)
+def _usual(area_T: Floats, free_T: npt.NDArray[np.bool_]) -> float:
+    """The area of the thing when it is whole: an upper quantile, since edges and bars take away."""
+    seen_T = area_T[free_T & (area_T > 0)]
+    if not len(seen_T):
+        return max(float(area_T.max()), 1.0)
+    most = float(np.quantile(seen_T, 0.85))
+    return max(float(np.median(seen_T[np.abs(seen_T - most) <= 0.15 * most])), 1.0)
 
 
 def _reading(seen: _Seen, about: _About) -> Reading:
     """Words for one thing."""
     colour, colour_sure = _colour(seen.matte)
     cover_THW = seen.matte.cover_THW
-    covered_T = seen.covered(about.ground.bar)
-    free_T = seen.apart() & ~covered_T
+    free_T = seen.free_T
     if not free_T.any():
         free_T = seen.area_T > 0.8
     place_T2 = np.nan_to_num(seen.place_T2)
@@ -253,7 +259,7 @@ def _reading(seen: _Seen, about: _About) -> Reading:
     below_T2 = np.stack([CENTROIDS.get(shape, 0.0) * radius_T, 0 * radius_T], 1)
     track_T2 = seen.place_T2 / side - half_2 - below_T2
     # What vanishes without a bar to hide it is no thing of the world.
-    there = _ramp(float(((seen.area_T > 0.4) | covered_T).mean()), 0.4, 0.8)
+    there = _ramp(float(((seen.area_T > 0.4) | seen.covered_T).mean()), 0.4, 0.8)
     one = _ramp(float(np.median(seen.together_T)), 0.6, 0.9)
     steady = _ramp(_spread(seen.area_T[free_T]), 0.35, 0.15)
     trust_T = np.clip((seen.area_T - 0.6) / 0.3, 0, 1) * np.clip(2 * seen.together_T - 1, 0, 1)

@@ -73,12 +73,11 @@ def _bar(mean_HW: Floats) -> Bar | None:
         steps = lines[:, _STEP:] - lines[:, :-_STEP]
         if not np.isfinite(steps).any():
             continue
-        # Nearly every line steps as high, so low quantiles are high too.
-        with np.errstate(invalid="ignore"):
-            rises = _quantile(steps, 0.2)
-            falls = _quantile(-steps, 0.2)
-        up, down = int(rises.argmax()), int(falls.argmax())
-        if min(rises[up], falls[down]) > _LEAST_STEP:
+        # Half of the lines step high, and nearly all of them the same way.
+        high_2, all_2 = (np.stack([_quantile(s, q) for s in (steps, -steps)]) for q in (0.5, 0.1))
+        high_2[all_2 < _LEAST_STEP / 4] = 0
+        up, down = (int(at) for at in high_2.argmax(1))
+        if high_2.max(1).min() > _LEAST_STEP:
             low, high = sorted((up, down))
             return Bar(axis, low + _STEP // 2 + 1, high + _STEP // 2 + 1)
     return None

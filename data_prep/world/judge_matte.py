@@ -5,7 +5,7 @@ brightness) a pixel that a thing covers in part lies that part of the way from g
 colour, so the cover is a projection: linear, hence as true after a blur.
 
 Shapes: T frames, H, W rows and columns; P coloured pixels; places are (down, right) in pixels.
-Knows nothing of shapes and motions.
+Knows nothing of shapes.
 """
 
 from __future__ import annotations

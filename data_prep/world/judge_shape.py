@@ -2,7 +2,7 @@
 
 A thing's outlines are laid over each other, centred, at one scale, and compared with every shape at
 several radii and blurs. What is unsure in a single noisy frame is sure in their mean; that the
-frames agree is asked of parts of the video. Knows nothing of colours and motions.
+frames agree is asked of parts of the video.
 
 Shapes: T frames, S parts of the video, G × G points of the outline's own grid, K templates.
 """

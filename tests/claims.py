@@ -103,6 +103,7 @@ VOCABULARY: dict[str, Sign] = {
     "pydantic": _imports("pydantic"),
     "vllm": _imports("vllm", "ray.data.llm"),
     "parquet": _imports("pyarrow.parquet"),
+    "scenes": _imports("data_prep.world.scene", "data_prep.world.draw"),
     # What the machine gives.
     "http": _imports(*_HTTP),
     "http routes": _imports("fastapi", "starlette", "uvicorn", "serving.api"),
@@ -180,7 +181,7 @@ UNCHECKED = {
     "frames", "models' insides", "moments", "our model folders", "particular schema", "pipes",
     "project's own packages", "sampling schedules of the deep block",
     "scale of the denoising step", "schedules of checkpoints",
-    "seeds", "setting", "speed", "steps' insides", "videos", "cluster", "written",
+    "seeds", "setting", "shapes", "speed", "steps' insides", "videos", "cluster", "written",
 }  # fmt: skip
 """Words that a docstring may use and that no import, call or name shows."""
 

@@ -14,8 +14,9 @@ the same world and download nothing. Read in this order:
     prompts.py     prompts that ask for scenes, evenly
     shards.py      the world as shards in Panda-70M's layout
     judge.py       a video is read back: `judge` says what is in it, or that it is not sure
-    judge_matte.py where the coloured things of a video are
-    judge_shape.py their outlines, against templates
-    judge_camera.py the background's way
-    judge_motion.py the things' ways
+    judge_matte.py    where the coloured things of a video are
+    judge_shape.py    their outlines, against templates
+    judge_ground.py   the background, and a bar before the things
+    judge_camera.py   the background's way
+    judge_motion.py   the things' ways
 """

@@ -6,6 +6,7 @@ as well, the word is None: not sure.
 
     judge_matte.py    where the coloured things are
     judge_shape.py    their outlines, against templates
+    judge_ground.py   the background, and a bar before the things
     judge_camera.py   the background's way
     judge_motion.py   the things' ways
 
@@ -21,16 +22,19 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_prep.world.judge_camera import Camera, read_camera
+from data_prep.world.judge_ground import Bar, Ground, read_ground
 from data_prep.world.judge_matte import Matte, mattes, name_hue
-from data_prep.world.judge_motion import Motion, read_motion
-from data_prep.world.judge_shape import AREAS, CENTROIDS, MEAN_AREA, crops, read_outline
-from data_prep.world.vocabulary import COLOURS, EXTENTS, SIZES, TONES
+from data_prep.world.judge_motion import read_motion
+from data_prep.world.judge_shape import CENTROIDS, MEAN_AREA, crops, read_outline
+from data_prep.world.vocabulary import COLOURS, EXTENTS, SIZES
 from media.frames import Frames
 
 Floats = npt.NDArray[np.floating]
 
 SURE = 0.5
 """Least confidence of what is said."""
+_MARGIN = 4
+"""Pixels around a coloured one that are not taken for background."""
 _SIDE = 64
 """Frames are judged at this many pixels of the smaller side, up to twice as many."""
 
@@ -92,21 +96,38 @@ def judge_things(frames: Frames, *, fps: float = 16.0) -> list[Reading]:
     """
     frames = reduced(frames)
     found = mattes(frames)
-    near_THW = np.zeros(frames.shape[:3], dtype=bool)
-    for matte in found:
-        near_THW |= _widened(matte.cover_THW > 0.12, 3)
+    near_THW = _near(found, frames.shape[:3])
+    ground = read_ground(frames, near_THW)
     camera = read_camera(frames, near_THW, fps) if len(frames) > 2 else None
-    tone = _tone(frames, near_THW)
-    seen = [_Seen.of(matte, camera, fps) for matte in found]
-    readings = [_reading(part, camera, tone, fps) for part in seen]
-    if readings:
-        return readings
-    sure = camera.confidence if camera else 0.0
-    return [
-        Reading(
-            camera=_said(camera.word if camera else None, sure), tone=tone, camera_confidence=sure
-        )
-    ]
+    about = _About(ground, camera, fps)
+    if found:
+        return [_reading(_Seen.of(matte, about), about) for matte in found]
+    word, sure = about.camera_said
+    return [Reading(camera=word, tone=ground.tone, camera_confidence=sure)]
+
+
+@dataclass(frozen=True)
+class _About:
+    """What is said of the video beside its things."""
+
+    ground: Ground
+    camera: Camera | None
+    fps: float
+
+    @property
+    def camera_said(self) -> tuple[str | None, float]:
+        """The camera's word, if it is sure, and how sure it is."""
+        if self.camera is None:
+            return None, 0.0
+        return _said(self.camera.word, self.camera.confidence), self.camera.confidence
+
+    def times(self, frames: int) -> Floats:
+        """Seconds of each frame, around 0."""
+        return (np.arange(frames) - (frames - 1) / 2) / self.fps
+
+    def growth(self, frames: int) -> Floats:
+        """How the camera's zoom enlarges each frame."""
+        return np.asarray(np.exp((self.camera.zoom if self.camera else 0.0) * self.times(frames)))
 
 
 def reduced(frames: Frames) -> Frames:
@@ -117,25 +138,20 @@ def reduced(frames: Frames) -> Frames:
     return np.stack([np.asarray(Image.fromarray(frame).reduce(factor)) for frame in frames])
 
 
-def _widened(mask_THW: npt.NDArray[np.bool_], by: int) -> npt.NDArray[np.bool_]:
-    """The mask and all within so many pixels of it, along rows and columns."""
+def _near(found: list[Matte], shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """Pixels of the things, and those around them that blur and codecs colour."""
+    near_THW = np.zeros(shape, dtype=bool)
+    for matte in found:
+        near_THW |= matte.strong_THW
     for axis in (1, 2):
-        wide = mask_THW.copy()
-        for step in range(1, by + 1):
-            ahead = [slice(None)] * 3
-            behind = [slice(None)] * 3
+        wide_THW = near_THW.copy()
+        for step in range(1, _MARGIN + 1):
+            ahead, behind = [slice(None)] * 3, [slice(None)] * 3
             ahead[axis], behind[axis] = slice(step, None), slice(None, -step)
-            wide[tuple(ahead)] |= mask_THW[tuple(behind)]
-            wide[tuple(behind)] |= mask_THW[tuple(ahead)]
-        mask_THW = wide
-    return mask_THW
-
-
-def _tone(frames: Frames, near_THW: npt.NDArray[np.bool_]) -> str:
-    """The tone nearest to the background's brightness."""
-    rest = frames[~near_THW]
-    level = float(np.median(rest.mean(-1) if len(rest) else frames)) / 255
-    return min(TONES, key=lambda tone: abs(TONES[tone] - level))
+            wide_THW[tuple(ahead)] |= near_THW[tuple(behind)]
+            wide_THW[tuple(behind)] |= near_THW[tuple(ahead)]
+        near_THW = wide_THW
+    return near_THW
 
 
 def _said(word: str | None, confidence: float) -> str | None:
@@ -155,9 +171,11 @@ class _Seen:
     together_T: Floats
     """Share of the coloured area that is at the thing's place."""
     clipped_T: npt.NDArray[np.bool_]
+    covered_T: npt.NDArray[np.bool_]
+    """A bar may hide some of it."""
 
     @classmethod
-    def of(cls, matte: Matte, camera: Camera | None, fps: float) -> _Seen:
+    def of(cls, matte: Matte, about: _About) -> _Seen:
         """Follow a thing: its place from the pixels around its place, its radius from its area."""
         # Half covers stay half: blurred edges keep their area, noise below goes.
         cover_THW = np.clip((matte.cover_THW - 0.2) / 0.6, 0, 1)
@@ -169,18 +187,28 @@ class _Seen:
             area_T, place_T2 = _moments(cover_THW, window_TH, window_TW)
         edges = [cover_THW[:, [0, -1]].max((1, 2)), cover_THW[:, :, [0, -1]].max((1, 2))]
         clipped_T = np.maximum(*edges) > 0.6
-        growth_T = _growth(area_T, clipped_T, camera, fps)
-        usual = _usual(area_T / growth_T**2, clipped_T)
-        radius_T = growth_T * np.sqrt(usual / MEAN_AREA)
+        growth_T = about.growth(len(area_T))
+        covered_T = _covered(place_T2, 1.3 * radius * growth_T + 1, about.ground.bar)
+        usual = _usual(area_T / growth_T**2, ~clipped_T & ~covered_T)
         with np.errstate(invalid="ignore", divide="ignore"):
             together_T = np.where(total_T > 0, area_T / total_T, 0.0)
-        return cls(matte, place_T2, radius_T, area_T / (growth_T**2 * usual), together_T, clipped_T)
+        radius_T = growth_T * np.sqrt(usual / MEAN_AREA)
+        share_T = area_T / (growth_T**2 * usual)
+        return cls(matte, place_T2, radius_T, share_T, together_T, clipped_T, covered_T)
 
     @property
-    def whole_T(self) -> Floats:
-        """1 for frames in which all of the thing is seen, and nothing else of its colour."""
-        right = (np.abs(self.area_T - 1) < 0.12) & (self.together_T > 0.85) & ~self.clipped_T
-        return right.astype(np.float32)
+    def free_T(self) -> npt.NDArray[np.bool_]:
+        """Frames in which it is seen, away from edges and bar."""
+        return (self.area_T > 0.4) & ~self.clipped_T & ~self.covered_T
+
+
+def _covered(place_T2: Floats, reach_T: Floats, bar: Bar | None) -> npt.NDArray[np.bool_]:
+    """Frames in which the bar may hide some of a thing; where it is not seen, all of it."""
+    if bar is None:
+        return np.zeros(len(place_T2), dtype=bool)
+    at_T = place_T2[:, bar.axis]
+    beside_T = (at_T + reach_T < bar.low) | (at_T - reach_T > bar.high)
+    return np.asarray(~beside_T)
 
 
 def _windows(place_T2: Floats, half: float, size: tuple[int, ...]) -> tuple[Floats, Floats]:
@@ -203,55 +231,56 @@ def _moments(cover_THW: Floats, window_TH: Floats, window_TW: Floats) -> tuple[F
     return area_T.astype(np.float64), np.stack([rows_T, columns_T], 1).astype(np.float64)
 
 
-def _growth(
-    area_T: Floats, clipped_T: npt.NDArray[np.bool_], camera: Camera | None, fps: float
-) -> Floats:
-    """How the thing's radius changes: with the camera's zoom, or not at all."""
-    time_T = (np.arange(len(area_T)) - (len(area_T) - 1) / 2) / fps
-    return np.asarray(np.exp((camera.zoom if camera else 0.0) * time_T))
+def _usual(area_T: Floats, free_T: npt.NDArray[np.bool_]) -> float:
+    """The area of the thing when it is whole: an upper quantile, since edges and bars take away."""
+    seen_T = area_T[free_T & (area_T > 0)]
+    if not len(seen_T):
+        return max(float(area_T.max()), 1.0)
+    most = float(np.quantile(seen_T, 0.85))
+    return max(float(np.median(seen_T[np.abs(seen_T - most) <= 0.15 * most])), 1.0)
 
 
-def _usual(area_T: Floats, clipped_T: npt.NDArray[np.bool_]) -> float:
-    """The area of the thing when it is whole: an upper quantile, since bars and edges take away."""
-    free_T = area_T[~clipped_T] if (~clipped_T).sum() >= 3 else area_T
-    most = float(np.quantile(free_T, 0.85))
-    near = free_T[np.abs(free_T - most) < 0.15 * most]
-    return float(np.median(near)) if len(near) and most > 0 else max(most, 1.0)
-
-
-def _reading(seen: _Seen, camera: Camera | None, tone: str, fps: float) -> Reading:
+def _reading(seen: _Seen, about: _About) -> Reading:
     """Words for one thing."""
     colour, colour_sure = _colour(seen.matte)
-    cover_THW, whole_T = seen.matte.cover_THW, seen.whole_T
-    if whole_T.sum() < 2:
-        whole_T = np.clip(1 - 3 * np.abs(seen.area_T - 1), 0, 1)
-    outline = read_outline(crops(cover_THW, np.nan_to_num(seen.place_T2), seen.radius_T), whole_T)
+    cover_THW = seen.matte.cover_THW
+    free_T = seen.free_T
+    if not free_T.any():
+        free_T = seen.area_T > 0.8
+    place_T2 = np.nan_to_num(seen.place_T2)
+    outline = read_outline(
+        crops(cover_THW, place_T2, seen.radius_T), free_T * seen.together_T.clip(0.01)
+    )
     side = min(cover_THW.shape[1:])
     half_2 = np.array(cover_THW.shape[1:]) / side / 2
     shape = outline.shape if outline else "circle"
     radius_T = seen.radius_T * (outline.ratio if outline else 1.0) / side
     radius = float(np.median(radius_T))
-    below = np.stack([CENTROIDS.get(shape, 0.0) * radius_T, 0 * radius_T], 1)
-    track_T2 = seen.place_T2 / side - half_2 - below
-    shape_sure = outline.confidence if outline else 0.0
-    size, size_sure = _size(radius)
-    size_sure *= min(1.0, float((seen.area_T > 0.3).mean()) / 0.5)
+    below_T2 = np.stack([CENTROIDS.get(shape, 0.0) * radius_T, 0 * radius_T], 1)
+    track_T2 = seen.place_T2 / side - half_2 - below_T2
+    # What vanishes without a bar to hide it is no thing of the world.
+    there = _ramp(float(((seen.area_T > 0.4) | seen.covered_T).mean()), 0.4, 0.8)
+    one = _ramp(float(np.median(seen.together_T)), 0.6, 0.9)
+    steady = _ramp(_spread(seen.area_T[free_T]), 0.35, 0.15)
     trust_T = np.clip((seen.area_T - 0.6) / 0.3, 0, 1) * np.clip(2 * seen.together_T - 1, 0, 1)
     trust_T = trust_T * np.where(seen.clipped_T, 0.3, 1.0)
-    world_T2 = _in_world(track_T2, camera, fps)
+    world_T2 = _in_world(track_T2, about)
     room_2 = half_2 - radius * np.array(EXTENTS[shape])
-    motion = read_motion(world_T2, trust_T, fps, room_2) if len(track_T2) > 2 else None
-    camera_sure = camera.confidence if camera else 0.0
-    motion_sure = motion.confidence if motion else 0.0
+    motion = read_motion(world_T2, trust_T, about.fps, room_2) if len(track_T2) > 2 else None
+    size, size_sure = _size(radius)
+    shape_sure = min(outline.confidence if outline else 0.0, there, one)
+    size_sure = min(size_sure, there, one, steady)
+    motion_sure = min(motion.confidence if motion else 0.0, there)
+    camera, camera_sure = about.camera_said
     return Reading(
-        colour=_said(colour, colour_sure),
+        colour=_said(colour, min(colour_sure, there)),
         shape=_said(shape, shape_sure),
         size=_said(size, size_sure),
         motion=_said(motion.word if motion else None, motion_sure),
-        camera=_said(camera.word if camera else None, camera_sure),
+        camera=camera,
         speed=_said(motion.speed if motion else None, motion_sure),
-        tone=tone,
-        colour_confidence=colour_sure,
+        tone=about.ground.tone,
+        colour_confidence=min(colour_sure, there),
         shape_confidence=shape_sure,
         size_confidence=size_sure,
         motion_confidence=motion_sure,
@@ -263,13 +292,24 @@ def _reading(seen: _Seen, camera: Camera | None, tone: str, fps: float) -> Readi
     )
 
 
-def _in_world(track_T2: Floats, camera: Camera | None, fps: float) -> Floats:
+def _ramp(value: float, none: float, full: float) -> float:
+    """0 at one value, 1 at the other, straight between them."""
+    return float(np.clip((value - none) / (full - none), 0, 1))
+
+
+def _spread(area_T: Floats) -> float:
+    """Range of the middle 80% of the areas, as a share of their median."""
+    low, middle, high = np.quantile(area_T, [0.1, 0.5, 0.9]) if len(area_T) else (0.0, 1.0, 1.0)
+    return float((high - low) / middle)
+
+
+def _in_world(track_T2: Floats, about: _About) -> Floats:
     """Places in the world: the view of `mechanics.view`, undone."""
-    if camera is None:
+    if about.camera is None:
         return track_T2
-    time_T = (np.arange(len(track_T2)) - (len(track_T2) - 1) / 2) / fps
-    world_T2 = track_T2 / np.exp(camera.zoom * time_T)[:, None]
-    world_T2[:, 1] += camera.pan * time_T
+    frames = len(track_T2)
+    world_T2 = track_T2 / about.growth(frames)[:, None]
+    world_T2[:, 1] += about.camera.pan * about.times(frames)
     return world_T2
 
 
@@ -277,13 +317,13 @@ def _colour(matte: Matte) -> tuple[str, float]:
     """The colour that the frames agree on."""
     seen_T2 = matte.chroma_T2[np.hypot(*matte.chroma_T2.T) > 0]
     named = [name_hue(chroma_2) for chroma_2 in seen_T2]
-    votes = {colour: 0.0 for colour in COLOURS}
-    for colour, sure in named:
+    votes = dict.fromkeys(COLOURS, 0.0)
+    for colour, _ in named:
         votes[colour] += 1 / len(named)
     best = max(votes, key=lambda colour: votes[colour])
     _, margin = name_hue(seen_T2.mean(0))
     agree = float(np.clip(3 * votes[best] - 1.75, 0, 1))
-    return best, agree * min(1.0, margin / 0.4)
+    return best, min(agree, margin / 0.4, _ramp(matte.purity, 0.55, 0.75))
 
 
 def _size(radius: float) -> tuple[str, float]:

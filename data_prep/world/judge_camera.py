@@ -11,6 +11,7 @@ Shapes: T frames, H, W rows and columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ _APART_S = 0.5
 """Seconds between the frames that are compared."""
 LEAST_PAN, LEAST_ZOOM = 0.035, 0.05
 """Half the rates of the slowest moves: lengths and logarithms of the scale per second."""
+_LEAST_SHARE = 0.08
+"""Share of the changes of brightness that a move explains at least."""
 _PRIOR = 0.5
 """Squared levels per pixel that a move has to explain before it is believed."""
 
@@ -82,23 +85,23 @@ def _decide(parts_P4: Floats, change_P: Floats, seconds: float) -> Camera:
         used = [column, 3]
         solved = np.linalg.solve(normal_44[np.ix_(used, used)] + 1e-6 * np.eye(2), right_4[used])
         gain = float(solved @ right_4[used]) - float(right_4[3] ** 2)
-        shown = float(normal_44[column, column])
-        moves[name] = (float(solved[0]), gain, shown)
+        moves[name] = (float(solved[0]), gain)
     rest = max(0.0, energy - float(right_4[3] ** 2))
     name = max(moves, key=lambda n: moves[n][1])
-    rate, gain, shown = moves[name]
+    rate, gain = moves[name]
     rate = (rate if name == "pan" else -rate) / seconds
     least = LEAST_PAN if name == "pan" else LEAST_ZOOM
-    explained = gain / (rest + _PRIOR)
-    if abs(rate) < least or explained < 0.3:
-        sure = 1.0
+    # It moves if the rate is that of a move, and the move explains a share of the changes.
+    belief = min(abs(rate) / least, gain / (rest + _PRIOR) / _LEAST_SHARE)
+    sure = min(1.0, abs(np.log2(belief + 1e-6)) / 0.8)
+    if belief < 1:
         return Camera("static", sure, 0.0, 0.0)
     way = {"pan": ("pan left", "pan right"), "zoom": ("zoom out", "zoom in")}[name][rate > 0]
     pan, zoom = (rate, 0.0) if name == "pan" else (0.0, rate)
-    return Camera(way, min(1.0, explained / 0.6), pan, zoom)
+    return Camera(way, sure, pan, zoom)
 
 
-def _halved(plane_THW: Floats) -> Floats:
+def _halved(plane_THW: npt.NDArray[Any]) -> Floats:
     """The means of 2 × 2 pixels; an odd last row or column is left out."""
     height, width = (size // 2 * 2 for size in plane_THW.shape[1:])
     even = plane_THW[:, :height, :width]

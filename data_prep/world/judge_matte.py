@@ -5,7 +5,7 @@ brightness) a pixel that a thing covers in part lies that part of the way from g
 colour, so the cover is a projection: linear, hence as true after a blur.
 
 Shapes: T frames, H, W rows and columns; P coloured pixels; places are (down, right) in pixels.
-Knows nothing of shapes and motions.
+Knows nothing of shapes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class Matte:
     """Its mean chroma in each frame; 0 where it is not seen."""
     place_T2: Floats
     """Its middle by the coloured pixels alone, NaN where it is not seen."""
-    pixels: int
-    """How many pixels it has in all frames."""
+    strong_THW: npt.NDArray[np.bool_]
+    """Its coloured pixels."""
+    purity: float
+    """Share of a frame's coloured pixels that are nearest in hue to one colour."""
 
 
 def chroma_of(rgb_C: npt.ArrayLike) -> Floats:
@@ -89,7 +91,7 @@ def mattes(frames: Frames) -> list[Matte]:
     found = [_Pixels(at_P3[g], chroma_P2[g]) for g in groups]
     covers = _covers(found, u_THW, v_THW)
     return [
-        Matte(cover, *part.per_frame(len(frames)), len(part.at_P3))
+        Matte(cover, *part.per_frame(len(frames)), part.mask(frames.shape[:3]), part.purity())
         for part, cover in zip(found, covers, strict=True)
     ]
 
@@ -100,6 +102,21 @@ class _Pixels:
 
     at_P3: npt.NDArray[np.int64]
     chroma_P2: Floats
+
+    def mask(self, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+        """Where they are."""
+        mask_THW = np.zeros(shape, dtype=bool)
+        mask_THW[tuple(self.at_P3.T)] = True
+        return mask_THW
+
+    def purity(self) -> float:
+        """The largest share of one frame's pixels that are of one colour, by the median frame."""
+        hue_P = (self.chroma_P2 @ _HUES_N2.T).argmax(1)
+        hues, frames = len(_HUES_N2), int(self.at_P3[:, 0].max()) + 1
+        cell_P = self.at_P3[:, 0] * hues + hue_P
+        count_TN = np.bincount(cell_P, minlength=hues * frames).reshape(frames, hues)
+        count_TN = count_TN[count_TN.any(1)]
+        return float(np.median(count_TN.max(1) / count_TN.sum(1)))
 
     def per_frame(self, frames: int) -> tuple[Floats, Floats]:
         """Mean chroma and mean place of each frame."""
@@ -155,7 +172,7 @@ def _groups(
         )
         apart_T = np.hypot(*(place_N2T[first] - place_N2T[second]))
         radii_T = np.sqrt(count_NT[[first, second]][:, both_T] / np.pi).sum(0)
-        if np.median(apart_T / radii_T) > 0.8:
+        if np.median(apart_T / radii_T) > 1.0:
             nearer = chroma_P2 @ (_HUES_N2[first] - _HUES_N2[second]) > 0
             return [nearer, ~nearer]
     return [everything]
@@ -163,20 +180,28 @@ def _groups(
 
 def _covers(found: list[_Pixels], u_THW: Floats, v_THW: Floats) -> list[Floats]:
     """The share of each pixel that each thing covers, by its chroma."""
-    means = [part.chroma_P2.mean(0) for part in found]
-    scales = []
-    for part, mean in zip(found, means, strict=True):
-        along_P = part.chroma_P2 @ (mean / np.hypot(*mean))
-        scales.append(float(np.quantile(along_P, 0.75)))
+    covers: list[Floats] = []
+    for part in found:
+        mean = part.chroma_P2.mean(0)
+        scale = float(np.quantile(part.chroma_P2 @ (mean / np.hypot(*mean)), 0.75))
+        chroma_T2, _ = part.per_frame(len(u_THW))
+        seen_T1 = np.hypot(*chroma_T2.T)[:, None] > 0
+        # Along each frame's own hue, so that a thing that changes colour keeps its outline.
+        axis_T2 = np.where(seen_T1, chroma_T2, mean)
+        axis_T2 /= np.hypot(*axis_T2.T)[:, None] * scale
+        axis_T211 = axis_T2[..., None, None].astype(np.float32)
+        covers.append(axis_T211[:, 0] * u_THW + axis_T211[:, 1] * v_THW)
     if len(found) == 2:
-        # A pixel is a mixture of two colours and grey: two equations, two unknowns.
-        axes_22 = np.stack([m / np.hypot(*m) * s for m, s in zip(means, scales, strict=True)], 1)
-        inverse_22 = np.linalg.inv(axes_22).astype(np.float32)
-        return [row[0] * u_THW + row[1] * v_THW for row in inverse_22]
-    chroma_T2, _ = found[0].per_frame(len(u_THW))
-    seen_T = np.hypot(*chroma_T2.T) > 0
-    # Along each frame's own hue, so that a thing that changes colour keeps its outline.
-    axis_T2 = np.where(seen_T[:, None], chroma_T2, means[0])
-    axis_T2 /= np.hypot(*axis_T2.T)[:, None]
-    axis_T2 = (axis_T2 / scales[0]).astype(np.float32)
-    return [axis_T2[:, :1, None] * u_THW + axis_T2[:, 1:, None] * v_THW]
+        first_THW, second_THW = (_beyond(part, u_THW.shape) for part in found)
+        covers[0][second_THW < first_THW] = 0
+        covers[1][first_THW < second_THW] = 0
+    return covers
+
+
+def _beyond(part: _Pixels, shape: tuple[int, ...]) -> Floats:
+    """How far each pixel is beyond a thing's usual outline; infinite where it is not seen."""
+    _, place_T2 = part.per_frame(shape[0])
+    radius = np.sqrt(len(part.at_P3) / shape[0] / np.pi)
+    y_TH1 = (np.arange(shape[1]) + 0.5 - place_T2[:, :1])[:, :, None]
+    x_T1W = (np.arange(shape[2]) + 0.5 - place_T2[:, 1:])[:, None]
+    return np.nan_to_num(np.hypot(y_TH1, x_T1W) - radius, nan=np.inf).astype(np.float32)

@@ -2,7 +2,7 @@
 
 A thing's outlines are laid over each other, centred, at one scale, and compared with every shape at
 several radii and blurs. What is unsure in a single noisy frame is sure in their mean; that the
-frames agree is asked of parts of the video. Knows nothing of colours and motions.
+frames agree is asked of parts of the video.
 
 Shapes: T frames, S parts of the video, G × G points of the outline's own grid, K templates.
 """
@@ -26,6 +26,12 @@ _RATIOS = np.linspace(0.80, 1.24, 12)
 _BLURS = (0.05, 0.12, 0.19, 0.27, 0.36, 0.46, 0.6)
 """Standard deviation, in radii."""
 _PARTS = 6
+_FLOOR = 0.004
+"""Share of an outline's variance that pixels and grid alone leave unexplained."""
+_MOST_LEFT = 0.07
+"""Share that no known shape leaves."""
+_MOST_BLUR = 0.5
+"""Standard deviation, in radii, from which all shapes look alike."""
 CENTROIDS = {"triangle": 0.2 * np.sqrt(3)}
 """How far below the middle of its box a shape's centroid lies, in radii; 0 for the others."""
 AREAS = {"circle": np.pi, "square": 3.140, "triangle": 2.494, "cross": 2.592, "ring": 2.545}
@@ -44,8 +50,8 @@ class Outline:
     """Radius, in units of the radius that the grid was laid for."""
     blur: float
     """Standard deviation of the blur that fits best, in radii."""
-    fit: float
-    """Correlation with the best template."""
+    left: float
+    """Share of the outline's variance that the best template leaves."""
 
 
 def read_outline(crops_TGG: Floats, weight_T: Floats) -> Outline | None:
@@ -53,22 +59,28 @@ def read_outline(crops_TGG: Floats, weight_T: Floats) -> Outline | None:
 
     Args:
         crops_TGG: from `crops`.
-        weight_T: 0 for frames in which the thing is not whole.
+        weight_T: 0 for frames that do not count.
     """
-    if weight_T.sum() <= 0:
+    used_UP = crops_TGG.reshape(len(crops_TGG), -1)[weight_T > 0]
+    if not len(used_UP):
         return None
-    flat_TP = crops_TGG.reshape(len(crops_TGG), -1)
-    score_NRB = _scores(weight_T @ flat_TP / weight_T.sum())
-    by_shape_N = score_NRB.max((1, 2))
-    best, second = np.argsort(-by_shape_N)[:2]
+    weight_U = weight_T[weight_T > 0]
+    score_NRB = _scores(weight_U @ used_UP / weight_U.sum())
+    left_N = 1 - score_NRB.max((1, 2)) ** 2
+    best, second = np.argsort(left_N)[:2]
     ratio, blur = np.unravel_index(score_NRB[best].argmax(), score_NRB.shape[1:])
-    # How much worse the second is, in shares of what the best leaves unexplained.
-    unexplained, other = 1 - by_shape_N[best] ** 2, 1 - by_shape_N[second] ** 2
-    margin = (other - unexplained) / (other + unexplained)
-    agree = _agreement(flat_TP, weight_T, int(best))
-    fit = float(by_shape_N[best])
-    sure = min(1.0, margin / 0.2) * min(1.0, max(0.0, (fit - 0.85) / 0.1)) * agree
-    return Outline(SHAPES[best], float(sure), float(_RATIOS[ratio]), _BLURS[blur], fit)
+    # How much less the second explains; both err by a little that says nothing.
+    margin = (left_N[second] - left_N[best]) / (left_N[second] + left_N[best] + _FLOOR)
+    sure = min(
+        1.0,
+        margin / 0.2,
+        (_MOST_LEFT - left_N[best]) / (0.5 * _MOST_LEFT),
+        (_MOST_BLUR - _BLURS[blur]) / 0.2,
+    )
+    sure = max(0.0, sure) * _agreement(used_UP, int(best))
+    return Outline(
+        SHAPES[best], float(sure), float(_RATIOS[ratio]), _BLURS[blur], float(left_N[best])
+    )
 
 
 def crops(cover_THW: Floats, place_T2: Floats, radius_T: Floats) -> Floats:
@@ -79,7 +91,7 @@ def crops(cover_THW: Floats, place_T2: Floats, radius_T: Floats) -> Floats:
         place_T2: the thing's centroid, in pixels.
         radius_T: about the thing's radius, in pixels, to which the grid is scaled.
     """
-    frames, height, width = cover_THW.shape
+    height, width = cover_THW.shape[1:]
     steps_G = np.linspace(-_REACH, _REACH, _POINTS)
     rows_TG = _weights(place_T2[:, :1] + radius_T[:, None] * steps_G, height)
     columns_TG = _weights(place_T2[:, 1:] + radius_T[:, None] * steps_G, width)
@@ -92,13 +104,16 @@ def _weights(at_TG: Floats, size: int) -> Floats:
     return np.clip(1 - off, 0, None).astype(np.float32)
 
 
-def _agreement(flat_TP: Floats, weight_T: Floats, best: int) -> float:
-    """1 if the parts of the video agree on the shape, 0 if less than two thirds of them do."""
-    seen = np.flatnonzero(weight_T > 0)
-    parts = [p for p in np.array_split(seen, _PARTS) if len(p)]
-    mean_SP = np.stack([weight_T[p] @ flat_TP[p] / weight_T[p].sum() for p in parts])
-    winners_S = _scores(mean_SP).max((-2, -1)).argmax(-1)
-    return float(np.clip(3 * (winners_S == best).mean() - 2 + 0.5, 0, 1))
+def _agreement(used_UP: Floats, best: int) -> float:
+    """How far frames and parts of the video agree on the shape: 0.5 if three quarters do."""
+    parts = [p for p in np.array_split(used_UP, _PARTS) if len(p)]
+    shares = []
+    for pictures_SP, slack in ((np.stack([p.mean(0) for p in parts]), 1.1), (used_UP, 1.4)):
+        left_SN = 1 - _scores(pictures_SP).max((-2, -1)) ** 2
+        # A single frame is noisy: it speaks against a shape only where another fits far better.
+        agrees_S = left_SN[:, best] <= slack * left_SN.min(1) + _FLOOR
+        shares.append(float(agrees_S.mean()))
+    return float(np.clip(0.5 + 3 * (min(shares) - 0.75), 0, 1))
 
 
 def _scores(picture_P: Floats) -> Floats:

@@ -21,7 +21,7 @@ from pipeline.cli.options import JsonOption, SetOption, command, reporter
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="Model folder; default: the weights that ship."),
+        typer.Argument(metavar="MODEL", help="Model folder; default: the weights that ship."),
     ] = None,
     only: Annotated[
         str | None,

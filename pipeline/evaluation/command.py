@@ -74,8 +74,12 @@ def _record(evaluation: Evaluation, shown: Shown, uri: str, out: Path | None) ->
 
 
 def recipe_beside(folder: Path) -> str:
-    """The recipe that a model was made by: in its folder or in its run's, else the default."""
-    for place in (folder, folder.resolve().parent):
+    """The recipe that a model was made by: in its folder or in its run's, else the default.
+
+    `flowreel train --out RUN` leaves RUN/model and RUN/recipe.yaml, a demo RUN/train/model.
+    """
+    whole = folder.resolve()
+    for place in (whole, whole.parent, whole.parent.parent):
         if (place / "recipe.yaml").is_file():
             return str(place / "recipe.yaml")
     return "tiny"

@@ -241,10 +241,9 @@ def test_the_families_are_written_once() -> None:
 
 
 def test_the_recipe_of_a_model_lies_beside_it(tmp_path: Path) -> None:
-    model = tmp_path / "run" / "model"
+    model = tmp_path / "demo" / "train" / "model"
     model.mkdir(parents=True)
     assert recipe_beside(model) == "tiny"
-    (tmp_path / "run" / "recipe.yaml").touch()
-    assert recipe_beside(model) == str(tmp_path / "run" / "recipe.yaml")
-    (model / "recipe.yaml").touch()
-    assert recipe_beside(model) == str(model / "recipe.yaml")
+    for folder in (tmp_path / "demo", tmp_path / "demo" / "train", model):
+        (folder / "recipe.yaml").touch()
+        assert recipe_beside(model) == str(folder / "recipe.yaml")

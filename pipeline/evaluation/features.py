@@ -51,7 +51,8 @@ def need(*packages: str) -> None:
     if missing:
         raise MissingPackageError(
             f"{', '.join(missing)} is not installed, and this measure needs it: run "
-            "`pip install 'flowreel[evaluate]'`, or leave the measure out with --only"
+            "`pip install 'flowreel[evaluate]'` (in a checkout `make setup`), or leave the measure "
+            "out with --only"
         )
 
 

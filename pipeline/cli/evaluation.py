@@ -16,6 +16,7 @@ from pipeline.cli.options import JsonOption, SetOption, command, reporter
         "flowreel evaluate runs/demo/train/model --out runs/demo/evaluation",
         "flowreel evaluate runs/demo/train/model --only nats --data runs/demo/latents --json",
         "flowreel evaluate runs/demo/train/model --only prompts --prompts 256",
+        "flowreel evaluate runs/demo/train/model --vbench runs/vbench --vbench-first 20",
     )
 )
 def evaluate(
@@ -78,6 +79,35 @@ def evaluate(
             help="MLflow store for figures and files, such as sqlite:///mlflow.db; default: none.",
         ),
     ] = None,
+    vbench: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write samples for VBench there instead, five of each of its prompts, and score "
+            "them where its package and weights are.",
+        ),
+    ] = None,
+    vbench_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="VBench's prompt list, VBench_full_info.json; default: the installed package's.",
+        ),
+    ] = None,
+    vbench_first: Annotated[
+        int | None, typer.Option(min=1, help="Its first prompts only; default: all.")
+    ] = None,
+    rewriter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="Who puts VBench's prompts into more words: http://host:port/v1 of an "
+            "OpenAI-compatible endpoint, or a language model's folder or hub id; default: nobody.",
+        ),
+    ] = None,
+    rewriter_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The endpoint's model.")
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -107,7 +137,16 @@ def evaluate(
     arguments.one_of("--schedule", schedule, arguments.schedules())
     if out is not None:
         arguments.output_folder(out)
-    from pipeline.evaluation.command import evaluate_model, recipe_beside
+    if vbench is not None:
+        arguments.output_folder(vbench, option="--vbench")
+    if vbench_prompts is not None:
+        arguments.input_file(vbench_prompts, "VBench's prompt list")
+    from pipeline.evaluation.command import (
+        VBenchJob,
+        evaluate_model,
+        recipe_beside,
+        sample_for_vbench,
+    )
     from pipeline.evaluation.options import Options
     from pipeline.recipes import load_recipe
 
@@ -124,4 +163,8 @@ def evaluate(
         kinds=loaded.world.kinds,
         sampling=loaded.sampler,
     )
-    evaluate_model(folder, options, out=out, mlflow=mlflow, reporter=reporter(json_))
+    if vbench is None:
+        evaluate_model(folder, options, out=out, mlflow=mlflow, reporter=reporter(json_))
+        return
+    job = VBenchJob(vbench, vbench_prompts, vbench_first, rewriter, rewriter_model)
+    sample_for_vbench(folder, options, job, reporter(json_))

@@ -21,6 +21,8 @@ Read in this order:
     tables.py            the same as tables: terminal, Markdown
     page.py              the same as a page with videos
     record.py            the same in MLflow
+    vbench.py            samples for VBench, in the layout that its package reads
+    rewriter.py          who puts its prompts into more words
 
 A family is pure functions from a model or from frames to a frozen dataclass of figures. `run.py`
 makes every video once and hands it to all families that want it.

@@ -7,16 +7,41 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flowreel.files import write_whole
 from pipeline.console import Reporter, plain
+from pipeline.evaluation import vbench
 from pipeline.evaluation.options import Options
 from pipeline.evaluation.page import page
 from pipeline.evaluation.record import log_to_mlflow
 from pipeline.evaluation.result import Evaluation, Shown
+from pipeline.evaluation.rewriter import rewriter_of
 from pipeline.evaluation.run import evaluate
+from pipeline.evaluation.samples import Sampling
 from pipeline.evaluation.tables import markdown, say
+from serving.loading import load
+
+
+@dataclass(frozen=True)
+class VBenchJob:
+    """Samples for VBench.
+
+    Attributes:
+        out: folder of videos and lists.
+        prompts: its prompt list; None is that of the installed package.
+        first: how many of its prompts, from the first on; None is all.
+        rewriter: address of an endpoint, or a language model; None leaves prompts as they are.
+        rewriter_model: the endpoint's model.
+    """
+
+    out: Path
+    prompts: Path | None = None
+    first: int | None = None
+    rewriter: str | None = None
+    rewriter_model: str | None = None
 
 
 def evaluate_model(
@@ -50,6 +75,40 @@ def evaluate_model(
         reporter.outcome(f"MLflow run {run_id}")
     reporter.document(evaluation.document())
     return evaluation
+
+
+def sample_for_vbench(
+    folder: Path, options: Options, job: VBenchJob, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Write a model's samples for VBench, and score them where that can be done.
+
+    Returns:
+        The folder, how many videos it holds, and VBench's results or None.
+
+    Raises:
+        VBenchError: no prompt list, or VBench failed.
+        RewriterError: the rewriter did.
+    """
+    reporter = reporter or Reporter()
+    entries = vbench.read_prompts(job.prompts)[: job.first]
+    rewriter = None if job.rewriter is None else rewriter_of(job.rewriter, job.rewriter_model)
+    loaded = load(folder, sampling=options.sampling)
+    with reporter.progress("sampling for VBench") as update:
+        paths = vbench.write_samples(
+            loaded,
+            entries,
+            job.out,
+            Sampling(options.guidance, options.schedule, options.seed),
+            model=str(folder),
+            rewriter=rewriter,
+            progress=lambda done, total: update(done, total, "videos"),
+        )
+    reporter.outcome(f"{len(paths)} videos in {job.out / 'videos'}")
+    results = vbench.run_vbench(job.out, entries, reporter)
+    scores = None if results is None else json.loads(results.read_text())
+    found = {"out": job.out, "videos": len(paths), "results": scores}
+    reporter.document({"vbench": found})
+    return found
 
 
 def write_files(out: Path, evaluation: Evaluation, shown: Shown) -> list[Path]:

@@ -79,25 +79,27 @@ def make_videos(
     prompts: Sequence[str],
     sampling: Sampling,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    seeds: Sequence[int] | None = None,
 ) -> Frames:
     """A video of the trained length for each prompt: uint8 [N, T, H, W, 3].
 
-    Video number i has the seed `sampling.seed + i`.
+    Video number i has the seed `seeds[i]`, by default `sampling.seed + i`.
     """
     assert loaded.codec is not None
     num_frames, made = loaded.facts.num_frames, []
     spec = spec_of(loaded, sampling, num_frames)
+    seeds = [sampling.seed + i for i in range(len(prompts))] if seeds is None else seeds
     for low in range(0, len(prompts), BATCH):
         part = prompts[low : low + BATCH]
         texts = encode(loaded, part, num_frames)
-        seeds = [sampling.seed + low + i for i in range(len(part))]
         latents = sample(
             loaded.model,
             texts.text_BJE,
             texts.null_BJE,
             spec,
             denoiser=denoiser_of(loaded),
-            noise=batch_noise(seeds, noise_shape(loaded)),
+            noise=batch_noise(seeds[low : low + BATCH], noise_shape(loaded)),
         )
         made.append(loaded.codec.decode(latents).cpu().numpy())
         progress(low + len(part), len(prompts))

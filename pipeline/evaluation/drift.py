@@ -75,12 +75,15 @@ class Drift:
         nats_per_dim_by_frame: the model's own loss of every latent frame.
         worst: the largest distance of a ratio of colour, sharpness or background from 1, over all
             windows.
+        worst_to_20x: the same over those within 20 times the trained length; None where the video
+            is shorter than that.
     """
 
     prompt: str
     windows: tuple[Window, ...]
     nats_per_dim_by_frame: tuple[float, ...]
     worst: float
+    worst_to_20x: float | None
 
 
 def look(frames_THWC: Frames) -> Look:
@@ -165,14 +168,17 @@ def drift(
     Args:
         frames_THWC: the video.
         nats: loss of every latent frame.
-        seconds: lengths, each at most the video's.
+        seconds: lengths, each at most the video's; 20 times the trained length is added.
         prompt: what it was to show.
         fps: its frames per second.
         window: frames of a window.
         every: video frames of a latent frame.
         sigma: of the noise, for the floor.
     """
-    ends = [window, *(min(frames_for(s, fps, every), len(frames_THWC)) for s in sorted(seconds))]
+    far = 1 + every * (20 * (window - 1) // every)
+    asked = [min(frames_for(s, fps, every), len(frames_THWC)) for s in seconds]
+    reaches = len(frames_THWC) >= far
+    ends = [window, *sorted({*asked, far} if reaches else {*asked})]
     looks = [look(frames_THWC[end - window : end]) for end in ends]
     losses = [_mean_nats(nats, end, window, every) for end in ends]
     floor = noise_floor(sigma)
@@ -189,11 +195,20 @@ def drift(
         )
         for end, seen, loss in zip(ends, looks, losses, strict=True)
     )
+    return Drift(
+        prompt,
+        windows,
+        tuple(nats),
+        worst=_worst(windows),
+        worst_to_20x=_worst(windows[: 1 + ends.index(far)]) if reaches else None,
+    )
+
+
+def _worst(windows: Sequence[Window]) -> float:
     ratios = [
         ratio for w in windows for ratio in (w.colour_ratio, w.sharpness_ratio, w.background_ratio)
     ]
-    worst = max(abs(ratio - 1) for ratio in ratios)
-    return Drift(prompt, windows, tuple(nats), worst)
+    return max(abs(ratio - 1) for ratio in ratios)
 
 
 def _mean_nats(nats: Sequence[float], end: int, window: int, every: int) -> float:

@@ -57,6 +57,7 @@ def _clip(clip: ShownClip, fps: float) -> dict[str, Any]:
         videos.append(("real, after the codec", clip.back))
     return {
         "prompt": clip.prompt,
+        "read": clip.read,
         "videos": [{"kind": kind, "uri": _video_uri(frames, fps)} for kind, frames in videos],
     }
 

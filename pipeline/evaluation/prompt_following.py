@@ -120,6 +120,18 @@ def shares(asked: Sequence[Words], read: Sequence[Words]) -> Shares:
     return found
 
 
+def words_read(asked: Words, read: Words) -> tuple[tuple[str, bool], ...]:
+    """What is read of each attribute that a prompt names, and whether it is right.
+
+    Not sure is a question mark.
+    """
+    return tuple(
+        (getattr(read, name) or f"{name}?", getattr(read, name) == getattr(asked, name))
+        for name in ATTRIBUTES
+        if getattr(asked, name) is not None
+    )
+
+
 def chances(asked: Sequence[Words]) -> dict[str, float]:
     """The share that guessing evenly among the words asked for gets right, by attribute.
 

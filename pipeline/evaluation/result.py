@@ -62,7 +62,8 @@ class About:
 class ShownClip:
     """A prompt's video beside a real clip of it, before and after the codec; uint8 [T, H, W, 3].
 
-    `split` says whether its combination of words was trained on: seen or unseen.
+    `split` says whether its combination of words was trained on: seen or unseen. `read` has what
+    the judge reads from the model's video, word by word, and whether it is what was asked for.
     """
 
     prompt: str
@@ -70,6 +71,7 @@ class ShownClip:
     made: Frames
     real: Frames
     back: Frames | None
+    read: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,11 @@ def _of_prompts(prompts: PromptFollowing) -> dict[str, Any]:
 
 
 def _of_drift(drift: Drift) -> dict[str, Any]:
-    found: dict[str, Any] = {"drift.prompt": drift.prompt, "drift.worst": drift.worst}
+    found: dict[str, Any] = {
+        "drift.prompt": drift.prompt,
+        "drift.worst": drift.worst,
+        "drift.worst_to_20x": drift.worst_to_20x,
+    }
     for index, window in enumerate(drift.windows):
         name = "first" if index == 0 else f"at_{window.end_s:.0f}s"
         found |= flattened(asdict(window), f"drift.{name}")

@@ -39,7 +39,14 @@ from pipeline.evaluation.options import (
     check_families,
 )
 from pipeline.evaluation.physics import Bounces, Permanence, Physics, bounces, permanence
-from pipeline.evaluation.prompt_following import PromptFollowing, Shares, Words, chances, shares
+from pipeline.evaluation.prompt_following import (
+    PromptFollowing,
+    Shares,
+    Words,
+    chances,
+    shares,
+    words_read,
+)
 from pipeline.evaluation.result import About, Evaluation, Shown, ShownClip
 from pipeline.evaluation.samples import make_long_video
 from pipeline.evaluation.steadiness import Steadiness, steadiness
@@ -146,7 +153,9 @@ def _shown(run: _Run) -> Shown:
         back = getattr(clips, f"back_{split}") if clips.has(f"back_{split}") else None
         for i, text in enumerate(asked.texts[:SHOWN]):
             after_codec = None if back is None else back[i]
-            found.append(ShownClip(text, split, made[i], asked.real_NTHWC[i], after_codec))
+            (reading,) = run.read(made[i : i + 1])
+            read = words_read(asked.prompts[i], reading)
+            found.append(ShownClip(text, split, made[i], asked.real_NTHWC[i], after_codec, read))
     return Shown(tuple(found), run.long_video, run.loaded.facts.fps)
 
 
@@ -221,17 +230,18 @@ class _Run:
         asked: list[Words] = [*seen.prompts, *unseen.prompts]
 
         def ceiling(of_seen: Frames, of_unseen: Frames) -> Shares:
-            return shares(asked, [*self._read(of_seen), *self._read(of_unseen)])
+            return shares(asked, [*self.read(of_seen), *self.read(of_unseen)])
 
         return PromptFollowing(
-            seen=shares(seen.prompts, self._read(clips.made_seen)),
-            unseen=shares(unseen.prompts, self._read(clips.made_unseen)),
+            seen=shares(seen.prompts, self.read(clips.made_seen)),
+            unseen=shares(unseen.prompts, self.read(clips.made_unseen)),
             real=ceiling(seen.real_NTHWC, unseen.real_NTHWC),
             codec=ceiling(clips.back_seen, clips.back_unseen),
             chance=chances(asked),
         )
 
-    def _read(self, clips_NTHWC: Frames) -> list[Reading]:
+    def read(self, clips_NTHWC: Frames) -> list[Reading]:
+        """What the judge says of each clip."""
         return [judge(frames, fps=self.loaded.facts.fps) for frames in clips_NTHWC]
 
     def fidelity(self) -> Fidelity:
@@ -311,14 +321,14 @@ class _Run:
             texts, real = scenes.one_motion("bounce", PHYSICS_CLIPS, seed, kinds, facts)
             made = self.clips.made("sampling, bounces", texts, seed)
             turns = {
-                name: bounces(self._read(frames), facts.fps)
+                name: bounces(self.read(frames), facts.fps)
                 for name, frames in (("generated", made), ("real", real))
             }
         if kinds.occluders:
             texts, real = scenes.behind_bars(PHYSICS_CLIPS, seed, kinds, facts)
             made = self.clips.made("sampling, bars", texts, seed + PHYSICS_CLIPS)
             bars = {
-                name: permanence(self._read(frames))
+                name: permanence(self.read(frames))
                 for name, frames in (("generated", made), ("real", real))
             }
         if not turns and not bars:

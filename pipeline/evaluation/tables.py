@@ -243,6 +243,8 @@ def _of_drift(found: Drift) -> Table:
     ]
     columns = ("until", "colour", "sharpness", "background", "own nats/dim")
     note = f"“{found.prompt}”, value (ratio to the first window; of nats, what is above the floor)"
+    if found.worst_to_20x is not None:
+        note += f"; within 20 times the trained length at most {_percent(found.worst_to_20x)} off"
     return Table("Drift", columns, tuple(rows), note)
 
 

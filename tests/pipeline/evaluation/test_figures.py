@@ -185,6 +185,19 @@ def test_a_video_that_repeats_does_not_drift_and_one_that_fades_does() -> None:
     half = drift(faded, nats, [4.0], **how)  # type: ignore[arg-type]
     assert half.windows[-1].colour_ratio == pytest.approx(0.5, abs=0.05)
     assert half.worst > 0.4
+    assert half.worst_to_20x is None, "36 frames are four times nine"
+
+
+def test_twenty_times_the_trained_length_is_looked_at_by_itself() -> None:
+    clip = clips(1, frames=5)[0]
+    long = np.concatenate([clip] * 24)
+    dark = long.copy()
+    dark[100:] //= 2
+    how = {"prompt": "a", "fps": 5.0, "window": 5, "every": 4, "sigma": 0.3}
+    found = drift(dark, [0.1] * 30, [10.0, 23.0], **how)  # type: ignore[arg-type]
+    assert [round(w.end_s, 1) for w in found.windows] == [1.0, 10.6, 16.2, 23.4]
+    assert found.worst_to_20x == pytest.approx(0, abs=0.3)
+    assert found.worst > 0.45
 
 
 def test_own_nats_are_read_above_the_noise_floor() -> None:

@@ -20,6 +20,7 @@ from data_prep.world.render import depth
 from data_prep.world.vocabulary import SHAPES
 
 Floats = npt.NDArray[np.floating]
+Depth = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64], float], Floats]
 
 _POINTS, _REACH = 29, 1.9
 """The grid: points a side, and how far it goes from the middle, in radii."""
@@ -29,8 +30,8 @@ _BLURS = (0.05, 0.12, 0.19, 0.27, 0.36, 0.46, 0.6)
 _PARTS = 6
 _FLOOR = 0.004
 """Share of an outline's variance that pixels and grid alone leave unexplained."""
-_MOST_LEFT = 0.07
-"""Share that no known shape leaves."""
+_MOST_LEFT = 0.085
+"""Share that no shape of the world leaves."""
 _MOST_BLUR = 0.5
 """Standard deviation, in radii, from which all shapes look alike."""
 CENTROIDS = {"triangle": 0.2 * np.sqrt(3)}
@@ -38,7 +39,7 @@ CENTROIDS = {"triangle": 0.2 * np.sqrt(3)}
 AREAS = {"circle": np.pi, "square": 3.140, "triangle": 2.494, "cross": 2.592, "ring": 2.545}
 """In squared radii."""
 MEAN_AREA = 2.78
-_OTHERS: dict[str, Callable[[Floats, Floats, float], Floats]] = {
+_OTHERS: dict[str, Depth] = {
     "diamond": lambda y, x, radius: 0.886 * radius - (np.abs(y) + np.abs(x)) / np.sqrt(2),
     "broad": lambda y, x, radius: radius - np.hypot(1.2 * y, x / 1.2),
     "tall": lambda y, x, radius: radius - np.hypot(y / 1.2, 1.2 * x),

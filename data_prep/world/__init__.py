@@ -19,4 +19,5 @@ the same world and download nothing. Read in this order:
     judge_ground.py   the background, and a bar before the things
     judge_camera.py   the background's way
     judge_motion.py   the things' ways
+    judge_truth.py    readings held against scenes: accuracy and confusions
 """

@@ -101,7 +101,8 @@ def judge_things(frames: Frames, *, fps: float = 16.0) -> list[Reading]:
     camera = read_camera(frames, near_THW, fps) if len(frames) > 2 else None
     about = _About(ground, camera, fps)
     if found:
-        return [_reading(_Seen.of(matte, about), about) for matte in found]
+        meets = len(found) > 1
+        return [_reading(_Seen.of(matte, about), about, meets) for matte in found]
     word, sure = about.camera_said
     return [Reading(camera=word, tone=ground.tone, camera_confidence=sure)]
 
@@ -240,10 +241,10 @@ def _usual(area_T: Floats, free_T: npt.NDArray[np.bool_]) -> float:
     return max(float(np.median(seen_T[np.abs(seen_T - most) <= 0.15 * most])), 1.0)
 
 
-def _reading(seen: _Seen, about: _About) -> Reading:
+def _reading(seen: _Seen, about: _About, meets: bool) -> Reading:
     """Words for one thing."""
     colour, colour_sure = _colour(seen.matte)
-    cover_THW = seen.matte.cover_THW
+    cover_THW = np.clip(seen.matte.cover_THW, -0.2, 1.0)
     free_T = seen.free_T
     if not free_T.any():
         free_T = seen.area_T > 0.8
@@ -266,7 +267,7 @@ def _reading(seen: _Seen, about: _About) -> Reading:
     trust_T = trust_T * np.where(seen.clipped_T, 0.3, 1.0)
     world_T2 = _in_world(track_T2, about)
     room_2 = half_2 - radius * np.array(EXTENTS[shape])
-    motion = read_motion(world_T2, trust_T, about.fps, room_2) if len(track_T2) > 2 else None
+    motion = read_motion(world_T2, trust_T, about.fps, room_2, meets=meets)
     size, size_sure = _size(radius)
     shape_sure = min(outline.confidence if outline else 0.0, there, one)
     size_sure = min(size_sure, there, one, steady)

@@ -48,7 +48,9 @@ class Motion:
     """Lengths, root mean square, by which the track differs from the law."""
 
 
-def read_motion(track_T2: Floats, weight_T: Floats, fps: float, room_2: Floats) -> Motion | None:
+def read_motion(
+    track_T2: Floats, weight_T: Floats, fps: float, room_2: Floats, *, meets: bool = False
+) -> Motion | None:
     """The motion of a track; None where too little of it is seen.
 
     Args:
@@ -56,6 +58,7 @@ def read_motion(track_T2: Floats, weight_T: Floats, fps: float, room_2: Floats) 
         weight_T: how far each is trusted, 0 to 1.
         fps: frames per second.
         room_2: how far up and down, left and right of the middle the thing's middle can go.
+        meets: whether there is another thing that it may bounce off.
     """
     weight_T = np.where(np.isfinite(track_T2[:, 0]), weight_T, 0.0)
     used = weight_T > 0.05
@@ -64,16 +67,13 @@ def read_motion(track_T2: Floats, weight_T: Floats, fps: float, room_2: Floats) 
     time_T = ((np.arange(len(track_T2)) - (len(track_T2) - 1) / 2) / fps)[used]
     path = _Path(time_T, track_T2[used], weight_T[used] / weight_T[used].sum())
     rate_2, straight = path.straight()
-    bounce, rooms = path.bounce(room_2)
+    bounce, quick_bounce = path.bounce(room_2)
+    if meets:
+        bounce, quick_bounce = min((bounce, quick_bounce), path.meeting())
     circle, turn = path.circle()
     way, between = _direction(rate_2)
     rate = float(np.hypot(*rate_2))
-    errors = {
-        "still": path.still(),
-        "straight": straight,
-        "circle": circle,
-        "bounce": bounce,
-    }
+    errors = {"still": path.still(), "straight": straight, "circle": circle, "bounce": bounce}
     count = int(used.sum())
     cost = {
         kind: count * np.log(error + _NOISE**2) + terms * np.log(count)
@@ -93,7 +93,7 @@ def read_motion(track_T2: Floats, weight_T: Floats, fps: float, room_2: Floats) 
     elif best == "circle":
         speed = "quickly" if turn > _QUICK_TURN else "slowly"
     elif best == "bounce":
-        speed = "quickly" if rooms > _QUICK_BOUNCE else "slowly"
+        speed = "quickly" if quick_bounce else "slowly"
     error = float(np.sqrt(errors["straight" if best == "straight" else best]))
     sure *= float(np.clip(1.5 - error / _MOST_ERROR, 0, 1))
     return Motion(word, speed, float(sure), error)
@@ -154,8 +154,24 @@ class _Path:
         best = int(error_K.argmin())
         return float(error_K[best]), float(abs(turn_K[best]))
 
-    def bounce(self, room_2: Floats) -> tuple[float, float]:
-        """The error of the best folded line, and how many rooms it crosses in two seconds."""
+    def meeting(self) -> tuple[float, bool]:
+        """The error of the best line with one turn back, and whether it comes quickly."""
+        best, quick = np.inf, False
+        turns_K = np.quantile(self.time_T, np.linspace(0.15, 0.85, 15))
+        after_KT = np.maximum(self.time_T - turns_K[:, None], 0)
+        same_KT = np.broadcast_to(self.time_T, after_KT.shape)
+        solved_K32, error_K = self._fit(np.stack([np.ones_like(after_KT), same_KT, after_KT], 2))
+        for axis in range(2):
+            first_K, second_K = solved_K32[:, 1, axis], solved_K32[:, 1:, axis].sum(1)
+            back_K = (first_K * second_K < 0) & (np.abs(first_K) > LEAST_RATE)
+            back_K &= np.abs(second_K) > LEAST_RATE
+            if back_K.any() and (error := float(error_K[back_K].min())) < best:
+                best = error
+                quick = float(np.abs(first_K[error_K.tolist().index(error)])) > _QUICK_RATE
+        return best, quick
+
+    def bounce(self, room_2: Floats) -> tuple[float, bool]:
+        """The error of the best folded line, and whether it is quick."""
         best, rooms = np.inf, 0.0
         for axis in range(2):
             # Along the other axis it goes a straight way.
@@ -163,7 +179,7 @@ class _Path:
             error, crossed = self._folded(self.place_T2[:, axis], float(room_2[axis]))
             if error + aside < best:
                 best, rooms = error + aside, crossed
-        return best, rooms
+        return best, rooms > _QUICK_BOUNCE
 
     def _one(self, place_T: Floats) -> tuple[float, float]:
         """The rate of the best line through one coordinate, and its error."""

@@ -9,8 +9,9 @@ Shapes: T frames, S parts of the video, G × G points of the outline's own grid,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from data_prep.world.render import depth
 from data_prep.world.vocabulary import SHAPES
 
 Floats = npt.NDArray[np.floating]
+Depth = Callable[[npt.NDArray[np.float64], npt.NDArray[np.float64], float], Floats]
 
 _POINTS, _REACH = 29, 1.9
 """The grid: points a side, and how far it goes from the middle, in radii."""
@@ -28,8 +30,8 @@ _BLURS = (0.05, 0.12, 0.19, 0.27, 0.36, 0.46, 0.6)
 _PARTS = 6
 _FLOOR = 0.004
 """Share of an outline's variance that pixels and grid alone leave unexplained."""
-_MOST_LEFT = 0.07
-"""Share that no known shape leaves."""
+_MOST_LEFT = 0.085
+"""Share that no shape of the world leaves."""
 _MOST_BLUR = 0.5
 """Standard deviation, in radii, from which all shapes look alike."""
 CENTROIDS = {"triangle": 0.2 * np.sqrt(3)}
@@ -37,6 +39,15 @@ CENTROIDS = {"triangle": 0.2 * np.sqrt(3)}
 AREAS = {"circle": np.pi, "square": 3.140, "triangle": 2.494, "cross": 2.592, "ring": 2.545}
 """In squared radii."""
 MEAN_AREA = 2.78
+_OTHERS: dict[str, Depth] = {
+    "diamond": lambda y, x, radius: 0.886 * radius - (np.abs(y) + np.abs(x)) / np.sqrt(2),
+    "broad": lambda y, x, radius: radius - np.hypot(1.2 * y, x / 1.2),
+    "tall": lambda y, x, radius: radius - np.hypot(y / 1.2, 1.2 * x),
+    "falling": lambda y, x, radius: radius - np.hypot(y + x, (y - x) / 1.4) / np.sqrt(1.4),
+    "rising": lambda y, x, radius: radius - np.hypot(y - x, (y + x) / 1.4) / np.sqrt(1.4),
+    "tip down": lambda y, x, radius: depth("triangle", 0.2 * np.sqrt(3) * radius - y, x, radius),
+}
+"""What the world does not have and a poor picture of a shape may look like: fits best, is none."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +78,14 @@ def read_outline(crops_TGG: Floats, weight_T: Floats) -> Outline | None:
     weight_U = weight_T[weight_T > 0]
     score_NRB = _scores(weight_U @ used_UP / weight_U.sum())
     left_N = 1 - score_NRB.max((1, 2)) ** 2
-    best, second = np.argsort(left_N)[:2]
+    best, second = np.argsort(left_N[: len(SHAPES)])[:2]
     ratio, blur = np.unravel_index(score_NRB[best].argmax(), score_NRB.shape[1:])
     # How much less the second explains; both err by a little that says nothing.
-    margin = (left_N[second] - left_N[best]) / (left_N[second] + left_N[best] + _FLOOR)
+    margin_N = (left_N - left_N[best]) / (left_N + left_N[best] + _FLOOR)
     sure = min(
         1.0,
-        margin / 0.2,
+        margin_N[second] / 0.2,
+        0.75 + margin_N[len(SHAPES) :].min() / 0.4,
         (_MOST_LEFT - left_N[best]) / (0.5 * _MOST_LEFT),
         (_MOST_BLUR - _BLURS[blur]) / 0.2,
     )
@@ -109,7 +121,7 @@ def _agreement(used_UP: Floats, best: int) -> float:
     parts = [p for p in np.array_split(used_UP, _PARTS) if len(p)]
     shares = []
     for pictures_SP, slack in ((np.stack([p.mean(0) for p in parts]), 1.1), (used_UP, 1.4)):
-        left_SN = 1 - _scores(pictures_SP).max((-2, -1)) ** 2
+        left_SN = 1 - _scores(pictures_SP)[:, : len(SHAPES)].max((-2, -1)) ** 2
         # A single frame is noisy: it speaks against a shape only where another fits far better.
         agrees_S = left_SN[:, best] <= slack * left_SN.min(1) + _FLOOR
         shares.append(float(agrees_S.mean()))
@@ -122,7 +134,7 @@ def _scores(picture_P: Floats) -> Floats:
     norm = np.linalg.norm(picture_P, axis=-1, keepdims=True) + 1e-9
     bank_KP = _bank()
     return (picture_P / norm @ bank_KP.T).reshape(
-        *picture_P.shape[:-1], len(SHAPES), len(_RATIOS), len(_BLURS)
+        *picture_P.shape[:-1], len(SHAPES) + len(_OTHERS), len(_RATIOS), len(_BLURS)
     )
 
 
@@ -136,10 +148,11 @@ def _bank() -> Floats:
     at = (np.arange(points) - (points - 1) / 2) * step / fine
     middle_GP = _at_grid(at)
     templates = []
-    for shape in SHAPES:
+    for shape in (*SHAPES, *_OTHERS):
         for ratio in _RATIOS:
             y = at[:, None] + CENTROIDS.get(shape, 0.0) * ratio
-            cover = np.clip(depth(shape, y, at, float(ratio)) * fine / step + 0.5, 0, 1)
+            inside = _OTHERS[shape] if shape in _OTHERS else partial(depth, shape)
+            cover = np.clip(inside(y, at, float(ratio)) * fine / step + 0.5, 0, 1)
             for blur in _BLURS:
                 kernel = _gaussian(at, blur) if blur else np.eye(points)
                 side_GP = middle_GP @ kernel

@@ -123,7 +123,7 @@ def shares(asked: Sequence[Words], read: Sequence[Words]) -> Shares:
 def words_read(asked: Words, read: Words) -> tuple[tuple[str, bool], ...]:
     """What is read of each attribute that a prompt names, and whether it is right.
 
-    Not sure is a question mark.
+    Where the judge is not sure, the attribute's name with a question mark.
     """
     return tuple(
         (getattr(read, name) or f"{name}?", getattr(read, name) == getattr(asked, name))

@@ -138,6 +138,7 @@ def _of_prompts(prompts: PromptFollowing) -> Table:
             attribute,
             said(prompts.seen, attribute),
             said(prompts.unseen, attribute),
+            _unsure(attribute, prompts.seen, prompts.unseen),
             _percent(chance),
             said(prompts.real, attribute),
             said(prompts.codec, attribute),
@@ -145,7 +146,7 @@ def _of_prompts(prompts: PromptFollowing) -> Table:
         for attribute, chance in prompts.chance.items()
         if chance < 1
     ]
-    columns = ("read back", "seen", "unseen", "chance", "real clips", "after the codec")
+    columns = ("read back", "seen", "unseen", "not sure", "chance", "real clips", "after codec")
     note = "share right, Wilson's 95% interval; where the judge is not sure, it counts as wrong"
     return Table("Prompt following", columns, tuple(rows), note)
 
@@ -250,6 +251,12 @@ def _of_drift(found: Drift) -> Table:
 
 def _share(share: Share) -> str:
     return f"{_percent(share.value)} ({100 * share.low:.0f}–{100 * share.high:.0f})"
+
+
+def _unsure(attribute: str, *sets: Shares) -> str:
+    """How often the judge was not sure of the videos of all sets."""
+    found = [shares[attribute] for shares in sets if attribute in shares]
+    return _percent(sum(share.unsure for share in found) / sum(share.count for share in found))
 
 
 def _percent(value: float) -> str:

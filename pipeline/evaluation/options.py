@@ -14,8 +14,8 @@ FAMILIES = (
     "nats", "prompts", "sampler", "codec", "distances", "motion", "physics", "drift",
 )  # fmt: skip
 """What `--only` chooses from, in the order in which they are measured."""
-OF_VIDEO = ("motion", "physics", "drift")
-"""Families that an image model has no use for."""
+OF_VIDEO = ("prompts", "motion", "physics", "drift")
+"""Families that an image model has no use for: the judge reads videos."""
 
 
 class FamilyError(FlowreelError, ValueError):

@@ -221,7 +221,7 @@ class _Run:
             parts.append(loaded.codec.encode(torch.from_numpy(frames)))
         mean, logvar = (torch.cat(moments) for moments in zip(*parts, strict=True))
         bucket = Bucket(facts.num_frames, facts.height, facts.width)
-        return SizedClips.of_latents(bucket, mean, logvar, scenes.captions(chosen))
+        return SizedClips.of_latents(bucket, mean, logvar, scenes.captions(chosen, facts))
 
     def prompt_following(self) -> PromptFollowing:
         """The judge on generated videos, on real clips, and on these after the codec."""

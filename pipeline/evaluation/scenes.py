@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_prep.world.captions import canonical
+from data_prep.world.captions import canonical, canonical_image
 from data_prep.world.draw import random_scene
 from data_prep.world.prompts import Prompt, prompts
 from data_prep.world.render import render_clip
@@ -35,22 +35,20 @@ class Asked:
 
     Attributes:
         prompts: word by word.
+        texts: the sentences.
         real_NTHWC: rendered clips of the model's length and size.
     """
 
     prompts: tuple[Prompt, ...]
+    texts: tuple[str, ...]
     real_NTHWC: Frames
-
-    @property
-    def texts(self) -> list[str]:
-        """The sentences."""
-        return [prompt.text for prompt in self.prompts]
 
 
 def asked(count: int, split: Split, seed: int, kinds: SceneKinds, facts: ModelFacts) -> Asked:
     """Prompts of one thing each, evenly over words, and a clip of each."""
     chosen = tuple(prompts(count, split=split, seed=seed, kinds=kinds))
-    return Asked(chosen, rendered([prompt.scene for prompt in chosen], facts))
+    shown = [prompt.scene for prompt in chosen]
+    return Asked(chosen, tuple(captions(shown, facts)), rendered(shown, facts))
 
 
 def held_out_scenes(count: int, seed: int, kinds: SceneKinds, *, first: int) -> list[Scene]:
@@ -74,9 +72,10 @@ def rendered(
     return np.stack(clips)
 
 
-def captions(scenes: Sequence[Scene]) -> list[str]:
-    """What is said of each, in the wording of prompts."""
-    return [canonical(scene) for scene in scenes]
+def captions(scenes: Sequence[Scene], facts: ModelFacts) -> list[str]:
+    """What is said of each, in the wording of prompts; for an image model without motion."""
+    say = canonical if facts.num_frames > 1 else canonical_image
+    return [say(scene) for scene in scenes]
 
 
 def one_motion(
@@ -85,7 +84,7 @@ def one_motion(
     """Prompts for things that all move one way, and a clip of each."""
     alone = replace(kinds, motions=(motion,), cameras=("static",), two_things=0, occluders=0)
     of_motion = asked(count, "seen", seed, alone, facts)
-    return of_motion.texts, of_motion.real_NTHWC
+    return [*of_motion.texts], of_motion.real_NTHWC
 
 
 def behind_bars(
@@ -94,4 +93,4 @@ def behind_bars(
     """Prompts for things that pass behind a grey bar, and a clip of each."""
     hidden = replace(kinds, two_things=0, occluders=1)
     scenes = held_out_scenes(count, seed, hidden, first=HELD_OUT_SEED)
-    return captions(scenes), rendered(scenes, facts)
+    return captions(scenes, facts), rendered(scenes, facts)

@@ -76,6 +76,18 @@ def test_frechet_of_gaussians_is_its_closed_form_and_symmetric() -> None:
     assert frechet(a, a) == pytest.approx(0, abs=1e-9)
 
 
+def test_frechet_is_that_of_the_matrix_square_root() -> None:
+    """The same by scipy's root of the product, of covariances that do not commute."""
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(6)
+    a, b = (rng.standard_normal((60, 5)) @ rng.standard_normal((5, 5)) for _ in range(2))
+    s, t = np.cov(a.T), np.cov(b.T)
+    gap = a.mean(0) - b.mean(0)
+    by_root = gap @ gap + np.trace(s + t - 2 * np.real(sqrtm(s @ t)))
+    assert frechet(a, b) == pytest.approx(float(by_root))
+
+
 def test_frechet_takes_fewer_vectors_than_dimensions() -> None:
     """It is then that of the few dimensions that the vectors span."""
     rng = np.random.default_rng(1)
@@ -121,6 +133,16 @@ def test_a_perfect_round_trip_and_a_known_error() -> None:
     assert off.psnr_db == pytest.approx(20 * math.log10(255 / 10))
     assert off.psnr_db_by_frame == pytest.approx([off.psnr_db] * 5)
     assert off.psnr_db_change == pytest.approx(0)
+
+
+def test_psnr_of_a_frame_is_scikit_images() -> None:
+    from skimage.metrics import peak_signal_noise_ratio
+
+    real, other = clips(2, frames=3), clips(2, frames=3, first=1)
+    found = codec_quality(real, other)
+    for t in range(3):
+        wanted = peak_signal_noise_ratio(real[:, t], other[:, t], data_range=255)
+        assert found.psnr_db_by_frame[t] == pytest.approx(wanted)
 
 
 def test_quality_that_fades_shows_as_a_change() -> None:

@@ -14,11 +14,14 @@ import torch
 from data_prep.latents.dataset import LatentDataset
 from data_prep.latents.records import Bucket
 from data_prep.world.scene import EASY
+from flow.codec import VideoCodec, build_vae, save_codec
 from flow.config import tiny
 from flow.flow import FlowModel
-from flow.likelihood import likelihood
+from flow.likelihood import draw_noise, likelihood
+from flow.model_folder import ModelSpec, save_model
 from flow.sampling import batch_noise
 from flow.text import build_text_encoder
+from flow.video_spec import VideoSpec
 from pipeline.cli import arguments
 from pipeline.console import Reporter, plain
 from pipeline.evaluation import samples
@@ -34,7 +37,7 @@ from serving.config import SamplingConfig
 from serving.loading import LoadedModel, load
 from serving.requests import Generation
 from serving.session import generate
-from tests.flow.models import shaken
+from tests.flow.models import shaken, tiny_config
 from tests.serving.conftest import (
     model_dir as model_dir,
 )  # the tiny model folder of the service's tests
@@ -42,6 +45,15 @@ from tests.training.world import TEXT, write_dataset
 from training.batches import Prompts
 from training.held_out import Measurement, evaluate_nats, gaussian_nats_per_dim
 
+SD_LIKE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [8, 8, 8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
 PROMPTS = ["A small red circle moves left quickly.", "A large blue ring stays still.", "A car."]
 
 
@@ -141,8 +153,6 @@ def test_own_nats_of_a_short_video_are_the_flows_likelihood(exact: LoadedModel) 
     spec = samples.spec_of(exact, Sampling(2.5), 9)
     by_frame = nats_by_frame(exact, frames, PROMPTS[0], spec, draws=2, seed=4)
     assert exact.codec is not None
-    from flow.likelihood import draw_noise
-
     mean, _ = exact.codec.encode(torch.from_numpy(frames)[None])
     clean = exact.codec.convention.to_model(mean, None, None)
     text = samples.encode(exact, PROMPTS[:1], 9).text_BJE
@@ -247,3 +257,28 @@ def test_the_recipe_of_a_model_lies_beside_it(tmp_path: Path) -> None:
     for folder in (tmp_path / "demo", tmp_path / "demo" / "train", model):
         (folder / "recipe.yaml").touch()
         assert recipe_beside(model) == str(folder / "recipe.yaml")
+
+
+def test_an_image_model_has_the_figures_of_pictures(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = build_vae(SD_LIKE)
+    save_codec(vae, tmp_path / "codec", half=False)
+    config = tiny_config(video=False, denoiser=False)
+    spec = ModelSpec(
+        flow=config,
+        text=TEXT,
+        codec="codec",
+        codec_digest=VideoCodec.load(tmp_path / "codec").digest,
+        video=VideoSpec(1, 64, 64, 1.0, cell_pixels=8, latent_every=1),
+    )
+    save_model(tmp_path / "m", FlowModel(config), spec, extra={"codec": tmp_path / "codec"})
+    options = replace(QUICK, only=("nats", "prompts", "sampler", "codec"))
+    found, shown = evaluate(tmp_path / "m", options, Reporter(quiet=True))
+    assert found.prompts is None
+    assert found.nats is not None
+    assert list(found.nats.buckets) == ["1x64x64"]
+    assert found.codec is not None
+    assert list(found.codec) == ["codec"]
+    assert shown.clips == ()
+    with pytest.raises(FamilyError, match="this model makes images"):
+        evaluate(tmp_path / "m", replace(QUICK, only=("motion",)))

@@ -44,8 +44,8 @@ def uv_in(folder: Path) -> str:
 def compile_lock(uv: str, lock: Path, *options: str) -> None:
     command = [
         uv, "pip", "compile", "--quiet", "--universal", "--python-version", "3.11",
-        "--extra", "evaluate", "--extra", "dev", "--constraint", "constraints.txt", "pyproject.toml",
-        "--output-file", str(lock), "--custom-compile-command", "make lock", *options,
+        "--extra", "evaluate", "--extra", "dev", "--constraint", "constraints.txt",
+        "pyproject.toml", "--output-file", str(lock), "--custom-compile-command", "make lock", *options,
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
 

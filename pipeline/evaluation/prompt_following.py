@@ -64,20 +64,18 @@ class Share:
 
     @property
     def low(self) -> float:
-        """Lower end of Wilson's interval of 95%."""
-        return self._wilson(-1)
+        """Lower end of Wilson's interval of 95%; rounding may not lift it above the share."""
+        return min(self.value, self._wilson(-1))
 
     @property
     def high(self) -> float:
-        """Upper end of Wilson's interval of 95%."""
-        return self._wilson(+1)
+        """Upper end of Wilson's interval of 95%; rounding may not sink it below the share."""
+        return max(self.value, self._wilson(+1))
 
     def _wilson(self, side: int) -> float:
         n, p, z = self.count, self.value, Z_95
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        end = (p + z * z / (2 * n) + side * half) / (1 + z * z / n)
-        # Rounding may leave an end a hair outside of what a share can be.
-        return min(1.0, max(0.0, end))
+        return (p + z * z / (2 * n) + side * half) / (1 + z * z / n)
 
 
 Shares = dict[str, Share]

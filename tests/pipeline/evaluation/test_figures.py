@@ -17,7 +17,7 @@ from pipeline.evaluation import scenes
 from pipeline.evaluation.codec_quality import codec_quality, ssim
 from pipeline.evaluation.distances import frechet, sliced_wasserstein
 from pipeline.evaluation.drift import drift, frames_for, look
-from pipeline.evaluation.features import image_features, image_network
+from pipeline.evaluation.features import MissingPackageError, image_features, image_network, need
 from pipeline.evaluation.physics import bounces, permanence
 from pipeline.evaluation.prompt_following import Share, chances, shares
 from pipeline.evaluation.steadiness import flicker, optical_flow, steadiness, warped
@@ -59,6 +59,13 @@ def test_wilsons_ends_are_where_the_normal_test_just_accepts(right: int) -> None
         off = abs(share.value - end)
         assert off == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / 32), abs=1e-9)
     assert 0 <= share.low <= share.value <= share.high <= 1
+
+
+def test_an_interval_holds_its_share_whatever_the_rounding() -> None:
+    for count in range(1, 400):
+        for right in (0, count // 2, count):
+            share = Share(right, 0, count)
+            assert -1e-15 <= share.low <= share.value <= share.high <= 1 + 1e-15
 
 
 # Distances.
@@ -118,6 +125,12 @@ def test_the_image_network_knows_what_photographs_show() -> None:
         assert features.shape == (1, 1280)
         classifier = image_network()._fc
         assert int(classifier(torch.from_numpy(features)).argmax()) in labels
+
+
+def test_a_missing_package_is_one_line_that_says_what_to_type() -> None:
+    need("numpy")
+    with pytest.raises(MissingPackageError, match=r"pip install 'flowreel\[evaluate\]'"):
+        need("numpy", "no_such_package")
 
 
 # The codec's round trip.

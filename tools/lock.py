@@ -45,7 +45,8 @@ def compile_lock(uv: str, lock: Path, *options: str) -> None:
     command = [
         uv, "pip", "compile", "--quiet", "--universal", "--python-version", "3.11",
         "--extra", "evaluate", "--extra", "dev", "--constraint", "constraints.txt",
-        "pyproject.toml", "--output-file", str(lock), "--custom-compile-command", "make lock", *options,
+        "pyproject.toml", "--output-file", str(lock), "--custom-compile-command", "make lock",
+        *options,
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
 

@@ -65,12 +65,12 @@ class Share:
     @property
     def low(self) -> float:
         """Lower end of Wilson's interval of 95%; rounding may not lift it above the share."""
-        return min(self.value, self._wilson(-1))
+        return max(0.0, min(self.value, self._wilson(-1)))
 
     @property
     def high(self) -> float:
         """Upper end of Wilson's interval of 95%; rounding may not sink it below the share."""
-        return max(self.value, self._wilson(+1))
+        return min(1.0, max(self.value, self._wilson(+1)))
 
     def _wilson(self, side: int) -> float:
         n, p, z = self.count, self.value, Z_95

@@ -65,7 +65,7 @@ def test_an_interval_holds_its_share_whatever_the_rounding() -> None:
     for count in range(1, 400):
         for right in (0, count // 2, count):
             share = Share(right, 0, count)
-            assert -1e-15 <= share.low <= share.value <= share.high <= 1 + 1e-15
+            assert 0 <= share.low <= share.value <= share.high <= 1
 
 
 # Distances.

@@ -76,7 +76,7 @@ def judge(frames: Frames, *, fps: float = 16.0) -> Reading:
     """Read the most prominent thing of a video, and the camera.
 
     Args:
-        frames: uint8 [T, H, W, 3] of any size; about two seconds, as the world's clips are.
+        frames: uint8 [T, H, W, 3] of any size.
         fps: frames per second.
 
     >>> from data_prep.world.draw import random_scene

@@ -71,7 +71,7 @@ def test_only_seen_combinations_are_drawn_unless_asked() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_fixed_words_are_the_scenes_words(seed: int) -> None:
     words = {"colour": "pink", "shape": "ring", "size": "large", "motion": "up-left"}
-    scene = random_scene(seed, split="any", **words, speed="slowly", tone="dark", texture="cloudy")
+    scene = random_scene(seed, split="any", speed="slowly", tone="dark", texture="cloudy", **words)  # type: ignore[arg-type]
     assert {name: getattr(scene.thing, name) for name in words} == words
     assert (scene.thing.speed, scene.tone, scene.texture) == ("slowly", "dark", "cloudy")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep.world.captions import caption, image_caption
 from data_prep.world.draw import random_scene
 from data_prep.world.render import render_image
-from data_prep.world.scene import EASY, scene_from
+from data_prep.world.scene import EASY, SceneKinds, scene_from
 from data_prep.world.shards import is_moving_shapes, write_world
 
 
@@ -40,6 +40,15 @@ def test_samples_have_the_size_and_the_kinds_asked_for(tmp_path: Path) -> None:
         (tmp_path / "picture.png").write_bytes(sample["png"])
         picture = np.asarray(Image.open(tmp_path / "picture.png"))
         assert np.array_equal(picture, render_image(scene, 48, 80))
+
+
+def test_an_image_hides_nothing_that_its_caption_names(tmp_path: Path) -> None:
+    kinds = SceneKinds(two_things=0, occluders=1)
+    clips, images = write_world(tmp_path, 2, 2, kinds=kinds)
+    for path, hidden in ((clips, True), (images, False)):
+        for sample in wds.WebDataset([str(path)], shardshuffle=False):
+            scene = scene_from(json.loads(sample["json"])["scene"])
+            assert (scene.occluder is not None) == hidden
 
 
 def test_writing_again_changes_nothing(tmp_path: Path) -> None:

@@ -257,4 +257,6 @@ class PrepareConfig(Strict):
         settings = self.captioner.settings()
         if self.captioner.needs_model:
             settings["seed"] = self.seed
+        if self.captioner.backend in ("auto", "measured"):
+            settings["fps"] = self.bucket.fps
         return digest_of({"captioner": self.captioner.backend, "caption_version": 1, **settings})

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.captions.measured import measure
 from data_prep.latents.dataset import LatentDataset
 from data_prep.world.draw import random_scene
+from data_prep.world.judge import judge
 from data_prep.world.render import render_clip
 from flow.codec import VideoCodec
 from flow.flow import LOG_SQRT_2PI
@@ -47,8 +47,8 @@ def captions_to_show(latents: str | Path, count: int) -> list[str]:
 
 
 def colour_accuracy(videos: list[tuple[str, np.ndarray]]) -> float:
-    """Share of (colour, frames [T, H, W, 3]) in which the measured captioner sees that colour."""
-    return sum(measure(frames).colour == colour for colour, frames in videos) / len(videos)
+    """Share of (colour, frames [T, H, W, 3]) in which the judge sees that colour."""
+    return sum(judge(frames).colour == colour for colour, frames in videos) / len(videos)
 
 
 def likelihoods(model_dir: Path, latents: str | Path, *, draws: int) -> dict[str, float]:

@@ -10,7 +10,9 @@ from data_prep.captions.captioner import Captioner, CaptionerUnavailable
 from data_prep.captions.config import CaptionConfig
 
 
-def build_captioner(config: CaptionConfig, device: str = "cpu", *, seed: int = 0) -> Captioner:
+def build_captioner(
+    config: CaptionConfig, device: str = "cpu", *, seed: int = 0, fps: float = 16.0
+) -> Captioner:
     """The captioner of a recipe.
 
     `vllm` is not built here: it is a stage of Ray Data's own (`data_prep.captions.on_ray`).
@@ -22,6 +24,7 @@ def build_captioner(config: CaptionConfig, device: str = "cpu", *, seed: int = 0
         config: the settings.
         device: torch device of a `vlm`.
         seed: the run's seed, which is sent to an endpoint.
+        fps: frames per second of the clips, for `measured`, which tells speeds.
 
     Raises:
         CaptionerUnavailable: the model cannot be loaded, or the key is not there.
@@ -33,7 +36,7 @@ def build_captioner(config: CaptionConfig, device: str = "cpu", *, seed: int = 0
     if config.backend in ("auto", "measured"):
         from data_prep.captions.measured import MeasuredCaptioner
 
-        return MeasuredCaptioner()
+        return MeasuredCaptioner(fps)
     if config.backend == "vlm":
         from data_prep.captions.vlm import VlmCaptioner
 

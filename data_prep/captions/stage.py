@@ -36,7 +36,9 @@ class CaptionStage:
 
     def __init__(self, config: PrepareConfig, device: str = "cpu") -> None:
         self.config = config.captioner
-        self.captioner = build_captioner(config.captioner, device, seed=config.seed)
+        self.captioner = build_captioner(
+            config.captioner, device, seed=config.seed, fps=config.bucket.fps
+        )
         self.give_up_after = config.captioner.give_up_after
         self.failures_in_a_row = 0
 

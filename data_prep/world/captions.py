@@ -12,7 +12,7 @@ from data_prep.world.scene import Scene, Thing
 
 _WAYS = {"left": "to the left", "right": "to the right", "up": "upwards", "down": "downwards"}
 _SIZE_WORDS = {"small": "little", "medium": "medium-sized", "large": "big"}
-_CAMERA_MOVES = {
+CAMERA_MOVES = {
     "pan left": "pans left",
     "pan right": "pans right",
     "zoom in": "zooms in",
@@ -65,15 +65,23 @@ def _listed(scene: Scene, name: Callable[[Thing], str] = _name) -> str:
     )
 
 
-def _finite(thing: Thing) -> str:
-    """The verb in the simple present."""
-    if thing.motion == "still":
+def deed(motion: str, speed: str) -> str:
+    """What a thing does, in the simple present.
+
+    >>> deed("left", "slowly"), deed("still", "")
+    ('moves left slowly', 'stays still')
+    """
+    if motion == "still":
         return "stays still"
-    if thing.motion == "circle":
-        return f"moves {thing.speed} in a circle"
-    if thing.motion == "bounce":
-        return f"bounces {thing.speed}"
-    return f"moves {thing.motion} {thing.speed}"
+    if motion == "circle":
+        return f"moves {speed} in a circle"
+    if motion == "bounce":
+        return f"bounces {speed}"
+    return f"moves {motion} {speed}"
+
+
+def _finite(thing: Thing) -> str:
+    return deed(thing.motion, thing.speed)
 
 
 def _going_on(thing: Thing) -> str:
@@ -106,7 +114,7 @@ def _place(scene: Scene) -> str:
 
 
 def _camera(scene: Scene) -> str:
-    return "" if scene.camera == "static" else f"; the camera {_CAMERA_MOVES[scene.camera]}"
+    return "" if scene.camera == "static" else f"; the camera {CAMERA_MOVES[scene.camera]}"
 
 
 def _place_first(scene: Scene) -> str:
@@ -136,7 +144,7 @@ def _two_sentences(scene: Scene) -> str:
         happens = ["They bounce off each other"]
     bar = " behind a grey bar" if scene.occluder else ""
     moving = scene.camera != "static"
-    camera = [f"the camera {_CAMERA_MOVES[scene.camera]}"] if moving else []
+    camera = [f"the camera {CAMERA_MOVES[scene.camera]}"] if moving else []
     happens = [happens[0], *(_lower(part) for part in happens[1:]), *camera]
     return f"{there} on {_place(scene)}. {' and '.join(happens)}{bar}."
 

@@ -76,7 +76,7 @@ def judge(frames: Frames, *, fps: float = 16.0) -> Reading:
     """Read the most prominent thing of a video, and the camera.
 
     Args:
-        frames: uint8 [T, H, W, 3] of any size; about two seconds, as the world's clips are.
+        frames: uint8 [T, H, W, 3] of any size.
         fps: frames per second.
 
     >>> from data_prep.world.draw import random_scene
@@ -262,7 +262,7 @@ def _reading(seen: _Seen, about: _About, meets: bool) -> Reading:
     # What vanishes without a bar to hide it is no thing of the world.
     there = _ramp(float(((seen.area_T > 0.4) | seen.covered_T).mean()), 0.4, 0.8)
     one = _ramp(float(np.median(seen.together_T)), 0.6, 0.9)
-    steady = _ramp(_spread(seen.area_T[free_T]), 0.35, 0.15)
+    steady = _ramp(_spread(seen.area_T[free_T]), 0.9, 0.4)
     trust_T = np.clip((seen.area_T - 0.6) / 0.3, 0, 1) * np.clip(2 * seen.together_T - 1, 0, 1)
     trust_T = trust_T * np.where(seen.clipped_T, 0.3, 1.0)
     world_T2 = _in_world(track_T2, about)

@@ -13,11 +13,12 @@ Shapes: T frames, K candidates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.world.scene import CLIP_S
 from data_prep.world.vocabulary import DIRECTIONS
 
 Floats = npt.NDArray[np.floating]
@@ -53,6 +54,9 @@ def read_motion(
 ) -> Motion | None:
     """The motion of a track; None where too little of it is seen.
 
+    A long track is read in parts of about the length that scenes are made for; most of them have to
+    agree.
+
     Args:
         track_T2: places in the world, NaN where not seen.
         weight_T: how far each is trusted, 0 to 1.
@@ -60,6 +64,25 @@ def read_motion(
         room_2: how far up and down, left and right of the middle the thing's middle can go.
         meets: whether there is another thing that it may bounce off.
     """
+    parts = max(1, round(len(track_T2) / fps / CLIP_S))
+    pieces = zip(np.array_split(track_T2, parts), np.array_split(weight_T, parts), strict=True)
+    found = [_read_part(track, weight, fps, room_2, meets) for track, weight in pieces]
+    read = [motion for motion in found if motion is not None]
+    if not read:
+        return None
+    words = [motion.word for motion in read]
+    best = max(words, key=words.count)
+    agreed = [motion for motion in read if motion.word == best]
+    most = max(agreed, key=lambda motion: motion.confidence)
+    sure = float(np.median([motion.confidence for motion in agreed]))
+    agreement = float(np.clip(0.5 + 3 * (len(agreed) / parts - 0.75), 0, 1))
+    return replace(most, confidence=min(sure, agreement))
+
+
+def _read_part(
+    track_T2: Floats, weight_T: Floats, fps: float, room_2: Floats, meets: bool
+) -> Motion | None:
+    """The motion of a track that is not much longer than scenes are."""
     weight_T = np.where(np.isfinite(track_T2[:, 0]), weight_T, 0.0)
     used = weight_T > 0.05
     if used.sum() < _LEAST_FRAMES:

@@ -38,7 +38,8 @@ def test_a_captioner_is_a_name_or_a_section(tmp_path: Path) -> None:
     assert section in tiny_text()
     path.write_text(tiny_text().replace(section, "captioner: auto"))
     assert load_recipe(str(path)).prepare == default
-    assert default.caption_digest() == digest_of({"captioner": "auto", "caption_version": 1})
+    digest = digest_of({"captioner": "auto", "caption_version": 1, "fps": default.bucket.fps})
+    assert default.caption_digest() == digest
     chosen = ["prepare.captioner.backend=vlm", "prepare.captioner.model=owner/name"]
     assert load_recipe("tiny", chosen).prepare.captioner.model == "owner/name"
     message = refusal(tmp_path, tiny_text(), ["prepare.captioner.backend=vlm"])

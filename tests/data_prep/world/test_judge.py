@@ -245,6 +245,13 @@ def test_what_lies_between_two_words_is_neither() -> None:
     assert judge(clip_of(half), fps=16.0).size is None
 
 
+@pytest.mark.parametrize("motion", ["still", "circle", "bounce"])
+def test_a_long_video_is_read_as_a_short_one_is(motion: str) -> None:
+    scene = random_scene(5, motion=motion, camera="static", split="any")
+    words = expected(scene)[0]
+    assert words_of(judge(lossy(render_clip(scene, 97, 16.0), 0))) == words
+
+
 def test_a_picture_has_no_motion_and_no_camera() -> None:
     scene = thing_scene(4)
     read = judge(clip_of(scene)[16:17])

@@ -6,7 +6,7 @@ torch is imported. Knows nothing of torch, weights or Ray.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,6 +23,11 @@ class CodecConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     z_dim: int = Field(default=24, ge=1, description="latent channels")
+    patch_size: Literal[2, 4] = Field(
+        default=4,
+        description="pixels per side of a cell of the first level; two halvings follow, so that a "
+        "latent cell has four times as many",
+    )
     encoder_width: int = Field(
         default=24, ge=4, description="channels of the encoder's first level"
     )
@@ -48,11 +53,24 @@ class CodecConfig(BaseModel):
         default=2e-3, gt=0, description="peak for all other weights (AdamW)"
     )
     warmup_steps: int = Field(default=50, ge=0, description="steps of linear warm-up")
+    latent_noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="largest standard deviation of noise added to the latents before they are "
+        "decoded, in standard deviations of each channel; drawn for each clip from zero up. A "
+        "decoder that has met noise forgives what a flow leaves",
+    )
     kl_weight: float = Field(
         default=1e-4, ge=0, description="weight of KL (nats per latent element) beside MSE"
     )
     recolour: float = Field(
         default=0.2, ge=0, le=1, description="share of clips whose colour axes are mixed at random"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="compute dtype of the convolutions; weights are always fp32"
+    )
+    checkpoint_every_steps: int = Field(
+        default=200, ge=1, description="steps between checkpoints, from which a killed run goes on"
     )
     seed: int = Field(default=0, description="seed of weights and scenes")
     eval_clips: int = Field(default=32, ge=1, description="held-out clips that PSNR is measured on")
@@ -74,11 +92,11 @@ class CodecConfig(BaseModel):
             "temperal_downsample": [True, True],
             "dropout": 0.0,
             "is_residual": True,
-            "in_channels": 48,
-            "out_channels": 48,
-            "patch_size": 4,
+            "in_channels": 3 * self.patch_size**2,
+            "out_channels": 3 * self.patch_size**2,
+            "patch_size": self.patch_size,
             "scale_factor_temporal": WAN_FACTORS.time,
-            "scale_factor_spatial": WAN_FACTORS.space,
+            "scale_factor_spatial": 4 * self.patch_size,
             "latents_mean": [0.0] * self.z_dim,
             "latents_std": [1.0] * self.z_dim,
         }

@@ -11,9 +11,10 @@ from pathlib import Path
 from data_prep.config import PrepareConfig
 from data_prep.ledger.job import ShardJob
 from data_prep.row import Row, is_closing
-from data_prep.sources.moving_shapes import random_spec, render_clip
 from data_prep.sources.samples import write_shard
 from data_prep.stages import read_rows
+from data_prep.world.draw import random_scene
+from data_prep.world.render import render_clip
 from flow.codec_factors import read_factors
 from media.write import encode_mp4
 
@@ -30,7 +31,7 @@ def write_clips(
     """
     length = int((frames + 3) / fps * 24) + 1
     videos = [
-        encode_mp4(render_clip(random_spec(seed), length, 24.0, *size), 24.0)
+        encode_mp4(render_clip(random_scene(seed), length, 24.0, *size), 24.0)
         for seed in range(min(UNIQUE_CLIPS, clips))
     ]
     paths = []
@@ -44,7 +45,7 @@ def write_clips(
                     "mp4": videos[n % len(videos)],
                     "txt": "shapes",
                     # The mark of moving shapes: without it they would get no synthetic caption.
-                    "json": {"scene": asdict(random_spec(n % len(videos)))},
+                    "json": {"scene": asdict(random_scene(n % len(videos)))},
                 }
                 for n in range(first, min(first + per_shard, clips))
             ),

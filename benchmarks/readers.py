@@ -85,11 +85,12 @@ def videos_at(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
 
 def made_videos(count: int) -> Iterator[tuple[str, bytes]]:
     """Clips of moving shapes at the size of a small film."""
-    from data_prep.sources.moving_shapes import random_spec, render_clip
+    from data_prep.world.draw import random_scene
+    from data_prep.world.render import render_clip
     from media.write import encode_mp4
 
     for seed in range(count):
-        frames = render_clip(random_spec(seed), 120, 24.0, 360, 640)
+        frames = render_clip(random_scene(seed), 120, 24.0, 360, 640)
         yield f"made {seed}", encode_mp4(frames, 24.0)
 
 

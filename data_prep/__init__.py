@@ -25,4 +25,5 @@ and the wings, in the order in which a sample passes them:
     latents/      what comes out: records, the dataset that training reads, its index
     ledger/       what is done: manifests, staged samples, commits, resuming
     storage/      where files lie: a disk or an object store
+    world/        a synthetic world of moving shapes, where no video is at hand
 """

@@ -8,7 +8,6 @@ on the exported model, the prepared latents and finished videos. Knows nothing o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,8 @@ import numpy as np
 
 from data_prep.captions.measured import measure
 from data_prep.latents.dataset import LatentDataset
-from data_prep.sources.moving_shapes import (
-    COLOURS,
-    MOTIONS,
-    SHAPES,
-    TONES,
-    random_spec,
-    render_clip,
-)
+from data_prep.world.draw import random_scene
+from data_prep.world.render import render_clip
 from flow.codec import VideoCodec
 from flow.flow import LOG_SQRT_2PI
 from flow.likelihood import noise_floor
@@ -39,31 +32,6 @@ from training.held_out import (
 )
 
 CODEC_CLIPS = 32
-
-
-@dataclass(frozen=True)
-class ColourPrompt:
-    """A prompt in the captioner's own wording, and the colour it asks for."""
-
-    text: str
-    colour: str
-
-
-def colour_prompts(count: int) -> list[ColourPrompt]:
-    """Prompts that go round the colours evenly while shapes, motions and tones vary.
-
-    >>> colour_prompts(2)[0].text
-    'A red circle moves left over a dark background.'
-    """
-    colours, shapes, motions, tones = (tuple(names) for names in (COLOURS, SHAPES, MOTIONS, TONES))
-    prompts = []
-    for i in range(count):
-        colour = colours[i % len(colours)]
-        shape = shapes[(i + i // len(colours)) % len(shapes)]
-        motion, tone = motions[i % len(motions)], tones[(i // 2) % len(tones)]
-        text = f"A {colour} {shape} moves {motion} over a {tone} background."
-        prompts.append(ColourPrompt(text, colour))
-    return prompts
 
 
 def captions_to_show(latents: str | Path, count: int) -> list[str]:
@@ -135,7 +103,7 @@ def codec_quality(codec_source: str | Path, num_frames: int, fps: float) -> floa
     codec = VideoCodec.load(codec_source)
     return measure_codec(
         codec,
-        lambda seed, count: render_clip(random_spec(seed), count, fps),
+        lambda seed, count: render_clip(random_scene(seed), count, fps),
         CODEC_CLIPS,
         num_frames,
     )["psnr_db"]

@@ -23,6 +23,7 @@ from pydantic import (
 
 from data_prep.config import PrepareConfig
 from data_prep.storage.store import open_folder
+from data_prep.world.scene import SceneKinds
 from flow.aspects import SizeError
 from flow.codec_factors import HUB_ID, read_factors
 from flow.config import FlowConfig
@@ -53,6 +54,11 @@ class WorldConfig(BaseModel):
     num_clips: int = Field(default=384, ge=1, description="video clips to write")
     num_images: int = Field(default=96, ge=0, description="images to write")
     clips_per_shard: int = Field(default=64, ge=1, description="samples per shard")
+    height: int = Field(default=64, ge=16, multiple_of=2, description="pixels")
+    width: int = Field(default=64, ge=16, multiple_of=2, description="pixels")
+    frames: int = Field(default=36, ge=1, description="frames of a clip")
+    fps: float = Field(default=16.0, gt=0, description="frames per second")
+    kinds: SceneKinds = Field(default_factory=SceneKinds, description="which scenes there are")
 
 
 class EvaluateConfig(BaseModel):

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from data_prep.on_ray import prepare
 from data_prep.progress import Pace, RunProgress, RunState
 from data_prep.run import PrepareReport, plan_caption_run, shards_left
-from data_prep.sources.moving_shapes import COLOURS, write_world
+from data_prep.world.prompts import prompts as world_prompts
+from data_prep.world.shards import write_world
+from data_prep.world.vocabulary import COLOURS
 from flow.codec_factors import read_factors
 from flowreel.files import write_whole
 from pipeline.client import Request, Video, VideoClient
@@ -27,7 +29,6 @@ from pipeline.demo_figures import (
     captions_to_show,
     codec_quality,
     colour_accuracy,
-    colour_prompts,
     likelihoods,
     overlap_s,
 )
@@ -65,7 +66,7 @@ def demo(
     reporter = reporter or Reporter()
     started = time.monotonic()
     save_recipe(recipe, out)
-    prompts = [prompt.text for prompt in colour_prompts(SHOWN)]
+    prompts = [prompt.text for prompt in world_prompts(SHOWN, kinds=recipe.world.kinds)]
     own_shards = shards is not None
     if shards is None:
         with reporter.stage("1 shards"):
@@ -118,6 +119,11 @@ def make_shards(recipe: Recipe, out: Path, reporter: Reporter) -> list[str]:
             world.num_clips,
             world.num_images,
             clips_per_shard=world.clips_per_shard,
+            kinds=world.kinds,
+            height=world.height,
+            width=world.width,
+            frames=world.frames,
+            fps=world.fps,
             progress=lambda done, total: update(done, total, "samples"),
         )
     return [str(path) for path in paths]
@@ -257,10 +263,10 @@ def ask_for_samples(
     """Make videos over HTTP: as any client would, one request after the other.
 
     These are the prompts to show, one frame continued, one video of three times the trained length,
-    and a video for each colour prompt.
+    and a video for each prompt whose colour is read back.
     """
     frames = recipe.prepare.bucket.num_frames
-    colours = colour_prompts(recipe.evaluate.colour_clips)
+    colours = world_prompts(recipe.evaluate.colour_clips, kinds=recipe.world.kinds)
     texts = list(dict.fromkeys([*prompts, *(prompt.text for prompt in colours)]))
     requests = [Request("text to video", text, frames, seed) for seed, text in enumerate(texts)]
     factors = read_factors(recipe.codec_source)

@@ -15,8 +15,8 @@ from typing import Any
 from data_prep.captions.captioner import CaptionerUnfit, CaptionResult
 from data_prep.captions.config import CaptionConfig
 from data_prep.sources.listing import ShardError
-from data_prep.sources.moving_shapes import is_moving_shapes
 from data_prep.sources.samples import Sample, read_shard
+from data_prep.world.shards import is_moving_shapes
 
 _SHARDS_OPENED = 3
 """So many shards are opened for their first sample before a run begins."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_prep.captions.captioner import CaptionResult
-from data_prep.sources.moving_shapes import COLOURS, TONES
+from data_prep.world.vocabulary import COLOURS, TONES
 from media.frames import Frames
 
 MEASURED_SIDE = 64

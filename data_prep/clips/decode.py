@@ -81,9 +81,11 @@ class DecodeStage:
     tried again with three times the deadline, while nothing else is decoded on this machine: how
     busy a machine is must not decide what a sample becomes.
 
-    >>> from data_prep.sources.moving_shapes import random_spec, render_clip
+    >>> from data_prep.world.draw import random_scene
+
+    >>> from data_prep.world.render import render_clip
     >>> from media.write import encode_mp4
-    >>> video = encode_mp4(render_clip(random_spec(0), 40, 16.0), 16.0)
+    >>> video = encode_mp4(render_clip(random_scene(0), 40, 16.0), 16.0)
     >>> stage = DecodeStage(PrepareConfig(), sizes=[(64, 64), (48, 80)])
     >>> row = {"shard": "00000", "key": "a", "note": "", "metadata": "{}", "suffix": "mp4"}
     >>> stage.process({**row, "media": video})["frames_shape"]

@@ -11,6 +11,5 @@ A shard is a tar or a folder of loose files. Read in this order:
     archive.py        either of the two, by its path
     samples.py        members become samples; Panda-70M's oddities; tars are written
     one_sample.py     one sample without the others; a file by itself
-    moving_shapes.py  the synthetic world that the demo and the tests prepare
     on_ray.py         the shards as a data source of Ray Data
 """

@@ -374,14 +374,15 @@ def train_codec_command(
     config = codec_config(
         [*(f"{k}={v}" for k, v in chosen.items() if v is not None), *(set_ or [])]
     )
-    from data_prep.sources.moving_shapes import random_spec, render_clip
+    from data_prep.world.draw import random_scene
+    from data_prep.world.render import render_clip
     from training.codec_training import train_codec
 
     said = reporter(json_)
     with said.progress("training codec") as update:
         quality = train_codec(
             config,
-            lambda scene, count: render_clip(random_spec(scene), count, fps),
+            lambda scene, count: render_clip(random_scene(scene), count, fps),
             out,
             progress=lambda m: update(int(m["step"]), int(m["steps"]), f"{m['psnr_db']:.1f} dB"),
             start=start,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import BucketConfig, PrepareConfig
-from data_prep.sources.moving_shapes import write_world
+from data_prep.world.shards import write_world
 from tests.data_prep.ray_cluster import running_cluster
 from tests.data_prep.s3_server import (
     CREDENTIALS,

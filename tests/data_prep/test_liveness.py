@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from data_prep.liveness import Endpoint, RayEnded, answers, ended_with
-from data_prep.sources.moving_shapes import write_world
+from data_prep.world.shards import write_world
 from tests.data_prep.in_process import digests, prepare_locally
 from tests.data_prep.ray_cluster import RAY_ENVIRONMENT
 from tests.pipeline.command import PYTHON, flowreel, one_line

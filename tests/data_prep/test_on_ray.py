@@ -25,11 +25,11 @@ from data_prep.progress import RunState
 from data_prep.resources import describe, plan_resources
 from data_prep.row import rows_of, table_of
 from data_prep.run import plan_run
-from data_prep.sources.moving_shapes import write_world
 from data_prep.sources.on_ray import ShardSource
 from data_prep.sources.samples import write_shard
 from data_prep.stages import StageChain
 from data_prep.storage.location import StorageError
+from data_prep.world.shards import write_world
 from tests.data_prep.bad_media import (
     moving,
     sample,

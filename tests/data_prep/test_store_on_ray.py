@@ -12,8 +12,8 @@ import pytest
 
 from data_prep.config import PrepareConfig
 from data_prep.ledger.locks import lock_output
-from data_prep.sources.moving_shapes import write_world
 from data_prep.storage.store import open_folder
+from data_prep.world.shards import write_world
 from pipeline.recipes import load_recipe
 from tests.data_prep.in_process import digests, prepare_locally
 from tests.data_prep.ledger.test_resuming import downloaded

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 import flowreel
-from data_prep.sources.moving_shapes import write_world
+from data_prep.world.shards import write_world
 
 SETTINGS = [
     "train.steps=2",

@@ -17,8 +17,8 @@ from data_prep.latents.inspection import (
     kept_pictures,
 )
 from data_prep.latents.records import LatentDatasetError
-from data_prep.sources.moving_shapes import write_world
 from data_prep.sources.samples import write_shard
+from data_prep.world.shards import write_world
 from flow.codec import VideoCodec
 from media.write import encode_mp4
 from pipeline.cli import app

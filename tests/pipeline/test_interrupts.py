@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.config import BucketConfig, PrepareConfig
-from data_prep.sources.moving_shapes import write_world
+from data_prep.world.shards import write_world
 from pipeline.cluster import interrupts_kept
 from tests.data_prep.in_process import prepare_locally
 from tests.pipeline.command import interrupted, none_left, one_line, processes_with

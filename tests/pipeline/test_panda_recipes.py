@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from data_prep.latents.dataset import LatentDataset
-from data_prep.sources.moving_shapes import random_spec, render_clip
 from data_prep.sources.samples import write_shard
+from data_prep.world.draw import random_scene
+from data_prep.world.render import render_clip
 from flow.aspects import ASPECTS, bucket_size
 from flow.codec import VideoCodec, build_vae, save_codec
 from flow.codec_factors import WAN_FACTORS
@@ -137,14 +138,14 @@ def test_scaled_down_it_goes_from_shards_to_a_model_with_its_codec(
     samples = [
         {
             "__key__": f"{n}_of_{round(1000 * seconds)}ms",
-            "mp4": encode_mp4(render_clip(random_spec(n), int(seconds * 24), 24.0, 48, 80), 24.0),
+            "mp4": encode_mp4(render_clip(random_scene(n), int(seconds * 24), 24.0, 48, 80), 24.0),
             "txt": f"A clip of {seconds} seconds.",
             "json": {"matching_score": "[0.6]", "desirable_filtering": "['desirable']"},
         }
         for n in range(4)
         for seconds in (0.3, 0.8, 1.5, 2.5)
     ]
-    picture = render_clip(random_spec(0), 1, 8.0, 64, 64)[0]
+    picture = render_clip(random_scene(0), 1, 8.0, 64, 64)[0]
     samples.append({"__key__": "image", "png": encode_png(picture), "txt": "A picture."})
     write_shard(tmp_path / "00000.tar", samples)
     latents, out = tmp_path / "latents", tmp_path / "run"

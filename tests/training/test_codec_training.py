@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.sources.moving_shapes import random_spec, render_clip
+from data_prep.world.draw import random_scene
+from data_prep.world.render import render_clip
 from flow.codec import VideoCodec
 from pipeline.recipes import TINY_CODEC
 from training.codec_config import CodecConfig
@@ -22,7 +23,7 @@ TINY = CodecConfig(
 
 
 def render(seed: int, num_frames: int) -> np.ndarray:
-    return render_clip(random_spec(seed), num_frames, 8.0)
+    return render_clip(random_scene(seed), num_frames, 8.0)
 
 
 def test_a_seed_gives_the_same_codec_twice(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from data_prep.captions.captioner import CaptionerUnavailable, CaptionResult
 from data_prep.captions.config import CaptionConfig
 from data_prep.captions.http import HttpCaptioner
-from data_prep.sources.moving_shapes import random_spec, render_clip
+from data_prep.world.draw import random_scene
+from data_prep.world.render import render_clip
 from pipeline.recipes import RecipeError, load_recipe
 from tests.data_prep.chat_endpoint import (
     Endpoint,
@@ -28,7 +29,7 @@ from tests.data_prep.chat_endpoint import (
     serving,
 )
 
-CLIPS = [render_clip(random_spec(seed), 9, 8.0, 48, 64) for seed in range(6)]
+CLIPS = [render_clip(random_scene(seed), 9, 8.0, 48, 64) for seed in range(6)]
 KEY = "sk-very-secret-123"
 
 

@@ -16,7 +16,7 @@ from data_prep.captions.captioner import CaptionerUnavailable
 from data_prep.captions.config import CaptionConfig
 from data_prep.config import PrepareConfig
 from data_prep.on_ray import prepare
-from data_prep.sources.moving_shapes import write_world
+from data_prep.world.shards import write_world
 from tests.data_prep.chat_endpoint import serving
 from tests.data_prep.in_process import caption_locally, digests, prepare_locally
 from tests.data_prep.ray_cluster import RAY_ENVIRONMENT

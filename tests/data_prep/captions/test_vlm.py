@@ -18,12 +18,13 @@ from data_prep.captions.vlm import (
     render_prompt,
 )
 from data_prep.config import PrepareConfig
-from data_prep.sources.moving_shapes import random_spec, render_clip
+from data_prep.world.draw import random_scene
+from data_prep.world.render import render_clip
 from tests.data_prep.vlm_models import save_llava, save_qwen2_vl
 
-CLIPS = [render_clip(random_spec(seed), 5, 8.0, 32, 32) for seed in range(5)]
-IMAGE = render_clip(random_spec(9), 1, 8.0, 32, 32)
-WIDE = render_clip(random_spec(7), 5, 8.0, 32, 64)
+CLIPS = [render_clip(random_scene(seed), 5, 8.0, 32, 32) for seed in range(5)]
+IMAGE = render_clip(random_scene(9), 1, 8.0, 32, 32)
+WIDE = render_clip(random_scene(7), 5, 8.0, 32, 64)
 
 
 @pytest.fixture(scope="module", params=[save_llava, save_qwen2_vl], ids=["llava", "qwen2_vl"])

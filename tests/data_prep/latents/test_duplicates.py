@@ -19,8 +19,9 @@ from data_prep.latents.duplicates import (
     perceptual_hash,
 )
 from data_prep.latents.export import export_webdataset
-from data_prep.sources.moving_shapes import random_spec, render_clip
 from data_prep.sources.samples import write_shard
+from data_prep.world.draw import random_scene
+from data_prep.world.render import render_clip
 from media.write import encode_mp4, encode_png
 from tests.data_prep.in_process import digests, prepare_locally
 
@@ -73,7 +74,7 @@ def test_a_thousand_copies_leave_one() -> None:
 
 
 def test_clips_of_one_world_are_told_apart() -> None:
-    hashes = [perceptual_hash(render_clip(random_spec(seed), 5, 8.0)) for seed in range(200)]
+    hashes = [perceptual_hash(render_clip(random_scene(seed), 5, 8.0)) for seed in range(200)]
     array = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 32)
     assert not near_earlier(array, np.arange(200), 10)
 
@@ -81,7 +82,7 @@ def test_clips_of_one_world_are_told_apart() -> None:
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
     """Twelve clips; in a second shard six of them encoded otherwise, and an image twice."""
-    clips = [render_clip(random_spec(seed), 36, 16.0) for seed in range(12)]
+    clips = [render_clip(random_scene(seed), 36, 16.0) for seed in range(12)]
     ways = [(35, 1.0), (30, 2.0), (30, 0.75), (23, 1.5), (23, 1.0), (28, 1.0)]
     image = encode_png(clips[0][0])
     write_shard(

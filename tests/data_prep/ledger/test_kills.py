@@ -24,8 +24,8 @@ import ray
 
 from data_prep.config import ConcurrencyConfig, PrepareConfig
 from data_prep.ledger.staging import numbers_in
-from data_prep.sources.moving_shapes import write_world
 from data_prep.sources.samples import write_shard
+from data_prep.world.shards import write_world
 from tests.data_prep.bad_media import moving, sample, video
 from tests.data_prep.in_process import digests, prepare_locally
 from tests.data_prep.ray_cluster import RAY_ENVIRONMENT

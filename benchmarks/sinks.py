@@ -45,20 +45,24 @@ from data_prep.sources.samples import ShardSummary
 from data_prep.storage.store import open_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = (21, 16, 60, 106)
-"""Moments of 81 frames of 480 × 848 by the Wan codec: [t, C, h, w]."""
+SHAPE = (21, 48, 30, 53)
+"""Moments of 81 frames of 480 × 848 by Wan2.2's codec, the recipes' own: [t, C, h, w]."""
 FRAMES = (81, 480, 848)
 RATE_BAR = 200.0
 """Clips of 480p per second that a sink must write on one core."""
 LINEAR_BAR = 0.9
 """Two sinks must write so many times twice what one writes."""
 CLIPS_PER_SHARD = 32
+FEW_SHARDS = 500
+"""Tiny shards whose requests are held against those of many."""
 _CONFIG = PrepareConfig(bucket=BucketConfig(num_frames=81, height=480, width=848, fps=16.0))
 _CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+_begun_cpu_s = 0.0
+"""CPU seconds of this process when it was told to begin."""
 _REQUEST = re.compile(rb'"(?:\x1b\[[0-9;]*m)*(GET|PUT|HEAD|DELETE|POST) /')
 
 
@@ -153,20 +157,21 @@ def _write_bare(out: str, sink: int, clips: int) -> int:
 
 
 def _begin_together() -> None:
-    """Say that all is loaded, and wait for a word."""
+    """Say that all is loaded, wait for a word, and count CPU seconds from there."""
     print("ready", flush=True)
     sys.stdin.readline()
+    global _begun_cpu_s
+    _begun_cpu_s = time.process_time()
 
 
 def work(arguments: Sequence[str]) -> None:
     """A process of the benchmark; prints clips, seconds from the word on, and CPU seconds."""
     kind, out, sink, sinks, clips = arguments
-    cpu_s = time.process_time()
     if kind == "sink":
         done = _write_as_sink(out, int(sink), int(sinks), int(clips))
     else:
         done = _write_bare(out, int(sink), int(clips))
-    print(json.dumps([done, time.monotonic(), time.process_time() - cpu_s]), flush=True)
+    print(json.dumps([done, time.monotonic(), time.process_time() - _begun_cpu_s]), flush=True)
 
 
 def rate(kind: str, out: Path, sinks: int, clips: int) -> dict[str, float]:
@@ -211,6 +216,7 @@ def bounds() -> dict[str, float]:
         path = Path(folder, "f")
         result["sha256"] = _per_cpu_s(lambda: hashlib.sha256(mean + logvar).digest())
         result["copy"] = _per_cpu_s(lambda: bytearray(mean) + logvar)
+        result["written twice, sha256 once"] = _per_cpu_s(lambda: _write_twice(path, mean, logvar))
         result["parquet and sha256"] = _per_cpu_s(
             lambda: write_groups(path, [group], LATENT_SCHEMA)
         )
@@ -219,6 +225,17 @@ def bounds() -> dict[str, float]:
     result["zstd_mean_share"] = small[0] / len(mean)
     result["zstd_logvar_share"] = small[1] / len(logvar)
     return result
+
+
+def _write_twice(path: Path, mean: bytes, logvar: bytes) -> None:
+    """The least that a sink does: what is staged first, to outlive a kill, is written twice."""
+    for name in ("staged", "final"):
+        with path.with_name(name).open("wb", buffering=0) as file:
+            file.write(mean)
+            file.write(logvar)
+    digest = hashlib.sha256(mean)
+    digest.update(logvar)
+    path.with_name("staged").unlink()
 
 
 def _bucket() -> Any:
@@ -327,9 +344,9 @@ def scale(clips: int, store_shards: int, scratch: Path) -> dict[str, Any]:
             shutil.rmtree(folder)
     result["store_shards"] = store_shards
     if store_shards:
-        half = max(1, store_shards // 2)
+        few = min(FEW_SHARDS, store_shards)
         with counted_store(scratch) as (out, log):
-            result["requests_half"] = requests_of_shards(half, out, log, first=store_shards)
+            result["requests_few"] = requests_of_shards(few, out, log, first=store_shards)
             result["requests"] = requests_of_shards(store_shards, out, log)
     return result
 
@@ -344,17 +361,17 @@ def verdicts(result: dict[str, Any]) -> list[tuple[str, bool]]:
         (f"of two sinks, each at least {LINEAR_BAR} of one: {linear:.2f}", linear >= LINEAR_BAR),
     ]
     if "requests" in result:
-        half, whole = result["requests_half"], result["requests"]
-        kinds = sorted((half.keys() | whole.keys()) - {"seconds"})
-        shares = result["store_shards"] / max(1, result["store_shards"] // 2)
-        same = all(whole.get(kind, 0) == half.get(kind, 0) * shares for kind in kinds)
+        few, whole = result["requests_few"], result["requests"]
+        kinds = sorted((few.keys() | whole.keys()) - {"seconds"})
+        times = result["store_shards"] / min(FEW_SHARDS, result["store_shards"])
+        same = all(whole.get(kind, 0) == few.get(kind, 0) * times for kind in kinds)
         met.append(("the same requests for every shard of a store", same))
     return met
 
 
 def show(result: dict[str, Any]) -> None:
     """The tables."""
-    print("clips of 480p (8.5 MB of moments)   clips/s   per CPU second   CPUs of others")
+    print("clips of 480p (6.4 MB of moments)   clips/s   per CPU second   CPUs of others")
     for where in ("disk", "memory"):
         for name, figures in result.get(where, {}).items():
             print(

@@ -3,7 +3,7 @@
 A field is a sum of plane waves, and a plane wave over a grid is a product of rows and columns. So
 any part of it, at any scale, is one small matrix product, exact at every size, without a picture to
 resample. Low contrast, hardly any colour, no wave shorter than 0.3 of the smaller side: a small
-codec can draw it. Knows nothing of things.
+codec can draw it.
 """
 
 from __future__ import annotations

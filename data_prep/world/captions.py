@@ -31,7 +31,7 @@ def canonical(scene: Scene) -> str:
 
     >>> from data_prep.world.draw import random_scene
     >>> canonical(random_scene(1, colour="red", motion="bounce", camera="static"))
-    'A small red circle bounces quickly over a grey cloudy background.'
+    'A medium red cross bounces slowly over a light striped background.'
     """
     return f"{_doing(scene, _finite)} over {_place(scene)}{_camera(scene)}."
 

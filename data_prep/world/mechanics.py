@@ -66,7 +66,10 @@ def track(scene: Scene, times_T: Floats, half: tuple[float, float] = SQUARE) -> 
     if scene.meeting:
         return _meeting(scene, times_T)
     paths = [_path(thing, times_T, half) for thing in scene.things]
-    return Track(np.stack([p for p, _ in paths]), np.stack([v for _, v in paths]))
+    # A scene may be empty: its background alone.
+    form = (len(paths), len(times_T), 2)
+    positions_NT2 = np.array([p for p, _ in paths]).reshape(form)
+    return Track(positions_NT2, np.array([v for _, v in paths]).reshape(form))
 
 
 def view(scene: Scene, times_T: Floats) -> View:

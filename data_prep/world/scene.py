@@ -71,7 +71,7 @@ class Occluder:
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene; `things` holds one or two.
+    """One scene; `things` holds one or two, or none for the background alone.
 
     >>> from data_prep.world.draw import random_scene
     >>> random_scene(3, colour="red", motion="left", kinds=EASY).thing.motion
@@ -101,7 +101,7 @@ class SceneKinds:
     """Which scenes are drawn; by default all there are.
 
     Attributes:
-        motions: how a single thing may move; left, right, up, down and still also two things.
+        motions: how things may move; two move left, right, up, down, not at all, or bounce.
         cameras: what the camera may do; one that moves also needs a texture that shows it.
         textures: what the background may be like.
         two_things: share of the scenes with two things, 0 to 1.

@@ -6,7 +6,7 @@ Knows nothing of codecs, latents or Ray.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,11 @@ class _Form:
 
     def samples(self, first: int, count: int, *, images: bool) -> Iterator[dict[str, Any]]:
         """Samples number `first` and on, as `write_shard` takes them."""
+        # In the middle of its clip what passes behind a bar is hidden: no picture of it.
+        kinds = replace(self.kinds, occluders=0.0) if images else self.kinds
         for index in range(first, first + count):
             scene_seed = self.seed * 1_000_003 + index + (500_000 if images else 0)
-            scene = random_scene(scene_seed, kinds=self.kinds)
+            scene = random_scene(scene_seed, kinds=kinds)
             key = f"{'i' if images else ''}{index:07d}_{scene_seed % 100_000:05d}"
             text = image_caption(scene) if images else caption(scene)
             record = {

@@ -72,11 +72,11 @@ def test_a_bar_that_is_missed_is_said() -> None:
 def test_sinks_that_are_slow_or_ask_a_store_for_more_than_before_are_said() -> None:
     def result(core: float, second: float, puts: int) -> dict[str, Any]:
         rates = {"sink 1": {"clips_per_cpu_s": core}, "sink 2": {"clips_per_cpu_s": second}}
-        requests = {"requests_half": {"PUT": 20, "seconds": 1.0}, "store_shards": 10}
+        requests = {"requests_few": {"PUT": 2000, "seconds": 1.0}, "store_shards": 1000}
         return {"memory": rates, **requests, "requests": {"PUT": puts, "seconds": 3.0}}
 
-    assert [met for _, met in sinks.verdicts(result(210, 200, 40))] == [True, True, True]
-    assert [met for _, met in sinks.verdicts(result(190, 150, 41))] == [False, False, False]
+    assert [met for _, met in sinks.verdicts(result(210, 200, 4000))] == [True, True, True]
+    assert [met for _, met in sinks.verdicts(result(190, 150, 4001))] == [False, False, False]
 
 
 @pytest.mark.slow

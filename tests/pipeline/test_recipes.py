@@ -83,6 +83,9 @@ def test_an_unknown_key_of_the_model_is_named_too(tmp_path: Path) -> None:
         ("serve.port=70000", "serve.port", "70000"),
         ("text.kind=bert", "text", "bert"),
         ("codec=/no/such/folder", "codec", "'/no/such/folder'"),
+        ("world.height=63", "world.height", "63"),
+        ("world.kinds.motions=[left,hop]", "world.kinds", "'hop'"),
+        ("world.kinds.two_things=2", "world.kinds", "two_things is 2"),
     ],
 )
 def test_a_bad_value_is_named_with_its_rule(

@@ -34,10 +34,11 @@ def test_a_seed_gives_the_same_codec_twice(tmp_path: Path) -> None:
 
 def test_training_lowers_the_error_and_reports_every_step(tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
-    config = TINY.model_copy(update={"image_steps": 40, "steps": 2})
-    train_codec(config, render, tmp_path / "codec", seen.append)
-    assert [m["step"] for m in seen] == list(range(1, 43))
-    losses = [m["loss"] for m in seen[:40]]
+    config = TINY.model_copy(update={"image_steps": 60, "steps": 2})
+    # The same few scenes again and again: dark and light ones start at very different errors.
+    train_codec(config, lambda seed, n: render(seed % 4, n), tmp_path / "codec", seen.append)
+    assert [m["step"] for m in seen] == list(range(1, 63))
+    losses = [m["loss"] for m in seen[:60]]
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
 
 

@@ -15,7 +15,6 @@ from data_prep.world.draw import random_scene
 from data_prep.world.render import render_clip, render_image
 from data_prep.world.scene import EASY, Scene
 
-
 SHAPES = ("circle", "square", "triangle")
 MOTIONS = ("left", "right", "up", "down")
 

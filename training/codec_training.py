@@ -141,7 +141,7 @@ def _initial(config: CodecConfig, start: Path | None) -> Vae:
     return vae
 
 
-def _in_two(network: nn.Module, signal_BCTHW: Tensor, **first: bool) -> Tensor:
+def in_two_parts(network: nn.Module, signal_BCTHW: Tensor, **first: bool) -> Tensor:
     """A Wan encoder or decoder over a clip: its first frame, then all others at once.
 
     The library goes four by four; the causal caches make both the same, and this one is quicker.
@@ -161,7 +161,7 @@ def _losses(
 
     with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
         patches = patchify(signal_BCTHW, patch_size=config.patch_size)
-        moments = vae.quant_conv(_in_two(vae.encoder, patches))
+        moments = vae.quant_conv(in_two_parts(vae.encoder, patches))
     mean, logvar = moments.float().chunk(2, dim=1)
     logvar = logvar.clamp(-30.0, 20.0)
     z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
@@ -170,7 +170,7 @@ def _losses(
         strength = config.latent_noise * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
         z = z + strength * spread * torch.randn(z.shape, generator=generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-        decoded = _in_two(vae.decoder, vae.post_quant_conv(z), first_chunk=True)
+        decoded = in_two_parts(vae.decoder, vae.post_quant_conv(z), first_chunk=True)
         reconstruction = unpatchify(decoded, patch_size=config.patch_size)
     mse = torch.mean((reconstruction.float() - signal_BCTHW) ** 2)
     kl = 0.5 * torch.mean(mean**2 + logvar.exp() - 1 - logvar)

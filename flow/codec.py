@@ -157,7 +157,7 @@ class VideoCodec:
         vae, step = self.vae, self.factors.time
         if vae.config.patch_size is not None:
             signal_BCTHW = patchify(signal_BCTHW, patch_size=vae.config.patch_size)
-        cache, hidden = _empty_cache(vae.encoder), []
+        cache, hidden = empty_cache(vae.encoder), []
         for end in range(1, signal_BCTHW.shape[2] + 1, step):
             chunk = signal_BCTHW[:, :, max(0, end - step) : end]
             hidden.append(vae.encoder(chunk, feat_cache=cache, feat_idx=[0]))
@@ -182,7 +182,7 @@ class CodecStream:
 
     def __init__(self, codec: VideoCodec) -> None:
         self._codec = codec
-        self._cache = _empty_cache(codec.vae.decoder)
+        self._cache = empty_cache(codec.vae.decoder)
         self._first = True
 
     @torch.inference_mode()
@@ -322,7 +322,7 @@ def _current_name(name: str) -> str:
     return _OLD_ATTENTION.sub(lambda match: f"{match[1]}{_NEW_ATTENTION[match[2]]}.", name)
 
 
-def _empty_cache(network: nn.Module) -> list[Any]:
+def empty_cache(network: nn.Module) -> list[Any]:
     """The causal state of a Wan encoder or decoder before its first frame.
 
     It has a place for each causal convolution.

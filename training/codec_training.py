@@ -18,14 +18,17 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from flow.codec import Vae, VideoCodec, build_vae, save_codec
-from flowreel.files import write_json
+from flow.codec import Vae, VideoCodec, build_vae, empty_cache, save_codec
+from flowreel.errors import FlowreelError
+from flowreel.files import replacing, write_json
 from training.codec_config import CodecConfig
 
 Render = Callable[[int, int], Any]
 """`render(seed, num_frames)` gives a scene's frames, uint8 [T, H, W, 3]."""
 CodecProgress = Callable[[dict[str, float]], None]
 """Takes what a step measured: step, steps, loss, psnr_db."""
+CHECKPOINT_NAME = "training.pt"
+"""The state of an unfinished run, in the codec's folder."""
 HELD_OUT_SEED = 900_000_000
 """Seed of the first held-out scene; training never gets so far."""
 
@@ -40,28 +43,37 @@ def _recolour(signal_CTHW: Tensor, generator: torch.Generator) -> Tensor:
     return torch.einsum("dc,cthw->dthw", matrix, signal_CTHW)
 
 
-def _batches(config: CodecConfig, render: Render) -> Iterator[Tensor]:
-    """Signals in -1..1, [B, 3, T, H, W]; batch n is a function of (seed, n).
+def _clips(config: CodecConfig, step: int) -> tuple[int, int]:
+    """How many clips a step takes, and of how many frames.
 
     Single frames come first: they teach what shapes and colours are at a ninth of a clip's cost.
     """
-    seed = 0
-    for step in range(config.image_steps + config.steps):
+    if step < config.image_steps:
+        return config.image_batch_size, 1
+    length = config.clip_frames[step % len(config.clip_frames)]
+    return max(1, config.frames_per_step // length), length
+
+
+def _batches(
+    config: CodecConfig, render: Render, first: int = 0
+) -> Iterator[tuple[Tensor, torch.Generator]]:
+    """Signals in -1..1, [B, 3, T, H, W], from a step on, and what its other draws come from.
+
+    Step n is a function of (seed, n).
+    """
+    scene = sum(_clips(config, step)[0] for step in range(first))
+    for step in range(first, config.image_steps + config.steps):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        if step < config.image_steps:
-            length, count = 1, config.image_batch_size
-        else:
-            length = config.clip_frames[step % len(config.clip_frames)]
-            count = max(1, config.frames_per_step // length)
+        count, length = _clips(config, step)
         clips = []
         for _ in range(count):
-            frames = torch.as_tensor(render(seed, length))
-            seed += 1
+            frames = torch.as_tensor(render(scene, length))
+            scene += 1
             signal = rearrange(frames.float() / 127.5 - 1, "t h w c -> c t h w")
             if torch.rand((), generator=generator) < config.recolour:
                 signal = _recolour(signal, generator)
             clips.append(signal)
-        yield torch.stack(clips)
+        yield torch.stack(clips), generator
 
 
 def _schedule(config: CodecConfig, step: int) -> float:
@@ -103,6 +115,15 @@ class _Optimizers:
             optimizer.param_groups[0]["lr"] = peak * share
             optimizer.step()
 
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The state of each optimizer."""
+        return [optimizer.state_dict() for optimizer, _peak in self._peaks]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Take over what `state_dict` gave."""
+        for (optimizer, _peak), state in zip(self._peaks, states, strict=True):
+            optimizer.load_state_dict(state)
+
 
 def _quiet_posterior(vae: Vae, logvar: float = -5.0) -> None:
     """Start with little posterior noise: e^0 would drown what an untrained encoder says."""
@@ -120,13 +141,40 @@ def _initial(config: CodecConfig, start: Path | None) -> Vae:
     return vae
 
 
-def _losses(vae: Vae, signal_BCTHW: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+def in_two_parts(network: nn.Module, signal_BCTHW: Tensor, **first: bool) -> Tensor:
+    """A Wan encoder or decoder over a clip: its first frame, then all others at once.
+
+    The library goes four by four; the causal caches make both the same, and this one is quicker.
+    """
+    cache = empty_cache(network)
+    parts = [network(signal_BCTHW[:, :, :1], feat_cache=cache, feat_idx=[0], **first)]
+    if signal_BCTHW.shape[2] > 1:
+        parts.append(network(signal_BCTHW[:, :, 1:], feat_cache=cache, feat_idx=[0]))
+    return torch.cat(parts, dim=2)
+
+
+def _losses(
+    vae: Vae, signal_BCTHW: Tensor, config: CodecConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Loss and mean squared error, both on the -1..1 scale."""
-    posterior = vae.encode(signal_BCTHW).latent_dist
-    reconstruction = vae.decode(posterior.sample()).sample
-    mse = torch.mean((reconstruction - signal_BCTHW) ** 2)
-    kl = 0.5 * torch.mean(posterior.mean**2 + posterior.var - 1 - posterior.logvar)
-    return mse + kl_weight * kl, mse
+    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        patches = patchify(signal_BCTHW, patch_size=config.patch_size)
+        moments = vae.quant_conv(in_two_parts(vae.encoder, patches))
+    mean, logvar = moments.float().chunk(2, dim=1)
+    logvar = logvar.clamp(-30.0, 20.0)
+    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+    if config.latent_noise:
+        spread = z.detach().std(dim=(0, 2, 3, 4), keepdim=True)
+        strength = config.latent_noise * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
+        z = z + strength * spread * torch.randn(z.shape, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        decoded = in_two_parts(vae.decoder, vae.post_quant_conv(z), first_chunk=True)
+        reconstruction = unpatchify(decoded, patch_size=config.patch_size)
+    mse = torch.mean((reconstruction.float() - signal_BCTHW) ** 2)
+    kl = 0.5 * torch.mean(mean**2 + logvar.exp() - 1 - logvar)
+    return mse + config.kl_weight * kl, mse
 
 
 def psnr_db(frames: Tensor, reference: Tensor) -> float:
@@ -170,6 +218,53 @@ def _set_statistics(vae: Vae, config: CodecConfig, render: Render) -> None:
     )
 
 
+class _Run:
+    """What a step changes, and the file from which a killed run goes on."""
+
+    def __init__(self, config: CodecConfig, start: Path | None, path: Path) -> None:
+        torch.manual_seed(config.seed)
+        self.vae = _initial(config, start).train()
+        self.optimizers = _Optimizers(self.vae, config)
+        self.average = torch.optim.swa_utils.AveragedModel(
+            self.vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self._path = path
+        self._settings = config.model_dump_json(exclude={"checkpoint_every_steps"})
+        if path.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        state = torch.load(self._path, weights_only=True)
+        if state["settings"] != self._settings:
+            raise FlowreelError(
+                f"{self._path} is of a training with other settings ({state['settings']}); give "
+                "the same ones, remove that file, or choose another --out"
+            )
+        self.vae.load_state_dict(state["vae"])
+        self.average.load_state_dict(state["average"])
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def save(self) -> None:
+        """Write all of it, whole or not at all."""
+        state = {
+            "settings": self._settings,
+            "step": self.step,
+            "seconds": self.seconds,
+            "vae": self.vae.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+        }
+        with replacing(self._path) as partial:
+            torch.save(state, partial)
+
+    def end(self) -> None:
+        """Forget the file: the codec is written."""
+        self._path.unlink(missing_ok=True)
+
+
 def train_codec(
     config: CodecConfig,
     render: Render,
@@ -183,35 +278,36 @@ def train_codec(
     Args:
         config: size and schedule.
         render: `(seed, num_frames) -> uint8 [T, H, W, 3]`.
-        out: folder for `config.json`, safetensors (fp16) and `quality.json`.
+        out: folder for `config.json`, safetensors (fp16) and `quality.json`. A run that was killed
+            left `training.pt` there, and goes on from it as if it had never stopped.
         progress: called after each step with step, steps, loss, psnr_db.
         start: folder of a codec whose training goes on; its size stays, `config`'s is not read.
 
     Returns:
         What `quality.json` holds: `psnr_db`, `first_frame_psnr_db`, `steps`, `seconds`.
     """
-    torch.manual_seed(config.seed)
-    vae = _initial(config, start).train()
-    optimizers = _Optimizers(vae, config)
-    average = torch.optim.swa_utils.AveragedModel(
-        vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    )
-    started = time.monotonic()
+    run = _Run(config, start, out / CHECKPOINT_NAME)
     total = config.image_steps + config.steps
-    for step, signal_BCTHW in enumerate(_batches(config, render)):
-        loss, mse = _losses(vae, signal_BCTHW, config.kl_weight)
-        vae.zero_grad(set_to_none=True)
+    for signal_BCTHW, generator in _batches(config, render, run.step):
+        begun_s = time.monotonic()
+        loss, mse = _losses(run.vae, signal_BCTHW, config, generator)
+        run.vae.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0, error_if_nonfinite=True)
-        optimizers.step(_schedule(config, step))
-        average.update_parameters(vae)
+        nn.utils.clip_grad_norm_(run.vae.parameters(), 1.0, error_if_nonfinite=True)
+        run.optimizers.step(_schedule(config, run.step))
+        run.average.update_parameters(run.vae)
+        run.step += 1
+        run.seconds += time.monotonic() - begun_s
+        if run.step % config.checkpoint_every_steps == 0:
+            run.save()
         if progress is not None:
             psnr = 10 * math.log10(4 / max(mse.item(), 1e-12))
-            progress({"step": step + 1, "steps": total, "loss": loss.item(), "psnr_db": psnr})
-    averaged_vae: Vae = average.module.eval()
+            progress({"step": run.step, "steps": total, "loss": loss.item(), "psnr_db": psnr})
+    averaged_vae: Vae = run.average.module.eval()
     _set_statistics(averaged_vae, config, render)
     save_codec(averaged_vae, out)
     quality = measure(VideoCodec.load(out), render, config.eval_clips, config.eval_frames)
-    quality |= {"steps": total, "seconds": round(time.monotonic() - started, 1)}
+    quality |= {"steps": total, "seconds": round(run.seconds, 1)}
     write_json(out / "quality.json", quality)
+    run.end()
     return quality

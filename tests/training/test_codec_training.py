@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 
 from data_prep.world.draw import random_scene
 from data_prep.world.render import render_clip
-from flow.codec import VideoCodec
+from flow.codec import VideoCodec, build_vae
+from flowreel.errors import FlowreelError
 from pipeline.recipes import TINY_CODEC
 from training.codec_config import CodecConfig
-from training.codec_training import measure, psnr_db, train_codec
+from training.codec_training import (
+    CHECKPOINT_NAME,
+    in_two_parts,
+    measure,
+    psnr_db,
+    train_codec,
+)
 
 TINY = CodecConfig(
     z_dim=4, encoder_width=4, decoder_width=4, image_steps=3, steps=3, image_batch_size=2,
@@ -40,6 +48,57 @@ def test_training_lowers_the_error_and_reports_every_step(tmp_path: Path) -> Non
     assert [m["step"] for m in seen] == list(range(1, 63))
     losses = [m["loss"] for m in seen[:60]]
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+
+
+class Killed(Exception):
+    """What stands for the end of the process."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, precision: str) -> None:
+    config = TINY.model_copy(update={"precision": precision, "checkpoint_every_steps": 2})
+
+    def dies_at_step_5(measured: dict[str, float]) -> None:
+        if measured["step"] == 5:
+            raise Killed
+
+    train_codec(config, render, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train_codec(config, render, tmp_path / "killed", dies_at_step_5)
+    steps: list[float] = []
+    train_codec(config, render, tmp_path / "killed", lambda m: steps.append(m["step"]))
+    assert steps == [5, 6]
+    whole, killed = (VideoCodec.load(tmp_path / name) for name in ("whole", "killed"))
+    assert whole.digest == killed.digest
+    assert not (tmp_path / "killed" / CHECKPOINT_NAME).exists()
+
+
+def test_what_other_settings_left_is_refused(tmp_path: Path) -> None:
+    def dies(measured: dict[str, float]) -> None:
+        if measured["step"] == 3:
+            raise Killed
+
+    config = TINY.model_copy(update={"checkpoint_every_steps": 1})
+    with pytest.raises(Killed):
+        train_codec(config, render, tmp_path, dies)
+    with pytest.raises(FlowreelError, match="other settings"):
+        train_codec(config.model_copy(update={"kl_weight": 0.5}), render, tmp_path)
+
+
+def test_training_encodes_and_decodes_as_the_codec_does() -> None:
+    vae = build_vae(TINY.vae_config())
+    codec = VideoCodec(vae, digest="")
+    frames = torch.as_tensor(render(3, 9))[None]
+    signal = (frames.float() / 127.5 - 1).permute(0, 4, 1, 2, 3)
+    with torch.no_grad():
+        moments = vae.quant_conv(in_two_parts(vae.encoder, patchify(signal, TINY.patch_size)))
+        mean, logvar = (part.transpose(1, 2) for part in moments.chunk(2, dim=1))
+        decoded = in_two_parts(vae.decoder, vae.post_quant_conv(moments[:, :4]), first_chunk=True)
+        picture = unpatchify(decoded, TINY.patch_size).clamp(-1, 1)
+    torch.testing.assert_close(mean, codec.encode(frames)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logvar, codec.encode(frames)[1], atol=1e-5, rtol=1e-5)
+    by_codec = codec.decode(codec.convention.to_model(mean)).float() / 127.5 - 1
+    torch.testing.assert_close(picture.permute(0, 2, 3, 4, 1), by_codec, atol=1e-2, rtol=0)
 
 
 def test_training_can_go_on_from_a_codec(tmp_path: Path) -> None:

@@ -92,8 +92,7 @@ class VideoCodec:
         folder = codec_folder(source)
         from safetensors.torch import load_file
 
-        config_bytes = (folder / CONFIG_NAME).read_bytes()
-        config = json.loads(config_bytes)
+        config = json.loads((folder / CONFIG_NAME).read_bytes())
         with torch.device("meta"):
             vae = build_vae(config)
         stored = load_file(folder / WEIGHTS_NAME)
@@ -105,13 +104,8 @@ class VideoCodec:
         except RuntimeError as error:
             raise CodecError(f"the weights in {folder} do not fit its config: {error}") from error
         assert not any(tensor.is_meta for tensor in chain(vae.parameters(), vae.buffers()))
-        # One digest of both files: `flowreel.values.sha256_of` takes one.
-        digest = hashlib.sha256(config_bytes)
-        with (folder / WEIGHTS_NAME).open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
         kind = ImageCodec if config.get("_class_name") == IMAGE_CLASS else VideoCodec
-        return kind(vae.to(device), digest.hexdigest()[:16])
+        return kind(vae.to(device), codec_digest(folder))
 
     @property
     def device(self) -> torch.device:
@@ -274,6 +268,16 @@ def build_vae(config: dict[str, Any]) -> Vae:
         return getattr(diffusers, name)(**values)
     except (TypeError, ValueError) as error:
         raise CodecError(f"the codec's config does not fit {name}: {error}") from error
+
+
+def codec_digest(folder: Path) -> str:
+    """Digest of the config and weights in a folder, as datasets and models name their codec."""
+    # One digest of both files: `flowreel.values.sha256_of` takes one.
+    digest = hashlib.sha256((folder / CONFIG_NAME).read_bytes())
+    with (folder / WEIGHTS_NAME).open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def codec_folder(source: str | Path) -> Path:

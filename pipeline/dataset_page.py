@@ -23,10 +23,13 @@ from data_prep.latents.inspection import (
     inspect_dataset,
     kept_pictures,
 )
+from data_prep.latents.records import read_info_values
 from data_prep.storage.location import Location, is_uri
+from flow.codec_factors import CodecError
 from flowreel.files import write_whole
 from media.frames import Frames
 from pipeline.console import Reporter, size
+from pipeline.recipes import SHIPPED_CODECS
 from pipeline.tables import say_shard_problems, unjudged_lines
 
 _THUMBNAIL_SIDE = 192
@@ -43,14 +46,15 @@ class Bar:
 
 
 def inspect(
-    root: Location, page: Path | None, codec: str, pictures: int, reporter: Reporter
+    root: Location, page: Path | None, codec: str | None, pictures: int, reporter: Reporter
 ) -> Path:
     """Print the tables and write the page; returns the page's path.
 
     Args:
         root: the dataset, a folder or a URI.
         page: the page to write; by default `inspect.html` in the dataset, or here for a store.
-        codec: folder or hub id of the codec that made the latents.
+        codec: folder or hub id of the codec that made the latents; by default the one of those
+            that ship here that did.
         pictures: thumbnails of kept clips, and as many of clips that were not kept.
 
     Raises:
@@ -63,7 +67,8 @@ def inspect(
     if pictures and inspection.counts.get("kept"):
         from flow.codec import VideoCodec
 
-        shown = kept_pictures(root, VideoCodec.load(codec), pictures)
+        source = codec or shipped_codec(read_info_values(root)["codec_digest"])
+        shown = kept_pictures(root, VideoCodec.load(source), pictures)
     dropped = dropped_pictures(root, pictures) if pictures else []
     page = page or (Path("inspect.html") if is_uri(root) else Path(root, "inspect.html"))
     write_whole(page, render(inspection, shown, dropped))
@@ -118,6 +123,18 @@ def figures(inspection: Inspection) -> dict[str, Any]:
 
 def _quantiles(words: list[int]) -> list[float]:
     return [float(np.quantile(words, q)) for q in (0.0, 0.5, 0.95, 1.0)]
+
+
+def shipped_codec(digest: str) -> Path:
+    """The codec that ships here and has this digest. Raises CodecError where none has."""
+    from flow.codec import codec_digest
+
+    for folder in SHIPPED_CODECS.values():
+        if codec_digest(folder) == digest:
+            return folder
+    raise CodecError(
+        f"the latents are of codec {digest}, which does not ship here; say where it is with --codec"
+    )
 
 
 def print_tables(inspection: Inspection, reporter: Reporter) -> None:

@@ -1,27 +1,35 @@
 """What a trained model has learnt: likelihood against baselines, and whether prompts are followed.
 
-These are its likelihoods against baselines, whether the colours that were asked for are seen, what
-the codec loses, and how far the service's two replicas worked at the same time. Runs in one process
+These are its likelihoods against baselines, whether the colour, shape, size and motion that were
+asked for are seen, what the codec loses, and how far the service's two replicas worked at the same
+time. Runs in one process
 on the exported model, the prepared latents and finished videos. Knows nothing of Ray.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.config import BucketConfig
 from data_prep.latents.dataset import LatentDataset
 from data_prep.world.draw import random_scene
 from data_prep.world.judge import judge
+from data_prep.world.prompts import Prompt
 from data_prep.world.render import render_clip
 from flow.codec import VideoCodec
 from flow.flow import LOG_SQRT_2PI
 from flow.likelihood import noise_floor
 from flow.model_folder import load_model
 from flow.text import build_text_encoder
+from media.frames import Frames
+from pipeline.evaluation.codec_quality import round_trip
+from pipeline.evaluation.prompt_following import chances, shares
+from pipeline.tables import JUDGED
 from training.codec_training import measure as measure_codec
 from training.held_out import (
     Captions,
@@ -46,9 +54,34 @@ def captions_to_show(latents: str | Path, count: int) -> list[str]:
     return list(captions)[:count]
 
 
-def colour_accuracy(videos: list[tuple[str, np.ndarray]]) -> float:
-    """Share of (colour, frames [T, H, W, 3]) in which the judge sees that colour."""
-    return sum(judge(frames).colour == colour for colour, frames in videos) / len(videos)
+def real_clips(asked: Sequence[Prompt], bucket: BucketConfig) -> Frames:
+    """A clip that each prompt describes, as the world renders it, uint8 [N, T, H, W, 3]."""
+    shape = (bucket.num_frames, bucket.fps, bucket.height, bucket.width)
+    return np.stack([render_clip(prompt.scene, *shape) for prompt in asked])
+
+
+def codec_round_trip(codec_source: str | Path, frames_NTHWC: Frames) -> Frames:
+    """The clips as the codec gives them back: what no flow can do better than."""
+    return round_trip(VideoCodec.load(codec_source), frames_NTHWC)
+
+
+def prompt_figures(
+    asked: Sequence[Prompt], videos: Sequence[Frames], fps: float, name: str = "accuracy"
+) -> dict[str, float]:
+    """Shares of videos in which the judge reads what was asked for, beside chance.
+
+    Where it is not sure, it counts as wrong.
+
+    Args:
+        asked: a prompt for each video.
+        videos: uint8 [T, H, W, 3] each.
+        fps: frames per second of the videos.
+        name: what the keys end in: `colour_accuracy`, `shape_accuracy`, …
+    """
+    read = shares(asked, [judge(frames, fps=fps) for frames in videos])
+    chance = chances(asked)
+    figures = {f"{word}_{name}": read[word].value for word in JUDGED}
+    return figures | {f"{word}_chance": chance[word] for word in JUDGED}
 
 
 def likelihoods(model_dir: Path, latents: str | Path, *, draws: int) -> dict[str, float]:

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 RECIPES = Path(__file__).parent / "recipes"
 TINY_CODEC = ASSETS / "tiny_codec"
+SHAPES_CODEC = ASSETS / "shapes_codec"
+SHIPPED_CODECS = {"shapes": SHAPES_CODEC, "tiny": TINY_CODEC}
+"""Codecs that ship, by name: `shapes` draws the moving shapes (8 pixels to a cell); `tiny` has the
+factors of Wan2.2's (16), knows only colours and places, and is quick."""
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
@@ -69,8 +73,10 @@ class EvaluateConfig(BaseModel):
     noise_draws: int = Field(
         default=4, ge=2, description="seeded noise draws behind every likelihood"
     )
-    colour_clips: int = Field(
-        default=16, ge=1, description="generated clips whose colour is read back"
+    prompts: int = Field(
+        default=48,
+        ge=1,
+        description="generated clips whose colour, shape, size and motion are read back",
     )
 
 
@@ -114,7 +120,11 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(description="what the run is called in MLflow")
-    codec: str = Field(default="tiny", description="'tiny' (ships here), a folder, or a hub id")
+    codec: str = Field(
+        default="tiny",
+        description="'shapes' or 'tiny' (both ship here: 8 and 16 pixels to a cell), a folder, or "
+        "a hub id",
+    )
     world: WorldConfig = Field(default_factory=WorldConfig)
     prepare: PrepareConfig
     text: TextSpec
@@ -128,9 +138,9 @@ class Recipe(BaseModel):
     @field_validator("codec")
     @classmethod
     def _codec_is_somewhere(cls, codec: str) -> str:
-        if codec != "tiny" and not Path(codec).is_dir() and not HUB_ID.fullmatch(codec):
+        if codec not in SHIPPED_CODECS and not Path(codec).is_dir() and not HUB_ID.fullmatch(codec):
             raise ValueError(
-                f"unknown codec {codec!r}: allowed are 'tiny', a folder that exists, "
+                f"unknown codec {codec!r}: allowed are 'shapes', 'tiny', a folder that exists, "
                 "or a hub id (owner/name)"
             )
         return codec
@@ -179,7 +189,7 @@ class Recipe(BaseModel):
     @property
     def codec_source(self) -> str:
         """The folder or hub id behind `codec`."""
-        return str(TINY_CODEC) if self.codec == "tiny" else self.codec
+        return str(SHIPPED_CODECS.get(self.codec, self.codec))
 
 
 def recipe_names() -> list[str]:

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flowreel.files import write_whole
 from media.frames import Frames
+from pipeline.tables import JUDGED
 
 INK, PALE, DEEP, DECODE = "#1d2733", "#8a97a6", "#2f6fde", "#e2842c"
 
@@ -181,6 +182,7 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         title=title,
         summary=summary,
+        judged=JUDGED,
         samples=[
             {
                 "prompt": s.prompt,

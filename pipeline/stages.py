@@ -12,25 +12,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_prep.on_ray import prepare
 from data_prep.progress import Pace, RunProgress, RunState
 from data_prep.run import PrepareReport, plan_caption_run, shards_left
+from data_prep.world.prompts import Prompt
 from data_prep.world.prompts import prompts as world_prompts
 from data_prep.world.shards import write_world
-from data_prep.world.vocabulary import COLOURS
 from flow.codec_factors import read_factors
 from flowreel.files import write_whole
+from media.frames import Frames
+from media.write import encode_mp4
 from pipeline.client import Request, Video, VideoClient
 from pipeline.cluster import interrupts_kept, local_or_given
 from pipeline.console import Reporter
 from pipeline.demo_figures import (
     captions_to_show,
     codec_quality,
-    colour_accuracy,
+    codec_round_trip,
     likelihoods,
     overlap_s,
+    prompt_figures,
+    real_clips,
 )
 from pipeline.recipes import Recipe, save_recipe
 from pipeline.report import Sample, write_report
@@ -40,9 +44,6 @@ from serving.on_ray import ServedApp, serve_model
 from training.history import read_history
 from training.on_ray import train_on_ray
 from training.run import TrainRequest, TrainResult, check_run
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def demo(
@@ -66,7 +67,8 @@ def demo(
     reporter = reporter or Reporter()
     started = time.monotonic()
     save_recipe(recipe, out)
-    prompts = [prompt.text for prompt in world_prompts(SHOWN, kinds=recipe.world.kinds)]
+    asked = judged_prompts(recipe)
+    prompts = [prompt.text for prompt in asked[:SHOWN]]
     own_shards = shards is not None
     if shards is None:
         with reporter.stage("1 shards"):
@@ -82,9 +84,12 @@ def demo(
             if own_shards:
                 prompts = [*captions_to_show(out / "latents", SHOWN), *prompts][:SHOWN]
             generated = serve_and_sample(recipe, trained.model_dir, prompts, out, reporter)
+    with reporter.stage("6 judge"):
+        judged, beside = judge_videos(recipe, generated, out, shown=0 if own_shards else SHOWN)
     summary = {
         **figures,
         **generated.figures(),
+        **judged,
         "statuses": {f"{s} {r}".strip(): n for s, r, n in prepared.rows()},
         "steps": trained.steps,
         "resumed_from": trained.resumed_from,
@@ -96,7 +101,7 @@ def demo(
         out,
         title=f"Flowreel · {recipe.name}",
         summary=summary,
-        samples=generated.samples,
+        samples=beside_each_other(generated.samples, beside),
         history=read_history(trained.history),
         spans=generated.spans[0],
         statuses=summary["statuses"],
@@ -108,6 +113,8 @@ def demo(
 
 SHOWN = 4
 """Prompts whose videos the demo's report shows."""
+JUDGED_SEED = 1000
+"""Of the judged prompts: the scenes of seed 0 are those that the world begins with."""
 
 
 def make_shards(recipe: Recipe, out: Path, reporter: Reporter) -> list[str]:
@@ -222,28 +229,31 @@ def serve(
     )
 
 
+def judged_prompts(recipe: Recipe) -> list[Prompt]:
+    """The prompts whose videos are judged: seen combinations, and scenes that no training shows."""
+    count = max(SHOWN, recipe.evaluate.prompts)
+    return world_prompts(count, kinds=recipe.world.kinds, seed=JUDGED_SEED)
+
+
 @dataclass(frozen=True)
 class Generated:
-    """What the service made: videos to show, those whose colour is read back, each request's spans.
+    """What the service made: videos to show, those that are judged, each request's spans.
 
     Attributes:
         samples: for the report.
-        colour_videos: (colour asked for, frames [T, H, W, 3]).
+        asked: prompts of the videos that are judged.
+        videos: these, uint8 [T, H, W, 3] each.
         spans: per request, when each replica worked on which frame.
     """
 
     samples: list[Sample]
-    colour_videos: list[tuple[str, np.ndarray]]
+    asked: list[Prompt]
+    videos: list[Frames]
     spans: list[list[dict[str, Any]]]
 
     def figures(self) -> dict[str, Any]:
-        """What the videos and the spans show."""
-        return {
-            "colour_accuracy": colour_accuracy(self.colour_videos),
-            "colour_chance": 1 / len(COLOURS),
-            "colour_clips": len(self.colour_videos),
-            "overlap_s": round(sum(overlap_s(spans) for spans in self.spans), 4),
-        }
+        """What the spans show."""
+        return {"overlap_s": round(sum(overlap_s(spans) for spans in self.spans), 4)}
 
 
 def serve_and_sample(
@@ -263,11 +273,11 @@ def ask_for_samples(
     """Make videos over HTTP: as any client would, one request after the other.
 
     These are the prompts to show, one frame continued, one video of three times the trained length,
-    and a video for each prompt whose colour is read back.
+    and a video for each prompt that is judged.
     """
     frames = recipe.prepare.bucket.num_frames
-    colours = world_prompts(recipe.evaluate.colour_clips, kinds=recipe.world.kinds)
-    texts = list(dict.fromkeys([*prompts, *(prompt.text for prompt in colours)]))
+    asked = judged_prompts(recipe)
+    texts = list(dict.fromkeys([*prompts, *(prompt.text for prompt in asked)]))
     requests = [Request("text to video", text, frames, seed) for seed, text in enumerate(texts)]
     factors = read_factors(recipe.codec_source)
     long_frames = factors.video_frames(3 * factors.latent_frames(frames))
@@ -287,9 +297,46 @@ def ask_for_samples(
             update(len(videos) + len(extra), total, f"{request.kind}: {request.prompt}")
     return Generated(
         [video.sample for video in (*(videos[text] for text in prompts), *extra)],
-        [(prompt.colour, videos[prompt.text].frames) for prompt in colours],
+        asked,
+        [videos[prompt.text].frames for prompt in asked],
         [video.spans for video in (*videos.values(), *extra)],
     )
+
+
+def judge_videos(
+    recipe: Recipe, generated: Generated, out: Path, *, shown: int
+) -> tuple[dict[str, Any], list[Sample]]:
+    """Whether videos show what was asked for, beside chance and what the codec lets through.
+
+    Args:
+        shown: for so many prompts, a real clip and what the codec makes of it are put beside the
+            generated one in the report.
+    """
+    asked, bucket = generated.asked, recipe.prepare.bucket
+    real = real_clips(asked, bucket)
+    back = codec_round_trip(recipe.codec_source, real)
+    figures = {
+        **prompt_figures(asked, generated.videos, bucket.fps),
+        **prompt_figures(asked, list(back), bucket.fps, name="after_codec"),
+        "judged_clips": len(asked),
+    }
+    beside = []
+    for number, prompt in enumerate(asked[:shown]):
+        for kind, frames in (("real clip", real[number]), ("real, after the codec", back[number])):
+            path = out / f"{kind.replace(',', '').replace(' ', '-')}-{number:03d}.mp4"
+            write_whole(path, encode_mp4(frames, bucket.fps))
+            beside.append(Sample(prompt.text, kind, path, frames))
+    return figures, beside
+
+
+def beside_each_other(generated: list[Sample], others: list[Sample]) -> list[Sample]:
+    """The samples in the report's order: real clips follow the video of the same prompt."""
+    ordered = []
+    for sample in generated:
+        ordered.append(sample)
+        if sample.kind == "text to video":
+            ordered += [other for other in others if other.prompt == sample.prompt]
+    return ordered
 
 
 # What is left to do, asked before Ray is started: nothing is written.

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 CLOSING_FIGURES = (
     "held_out_nats_per_dim", "gaussian_nats_per_dim", "shuffled_caption_nats_per_dim",
-    "noise_floor_nats_per_dim", "colour_accuracy", "colour_chance", "codec_psnr_db", "overlap_s",
-    "wall_s",
+    "noise_floor_nats_per_dim", "codec_psnr_db", "overlap_s", "wall_s",
 )  # fmt: skip
 """What of the demo's summary is printed at its end, in this order."""
+JUDGED = ("colour", "shape", "size", "motion")
+"""What is read back from the demo's videos."""
 
 
 _NO_CAPTION = {
@@ -196,6 +197,12 @@ def say_summary(out: Path, page: Path, summary: Mapping[str, Any], reporter: Rep
     """The demo's closing table, and where to look."""
     rows = [[name, f"{summary[name]:.3f}"] for name in CLOSING_FIGURES]
     reporter.table("what was measured", ["", ""], rows)
+    columns = ("accuracy", "after_codec", "chance")
+    reporter.table(
+        f"what was asked for and is seen, of {summary['judged_clips']} clips",
+        ["", "generated", "real, after the codec", "chance"],
+        [[word, *(f"{summary[f'{word}_{of}']:.0%}" for of in columns)] for word in JUDGED],
+    )
     store = out / "train" / "mlflow.db"
     for line in (
         f"report         {page}",

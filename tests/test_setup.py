@@ -23,11 +23,17 @@ from tools.lock import CUDA, names_of
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text()
-LOCKED = {
-    canonicalize_name(requirement.name): requirement
-    for line in re.findall(r"^[A-Za-z0-9][^\n\\]*", LOCK, flags=re.MULTILINE)
-    for requirement in [Requirement(line)]
-}
+# A package may stand there twice, for older and newer Pythons: the last one that holds here counts.
+LOCKED = dict(
+    sorted(
+        (
+            (canonicalize_name(requirement.name), requirement)
+            for line in re.findall(r"^[A-Za-z0-9][^\n\\]*", LOCK, flags=re.MULTILINE)
+            for requirement in [Requirement(line)]
+        ),
+        key=lambda entry: entry[1].marker is None or entry[1].marker.evaluate(),
+    )
+)
 PINS = {
     canonicalize_name(requirement.name): str(requirement.specifier)
     for line in (ROOT / "constraints.txt").read_text().splitlines()

@@ -170,8 +170,12 @@ def inspect(
         int, typer.Option(min=0, max=200, help="Thumbnails of kept, and as many of not kept.")
     ] = 24,
     codec: Annotated[
-        str, typer.Option(help="The codec that made the latents: 'tiny', a folder, or a hub id.")
-    ] = "tiny",
+        str | None,
+        typer.Option(
+            help="The codec that made the latents: 'shapes', 'tiny', a folder, or a hub id; "
+            "default: the one that ships here and made them."
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """What a dataset holds: tables, and a page with pictures of what was kept and what was not."""
@@ -179,9 +183,9 @@ def inspect(
     if page is not None:
         arguments.output_file(page, option="--page")
     from pipeline.dataset_page import inspect as run_inspect
-    from pipeline.recipes import TINY_CODEC
+    from pipeline.recipes import SHIPPED_CODECS
 
-    source = str(TINY_CODEC) if codec == "tiny" else codec
+    source = None if codec is None else str(SHIPPED_CODECS.get(codec, codec))
     run_inspect(data, page, source, pictures, reporter(json_))
 
 

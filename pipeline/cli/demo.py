@@ -19,7 +19,7 @@ from pipeline.cli.options import (
 
 SHORT = (
     "world.num_clips=96", "world.num_images=32", "world.clips_per_shard=32", "train.steps=40",
-    "train.checkpoints.every_steps=20", "evaluate.colour_clips=4",
+    "train.checkpoints.every_steps=20", "evaluate.prompts=8",
 )  # fmt: skip
 """What `--short` changes: enough to see every stage run, too little to learn anything."""
 

@@ -148,7 +148,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
 def test_text_and_model_must_fit(tmp_path: Path) -> None:
     message = refusal(tmp_path, tiny_text(), ["text.length=8"])
     assert "8x64" in message
-    assert "16x64" in message
+    assert "24x64" in message
 
 
 def test_what_is_no_yaml_or_no_file_is_said(tmp_path: Path) -> None:

@@ -10,14 +10,16 @@ import pytest
 from media.write import encode_mp4
 from pipeline.demo_figures import overlap_s
 from pipeline.report import Sample, contact_sheet, loss_curve, timeline, write_report
+from pipeline.tables import JUDGED
 
 SUMMARY = {
     "held_out_nats_per_dim": -0.3,
     "gaussian_nats_per_dim": 0.5,
     "shuffled_caption_nats_per_dim": -0.2,
     "noise_floor_nats_per_dim": -0.7,
-    "colour_accuracy": 0.5,
-    "colour_chance": 1 / 6,
+    **{f"{word}_accuracy": 0.5 for word in JUDGED},
+    **{f"{word}_after_codec": 0.9 for word in JUDGED},
+    **{f"{word}_chance": 0.2 for word in JUDGED},
     "codec_psnr_db": 26.0,
     "overlap_s": 0.1,
     "wall_s": 60.0,

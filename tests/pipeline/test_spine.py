@@ -28,7 +28,7 @@ MICRO = (
     "train.checkpoints.every_steps=3", "train.batches.batch_size=4",
     "train.batches.image_batch_size=4",
     "model.deep_width=64", "model.shallow_width=32",
-    "model.layers_per_block=[1,1,1,2]", "model.denoiser_layers=2", "evaluate.colour_clips=4",
+    "model.layers_per_block=[1,1,1,2]", "model.denoiser_layers=2", "evaluate.prompts=4",
     "evaluate.noise_draws=2",
 )  # fmt: skip
 SETTINGS = [part for value in MICRO for part in ("--set", value)]
@@ -62,8 +62,8 @@ def summary(run: Path) -> dict[str, object]:
 def test_the_summary_holds_every_figure_it_promises(summary: dict[str, object]) -> None:
     for name in (
         "held_out_nats_per_dim", "gaussian_nats_per_dim", "shuffled_caption_nats_per_dim",
-        "colour_accuracy",
-        "colour_chance", "codec_psnr_db", "overlap_s", "noise_floor_nats_per_dim",
+        "colour_accuracy", "shape_accuracy", "motion_accuracy", "colour_chance",
+        "shape_after_codec", "codec_psnr_db", "overlap_s", "noise_floor_nats_per_dim",
     ):  # fmt: skip
         assert isinstance(summary[name], float), name
         assert np.isfinite(summary[name]), name
@@ -87,13 +87,14 @@ def test_videos_play_and_have_the_length_that_was_asked_for(run: Path) -> None:
         path.name.split("-0")[0].split("-1")[0]: len(read_video(path).frames)
         for path in run.glob("*.mp4")
     }
-    assert lengths == {"text-to-video": 17, "image-to-video": 17, "long-video": 57}
-    assert len(list(run.glob("*.mp4"))) == 6
+    real = {"real-clip": 17, "real-after-the-codec": 17}
+    assert lengths == {"text-to-video": 17, "image-to-video": 17, "long-video": 57, **real}
+    assert len(list(run.glob("*.mp4"))) == 6 + 8
 
 
 def test_the_report_opens_without_a_server(run: Path) -> None:
     page = (run / "report.html").read_text()
-    assert page.count("data:video/mp4;base64,") == 6
+    assert page.count("data:video/mp4;base64,") == 6 + 8
     assert page.count("<svg") == 2
     assert not re.search(r'(?:src|href)="(?!data:|#)', page), "something is loaded from elsewhere"
 

@@ -40,6 +40,7 @@ From noise to data:
 
 What stands around the flow, and what lies on disk:
 
+    device.py               which device is computed on
     text.py                 text encoders
     latent_convention.py    between codec latents and model latents
     codec.py                the frozen VAE between frames and latents

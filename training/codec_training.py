@@ -156,20 +156,29 @@ def in_two_parts(network: nn.Module, signal_BCTHW: Tensor, **first: bool) -> Ten
 def _losses(
     vae: Vae, signal_BCTHW: Tensor, config: CodecConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Loss and mean squared error, both on the -1..1 scale."""
+    """Loss and mean squared error, both on the -1..1 scale.
+
+    Draws are made on the CPU, so that they are the same for every device.
+    """
     from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+    device = signal_BCTHW.device
+    half = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+    def normal(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    with half:
         patches = patchify(signal_BCTHW, patch_size=config.patch_size)
         moments = vae.quant_conv(in_two_parts(vae.encoder, patches))
     mean, logvar = moments.float().chunk(2, dim=1)
     logvar = logvar.clamp(-30.0, 20.0)
-    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+    z = mean + torch.exp(0.5 * logvar) * normal(mean.shape)
     if config.latent_noise:
         spread = z.detach().std(dim=(0, 2, 3, 4), keepdim=True)
         strength = config.latent_noise * torch.rand(len(z), 1, 1, 1, 1, generator=generator)
-        z = z + strength * spread * torch.randn(z.shape, generator=generator)
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        z = z + strength.to(device) * spread * normal(z.shape)
+    with half:
         decoded = in_two_parts(vae.decoder, vae.post_quant_conv(z), first_chunk=True)
         reconstruction = unpatchify(decoded, patch_size=config.patch_size)
     mse = torch.mean((reconstruction.float() - signal_BCTHW) ** 2)
@@ -195,7 +204,7 @@ def measure(codec: VideoCodec, render: Render, num_clips: int, num_frames: int) 
     for part_BTHWC in frames_BTHWC.split(4):
         mean, logvar = codec.encode(part_BTHWC)
         noise = torch.zeros_like(mean)
-        clips.append(codec.decode(codec.convention.to_model(mean, logvar, noise)))
+        clips.append(codec.decode(codec.convention.to_model(mean, logvar, noise)).cpu())
     out_BTHWC = torch.cat(clips)
     return {
         "psnr_db": psnr_db(out_BTHWC, frames_BTHWC),
@@ -210,7 +219,7 @@ def _set_statistics(vae: Vae, config: CodecConfig, render: Render) -> None:
     for start in range(0, 128, 8):
         clips = [torch.as_tensor(render(start + i, config.eval_frames)) for i in range(8)]
         means.append(codec.encode(torch.stack(clips))[0])
-    latents = rearrange(torch.cat(means), "b t c h w -> c (b t h w)")
+    latents = rearrange(torch.cat(means), "b t c h w -> c (b t h w)").cpu()
     # Rounded so that the config reads well; the convention is whatever the config says.
     vae.register_to_config(
         latents_mean=[round(v, 5) for v in latents.mean(1).tolist()],
@@ -221,9 +230,11 @@ def _set_statistics(vae: Vae, config: CodecConfig, render: Render) -> None:
 class _Run:
     """What a step changes, and the file from which a killed run goes on."""
 
-    def __init__(self, config: CodecConfig, start: Path | None, path: Path) -> None:
+    def __init__(
+        self, config: CodecConfig, start: Path | None, path: Path, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(config.seed)
-        self.vae = _initial(config, start).train()
+        self.vae = _initial(config, start).train().to(device)
         self.optimizers = _Optimizers(self.vae, config)
         self.average = torch.optim.swa_utils.AveragedModel(
             self.vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
@@ -236,7 +247,8 @@ class _Run:
             self._resume()
 
     def _resume(self) -> None:
-        state = torch.load(self._path, weights_only=True)
+        device = next(self.vae.parameters()).device
+        state = torch.load(self._path, weights_only=True, map_location=device)
         if state["settings"] != self._settings:
             raise FlowreelError(
                 f"{self._path} is of a training with other settings ({state['settings']}); give "
@@ -272,6 +284,7 @@ def train_codec(
     progress: CodecProgress | None = None,
     *,
     start: Path | None = None,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Train, save to `out`, and measure what was saved.
 
@@ -282,15 +295,16 @@ def train_codec(
             left `training.pt` there, and goes on from it as if it had never stopped.
         progress: called after each step with step, steps, loss, psnr_db.
         start: folder of a codec whose training goes on; its size stays, `config`'s is not read.
+        device: where it is computed, such as cpu or cuda.
 
     Returns:
         What `quality.json` holds: `psnr_db`, `first_frame_psnr_db`, `steps`, `seconds`.
     """
-    run = _Run(config, start, out / CHECKPOINT_NAME)
+    run = _Run(config, start, out / CHECKPOINT_NAME, device)
     total = config.image_steps + config.steps
     for signal_BCTHW, generator in _batches(config, render, run.step):
         begun_s = time.monotonic()
-        loss, mse = _losses(run.vae, signal_BCTHW, config, generator)
+        loss, mse = _losses(run.vae, signal_BCTHW.to(device), config, generator)
         run.vae.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(run.vae.parameters(), 1.0, error_if_nonfinite=True)

@@ -333,6 +333,9 @@ def train_codec_command(
             "Default: 8 and 16.",
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or mps; auto takes a GPU where there is one.")
+    ] = "auto",
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -359,9 +362,11 @@ def train_codec_command(
     )
     from data_prep.world.draw import random_scene
     from data_prep.world.render import render_clip
+    from flow.device import device_of
     from training.codec_training import train_codec
 
     said = reporter(json_)
+    chosen_device = str(device_of(device))
     rates = tuple(fps or (8.0, 16.0))
     with said.progress("training codec") as update:
         quality = train_codec(
@@ -370,6 +375,7 @@ def train_codec_command(
             out,
             progress=lambda m: update(int(m["step"]), int(m["steps"]), f"{m['psnr_db']:.1f} dB"),
             start=start,
+            device=chosen_device,
         )
     said.outcome(f"{out}: {quality['psnr_db']:.2f} dB on held-out clips")
     said.document({"codec": out, **quality})

@@ -60,6 +60,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["train", "--data", str(folder / "data"), "--steps", "100000", *settings]
 
 
+@pytest.mark.slow
 def test_while_ray_starts(training: list[str], tmp_path: Path) -> None:
     mark, stderr = secrets.token_hex(8), tmp_path / "stderr"
 

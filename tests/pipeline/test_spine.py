@@ -121,6 +121,7 @@ def test_sample_makes_the_served_video_frame_for_frame(run: Path, tmp_path: Path
     assert np.array_equal(frames, served_frames(run, next(run.glob("text-to-video-000*.mp4"))))
 
 
+@pytest.mark.slow
 def test_likelihood_prints_a_mean_with_its_standard_error(run: Path, tmp_path: Path) -> None:
     video = next(run.glob("text-to-video-000*.mp4"))
     asked = (

@@ -77,6 +77,7 @@ def test_the_engine_is_asked_greedily_with_the_chat_and_the_frames(
     assert engine_row(rows()[4], captioner, prompts, seed=7)["prompt"] == "one"
 
 
+@pytest.mark.slow
 def test_rows_go_through_rays_processor_whole_and_only_open_ones_reach_the_engine(
     cluster: None, captioner: CaptionConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,6 +251,7 @@ def downloaded(store: Store, name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_patience")
 def test_a_store_holds_what_a_disk_holds_though_it_failed_on_the_way(
     config: PrepareConfig,

@@ -113,7 +113,7 @@ def test_a_recipe_states_of_the_videos_what_was_given(tmp_path: Path) -> None:
     aspects = ["prepare.bucket.aspects=['1:1','16:9']"]
     assert load_recipe(path, aspects).stated_video == StatedVideo(sizes=((64, 64), (48, 88)))
     sizes = ["prepare.bucket.sizes=[[48,80]]"]
-    assert load_recipe("tiny", sizes).stated_video == StatedVideo(17, fps=8.0, sizes=((48, 88),))
+    assert load_recipe("tiny", sizes).stated_video == StatedVideo(17, fps=8.0, sizes=((48, 80),))
 
 
 def test_a_written_recipe_states_defaults_only_where_it_prepared(tmp_path: Path) -> None:

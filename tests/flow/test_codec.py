@@ -29,7 +29,7 @@ from training.codec_training import CodecConfig
 WAN = wan_like(4)
 STATISTICS = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [0.5, 1.0, 2.0, 1.5]}
 # Of the form that ships here: patches of 4, two halvings.
-SHIPPED = CodecConfig(z_dim=4, encoder_width=4, decoder_width=4).vae_config()
+SHIPPED = CodecConfig(patch_size=4, z_dim=4, encoder_width=4, decoder_width=4).vae_config()
 # As the SD VAE, but narrow: three halvings, 4 channels, an attention in the middle.
 SD = {
     "_class_name": "AutoencoderKL",

@@ -135,7 +135,8 @@ class _Draw:
                 f"own, give one of {', '.join(CAMERA_MOTIONS[camera])}"
             )
         speeds = ("quickly",) if "pan" in camera else SPEEDS
-        size, radius = self.size(("small", "medium") if "zoom" in camera else tuple(SIZES))
+        sizes = ("small", "medium") if "zoom" in camera else tuple(SIZES)
+        size, radius = self.size(tuple(s for s in sizes if s in self.kinds.sizes) or sizes)
         speed = "" if motion == "still" else self.word("speed", speeds)
         thing = Thing(colour, shape, size, motion, speed, radius, (0.0, 0.0), (0.0, 0.0))
         return self.scene((self.placed(thing, camera),), camera)

@@ -16,7 +16,7 @@ from data_prep.world.captions import canonical
 from data_prep.world.draw import random_scene
 from data_prep.world.scene import Scene, SceneKinds
 from data_prep.world.split import Split, in_split
-from data_prep.world.vocabulary import COLOURS, SHAPES, SIZES
+from data_prep.world.vocabulary import COLOURS, SHAPES
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def prompts(
     combinations = [
         words for words in product(COLOURS, SHAPES, alone.motions) if in_split(*words, split)
     ]
-    sizes = tuple(SIZES)
+    sizes = alone.sizes
     asked: Counter[tuple[str, ...]] = Counter()
     chosen = []
     for number in range(count):

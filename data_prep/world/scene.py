@@ -18,6 +18,7 @@ from data_prep.world.vocabulary import (
     DIRECTIONS,
     EXTENTS,
     MOTIONS,
+    SIZES,
     TEXTURES,
     WorldError,
     check_words,
@@ -104,6 +105,7 @@ class SceneKinds:
         motions: how things may move; two move left, right, up, down, not at all, or bounce.
         cameras: what the camera may do; one that moves also needs a texture that shows it.
         textures: what the background may be like.
+        sizes: of a thing that is alone; two things and those behind a bar have their own.
         two_things: share of the scenes with two things, 0 to 1.
         occluders: share of the scenes in which a thing passes behind a bar, 0 to 1.
 
@@ -114,6 +116,7 @@ class SceneKinds:
     motions: tuple[str, ...] = MOTIONS
     cameras: tuple[str, ...] = CAMERAS
     textures: tuple[str, ...] = TEXTURES
+    sizes: tuple[str, ...] = tuple(SIZES)
     two_things: float = 0.2
     occluders: float = 0.05
 
@@ -121,6 +124,7 @@ class SceneKinds:
         check_words("motion", self.motions, MOTIONS)
         check_words("camera", self.cameras, CAMERAS)
         check_words("texture", self.textures, TEXTURES)
+        check_words("size", self.sizes, tuple(SIZES))
         for name in ("two_things", "occluders"):
             if not 0 <= getattr(self, name) <= 1:
                 raise WorldError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")

@@ -90,6 +90,7 @@ def test_a_part_out_of_time_is_ended(tmp_path: Path) -> None:
     assert [row["what"] for row in rows] in ([], ["copy bandwidth"])
 
 
+@pytest.mark.slow
 def test_a_killed_parent_leaves_what_it_had_and_no_child(tmp_path: Path) -> None:
     with subprocess.Popen(
         command(tmp_path, "--only", "machine", "pass", "--fail", "pass=hang"),

@@ -35,6 +35,7 @@ def test_doctor_finds_this_machine_fit() -> None:
     assert "H.264 round trip" in table.stdout
 
 
+@pytest.mark.slow
 def test_doctor_works_without_the_extras_of_developers() -> None:
     code = (
         "import sys\n"

@@ -45,6 +45,7 @@ def test_a_full_disk_is_said_with_the_file_that_found_no_room(
     assert [path.name for path in full_disk.iterdir()] == ["taken"], "nothing half-written"
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_demo_is_said(full_disk: Path) -> None:
     ended = flowreel("-q", "demo", "--out", str(full_disk / "run"))
     assert ended.returncode == 2
@@ -104,11 +105,9 @@ def test_an_output_without_our_characters_spells_them(environment: dict[str, str
 
 @pytest.mark.parametrize(
     "environment",
-    [
-        {"PYTHONIOENCODING": "ascii"},
-        pytest.param({"LC_ALL": "C", **PLAIN}, marks=pytest.mark.slow),
-    ],
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", **PLAIN}],
 )
+@pytest.mark.slow
 def test_a_whole_command_works_where_nothing_is_utf_8(
     model_dir: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -144,6 +144,7 @@ def test_likelihood_prints_a_mean_with_its_standard_error(run: Path, tmp_path: P
     assert again.splitlines()[-7:-1] == said.splitlines()[-6:], "seeded draws give the same figures"
 
 
+@pytest.mark.slow
 def test_prepare_and_train_run_again_do_nothing(run: Path) -> None:
     def state() -> dict[str, float]:
         files = [
@@ -316,6 +317,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(run: Path) -> None:
     assert sorted(p.name for p in (run / "train" / "checkpoints").iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_prompt_over_the_limit_is_refused_with_both_numbers(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "video.mp4"
     line = command.refused(

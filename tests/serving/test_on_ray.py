@@ -225,6 +225,7 @@ def test_a_video_outlives_the_death_of_its_deep_block(
     served.local_pids = client.http.get("/health").json()["pids"]
 
 
+@pytest.mark.slow
 def test_an_api_that_dies_comes_back_and_says_what_was_lost(
     client: Client, served: ServedApp
 ) -> None:

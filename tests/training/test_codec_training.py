@@ -56,7 +56,7 @@ class Killed(Exception):
     """What stands for the end of the process."""
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, precision: str) -> None:
     config = TINY.model_copy(update={"precision": precision, "checkpoint_every_steps": 2})
 

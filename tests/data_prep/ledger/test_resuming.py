@@ -209,7 +209,8 @@ def _may_mount() -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("mode", ["disk", pytest.param("limit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["disk", "limit"])
+@pytest.mark.slow
 def test_a_full_disk_stops_with_a_word_and_goes_on_when_there_is_room(
     config: PrepareConfig, world: list[str], codec_dir: Path, tmp_path: Path, mode: str
 ) -> None:

@@ -316,6 +316,20 @@ class FrameStream:
         return [self.model.denoise(x, s) for x, s in zip(ready, answers, strict=True)]
 
 
+def frame_stream(
+    model: FlowModel, text_BJE: Tensor | None, spec: SampleSpec, denoiser: str = "learned"
+) -> FrameStream:
+    """The stream that turns the deep block's frames of such a sample into latents."""
+    return FrameStream(
+        model,
+        text_BJE,
+        denoiser,
+        shallow_tolerance=SHALLOW_TOLERANCE if spec.tolerance else 0.0,
+        sequential=spec.schedule == "sequential",
+        windows=[*spec.context_windows()],
+    )
+
+
 def sample(
     model: FlowModel,
     text_BJE: Tensor | None,
@@ -351,14 +365,7 @@ def sample(
     with torch.no_grad():
         first_u = None if first_frame is None else model.flow.shallow_forward(first_frame)
     deep = DeepStream(model.flow, text_BJE, null_BJE, spec, first_u, noise=noise)
-    frames = FrameStream(
-        model,
-        text_BJE,
-        denoiser,
-        shallow_tolerance=SHALLOW_TOLERANCE if spec.tolerance else 0.0,
-        sequential=spec.schedule == "sequential",
-        windows=[*spec.context_windows()],
-    )
+    frames = frame_stream(model, text_BJE, spec, denoiser)
     # Nobody waits for the first frame here, so the shallow blocks take all frames as one batch.
     u_BTHWC = torch.cat([deep.next_frame() for _ in range(spec.num_frames)], dim=1)
     out = frames.push(u_BTHWC) + frames.finish()

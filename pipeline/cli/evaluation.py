@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from pipeline.cli import arguments
-from pipeline.cli.options import JsonOption, SetOption, command, reporter
+from pipeline.cli.options import (
+    GuidanceOption,
+    JsonOption,
+    ScheduleOption,
+    SetOption,
+    command,
+    reporter,
+)
 
 
 @command(
@@ -44,20 +51,8 @@ def evaluate(
     ] = 64,
     draws: Annotated[int, typer.Option(min=2, max=1024, help="Noise draws per clip.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts, scenes and noise.")] = 0,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Guidance weight; 0 is none, default the recipe's serve.limits.default_guidance.",
-        ),
-    ] = None,
-    schedule: Annotated[
-        str,
-        typer.Option(
-            help="jacobi (as served), sliding (fewer evaluations) or sequential.",
-            autocompletion=arguments.complete_schedule,
-        ),
-    ] = "jacobi",
+    guidance: GuidanceOption = None,
+    schedule: ScheduleOption = "jacobi",
     long: Annotated[
         str,
         typer.Option(

@@ -11,10 +11,12 @@ from pipeline.cli import arguments
 from pipeline.cli.options import (
     AddressOption,
     DataOption,
+    GuidanceOption,
     JsonOption,
     ModelArgument,
     PromptOption,
     RecipeOption,
+    ScheduleOption,
     SetOption,
     command,
     reporter,
@@ -87,20 +89,8 @@ def sample(
     seed: Annotated[
         int, typer.Option(min=0, help="Noise seed; the same seed gives the same video.")
     ] = 0,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Guidance weight; 0 is none, default the recipe's serve.limits.default_guidance.",
-        ),
-    ] = None,
-    schedule: Annotated[
-        str,
-        typer.Option(
-            help="jacobi (as served), sliding (fewer evaluations) or sequential.",
-            autocompletion=arguments.complete_schedule,
-        ),
-    ] = "jacobi",
+    guidance: GuidanceOption = None,
+    schedule: ScheduleOption = "jacobi",
     certificate: Annotated[
         bool, typer.Option("--certificate", help="Prove how exact the sample is, by one more pass.")
     ] = False,

@@ -91,6 +91,20 @@ PromptOption = Annotated[
     str,
     typer.Option("--prompt", "-p", help="What is to be seen.", callback=arguments.as_utf8),
 ]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Guidance weight; 0 is none, default the recipe's serve.limits.default_guidance.",
+    ),
+]
+ScheduleOption = Annotated[
+    str,
+    typer.Option(
+        help="jacobi (as served), sliding (fewer evaluations) or sequential.",
+        autocompletion=arguments.complete_schedule,
+    ),
+]
 JsonOption = Annotated[
     bool,
     typer.Option(

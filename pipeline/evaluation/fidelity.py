@@ -16,8 +16,7 @@ from torch import Tensor
 from flow.certificate import Certificate, certificate
 from flow.flow import FlowModel
 from flow.sample_spec import SampleSpec
-from flow.sampling import DeepStream, FrameStream, Noise
-from flow.shallow import SHALLOW_TOLERANCE
+from flow.sampling import DeepStream, Noise, frame_stream
 from pipeline.evaluation.samples import Texts, exact
 
 
@@ -73,7 +72,7 @@ def fidelity(
         texts: what it is told of each video.
         spec: the schedule to measure.
         noise: prior noise of a frame, one video a row.
-        denoiser: as in `flow.sampling.FrameStream`.
+        denoiser: as in `flow.sampling.frame_stream`.
     """
     fast = _run(model, texts, spec, noise, denoiser)
     slow = _run(model, texts, exact(spec), noise, denoiser)
@@ -98,14 +97,7 @@ def _run(model: FlowModel, texts: Texts, spec: SampleSpec, noise: Noise, denoise
     started = time.perf_counter()
     u_BTHWC = torch.cat([stream.next_frame() for _ in range(spec.num_frames)], dim=1)
     seconds = time.perf_counter() - started
-    frames = FrameStream(
-        model,
-        text,
-        denoiser,
-        shallow_tolerance=SHALLOW_TOLERANCE if spec.tolerance else 0.0,
-        sequential=spec.schedule == "sequential",
-        windows=[*spec.context_windows()],
-    )
+    frames = frame_stream(model, text, spec, denoiser)
     latents = torch.stack([*frames.push(u_BTHWC), *frames.finish()], dim=1)
     proof = certificate(model.flow, u_BTHWC, text, null, spec, noise=noise)
     return _Run(u_BTHWC, latents, proof, stream, seconds)

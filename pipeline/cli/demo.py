@@ -64,7 +64,7 @@ def demo(
 ) -> None:
     """From nothing to served videos: every stage, and a report at the end.
 
-    Takes about ten minutes on two cores of a slow laptop.
+    Takes about eleven minutes on two cores of a slow laptop.
     """
     arguments.output_folder(out)
     arguments.cluster_address(address)

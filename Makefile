@@ -34,7 +34,7 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow --durations=30 $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -73,6 +73,21 @@ def _key_ranges(reach: FrameReach, num_frames: int) -> list[tuple[slice, slice]]
     ]
 
 
+def attend(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, is_causal: bool = False) -> Tensor:
+    """Attention [B, H, L, D], over all S places or, where L = S, causal.
+
+    On a CPU the backward pass of torch's kernel is four times slower in bf16 than in fp32 for
+    sequences of 100 places (`python -m benchmarks.training_step`): there, gradients are taken in
+    fp32.
+    """
+    qkv, dtype = (q_BHLD, k_BHSD, v_BHSD), v_BHSD.dtype
+    if q_BHLD.device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled():
+        with torch.autocast("cpu", enabled=False):
+            wide = F.scaled_dot_product_attention(*(x.float() for x in qkv), is_causal=is_causal)
+        return wide.to(dtype)
+    return F.scaled_dot_product_attention(*qkv, is_causal=is_causal)
+
+
 def attend_frames(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, reach: FrameReach) -> Tensor:
     """Frame-windowed attention over a whole clip, one dense product per frame -> [B, H, S, D]."""
     num_frames = (q_BHSD.shape[2] - reach.text) // reach.tokens
@@ -86,7 +101,7 @@ def attend_frames(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, reach: FrameRe
                 torch.cat([kv[:, :, : reach.text], kv[:, :, keys]], dim=2)
                 for kv in (k_BHSD, v_BHSD)
             )
-        out.append(F.scaled_dot_product_attention(q_BHSD[:, :, queries], k, v))
+        out.append(attend(q_BHSD[:, :, queries], k, v))
     return torch.cat(out, dim=2)
 
 
@@ -168,7 +183,7 @@ class Attention(nn.Module):
         """Attention over the whole sequence: causal, or by frames where `reach` says so."""
         q, k, v = self.project(h_BLM, rope)
         if reach is None:
-            return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+            return self.merge(attend(q, k, v, is_causal=True))
         return self.merge(attend_frames(q, k, v, reach))
 
     def extend(self, h_BLM: Tensor, rope: Rope, cache: LayerCache, place: int) -> Tensor:

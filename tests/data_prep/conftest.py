@@ -74,8 +74,15 @@ def odd_inputs() -> Path:
     return real_folder("FLOWREEL_ODD_INPUTS", "odd_inputs")
 
 
+@pytest.fixture
+def store(store_server: Store) -> Store:
+    """An empty store, reachable, whatever the test before left there."""
+    store_server.empty()
+    return store_server
+
+
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+def store_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """An S3-compatible server on localhost."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CREDENTIALS.items():

@@ -95,6 +95,13 @@ class Store:
         )
         self.direct.create_dir(BUCKET)
 
+    def empty(self) -> None:
+        """Forget all objects and counts, and open the gate."""
+        self.gate.state = "open"
+        self.direct.delete_dir_contents(BUCKET)
+        self.gate.sent_bytes = 0
+        self.gate.requests.clear()
+
     def uri(self, name: str) -> str:
         endpoint = f"endpoint_override=http://127.0.0.1:{self.gate.port}&region=us-east-1"
         return f"s3://{BUCKET}/{name}?{endpoint}"

@@ -88,7 +88,7 @@ def test_an_error_with_a_process_gone_is_that_the_process_is_gone(server: socket
 def test_a_run_whose_ray_is_killed_says_so_and_the_same_command_goes_on(
     victim: str, tmp_path: Path
 ) -> None:
-    from pipeline.recipes import TINY_CODEC, load_recipe
+    from pipeline.recipes import load_recipe
 
     shards = [str(path) for path in write_world(tmp_path / "in", 100, 0, clips_per_shard=10)]
     out = tmp_path / "out"
@@ -118,7 +118,8 @@ def test_a_run_whose_ray_is_killed_says_so_and_the_same_command_goes_on(
 
     ended = flowreel(*arguments, timeout_s=400)
     assert ended.returncode == 0, ended.stderr
-    prepare_locally(load_recipe("tiny").prepare, shards, tmp_path / "whole", TINY_CODEC)
+    recipe = load_recipe("tiny")
+    prepare_locally(recipe.prepare, shards, tmp_path / "whole", Path(recipe.codec_source))
     ours = {name: digest for name, digest in digests(out).items() if name != "recipe.yaml"}
     assert ours == digests(tmp_path / "whole")
 

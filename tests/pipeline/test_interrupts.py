@@ -45,7 +45,8 @@ def test_while_imports_run(model_dir: Path, tmp_path: Path, library: str) -> Non
 BUCKET = {"num_frames": 5, "height": 32, "width": 32, "fps": 8.0}
 SMALL = [
     "model.deep_width=64", "model.shallow_width=32", "model.layers_per_block=[1,1]",
-    "model.denoiser_layers=1", *(f"prepare.bucket.{key}={value}" for key, value in BUCKET.items()),
+    "model.denoiser_layers=1", "model.latent_channels=24", "model.patch_size=1",
+    *(f"prepare.bucket.{key}={value}" for key, value in BUCKET.items()),
 ]  # fmt: skip
 
 

@@ -80,12 +80,12 @@ def attend(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, is_causal: bool = Fal
     sequences of 100 places (`python -m benchmarks.training_step`): there, gradients are taken in
     fp32.
     """
-    qkv, dtype = (q_BHLD, k_BHSD, v_BHSD), v_BHSD.dtype
-    if q_BHLD.device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled():
+    dtype, is_cpu = v_BHSD.dtype, v_BHSD.device.type == "cpu"
+    if is_cpu and dtype == torch.bfloat16 and torch.is_grad_enabled():
+        q, k, v = (x.float() for x in (q_BHLD, k_BHSD, v_BHSD))
         with torch.autocast("cpu", enabled=False):
-            wide = F.scaled_dot_product_attention(*(x.float() for x in qkv), is_causal=is_causal)
-        return wide.to(dtype)
-    return F.scaled_dot_product_attention(*qkv, is_causal=is_causal)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).to(dtype)
+    return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, is_causal=is_causal)
 
 
 def attend_frames(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, reach: FrameReach) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which device is computed on: a name as people write it, and what the machine has.
+"""Which device is computed on: a name as people write it, what is there, what it is quick in.
 
 DeviceError(FlowreelError, ValueError)    a device that is unknown or not there
 """
@@ -41,3 +41,19 @@ def device_of(name: str = "auto") -> torch.device:
     if (device.index or 0) >= count:
         raise DeviceError(f"device {name!r}: this machine has {count} of them, numbered from 0")
     return device
+
+
+def has_quick_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bf16 by instructions of its own.
+
+    GPUs since Ampere do, and CPUs with AMX (twice as quick as fp32 there,
+    `python -m benchmarks.training_step`). Others would make bf16 of fp32 and lose by it.
+
+    >>> has_quick_bf16(torch.device("meta"))
+    False
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return False

@@ -66,8 +66,10 @@ class CodecConfig(BaseModel):
     recolour: float = Field(
         default=0.05, ge=0, le=1, description="share of clips whose colour axes are mixed at random"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="compute dtype of the convolutions; weights are always fp32"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="compute dtype of the convolutions; weights are always fp32; auto: bf16 where "
+        "the device is quick in it",
     )
     checkpoint_every_steps: int = Field(
         default=200, ge=1, description="steps between checkpoints, from which a killed run goes on"

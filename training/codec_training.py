@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flow.codec import Vae, VideoCodec, build_vae, empty_cache, save_codec
+from flow.device import has_quick_bf16
 from flowreel.errors import FlowreelError
 from flowreel.files import replacing, write_json
 from training.codec_config import CodecConfig
@@ -300,6 +301,9 @@ def train_codec(
     Returns:
         What `quality.json` holds: `psnr_db`, `first_frame_psnr_db`, `steps`, `seconds`.
     """
+    if config.precision == "auto":
+        is_quick = has_quick_bf16(torch.device(device))
+        config = config.model_copy(update={"precision": "bf16" if is_quick else "fp32"})
     run = _Run(config, start, out / CHECKPOINT_NAME, device)
     total = config.image_steps + config.steps
     for signal_BCTHW, generator in _batches(config, render, run.step):

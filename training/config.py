@@ -29,7 +29,7 @@ FREE_ON_RESUME: JsonDict = {"resume": "free"}
 Such a field changes where and how long a run computes, never which weights come out.
 """
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 ShardGranularity = Literal["layer", "block", "model"]
 
 
@@ -261,7 +261,8 @@ class TrainConfig(Section):
     )
     precision: Precision = Field(
         default="fp32",
-        description="compute dtype; masters, reductions and log-densities are always fp32",
+        description="compute dtype; masters, reductions and log-densities are always fp32; auto: "
+        "bf16 where every worker's device is quick in it, or what the run began with",
     )
     denoiser_loss: bool = Field(
         default=True, description="train the denoiser by flow-score matching in the same step"

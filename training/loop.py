@@ -17,6 +17,7 @@ import torch
 
 from data_prep.latents.dataset import LatentDataset
 from flow.config import FlowConfig
+from flow.device import has_quick_bf16
 from flow.flow import FlowModel
 from flow.likelihood import noise_floor
 from flow.text import TextSpec, build_text_encoder
@@ -34,7 +35,7 @@ from training.held_out import HeldOut
 from training.history import HISTORY_NAME, History
 from training.latents import open_latents
 from training.metrics import step_cost
-from training.parallel import join_workers, shard_model
+from training.parallel import Parallel, join_workers, shard_model
 from training.step import StepMetrics, TrainStep
 from training.tracking import MetricsLogger, MlflowRun
 
@@ -118,6 +119,23 @@ def describe(config: TrainConfig, job: TrainJob, dataset: LatentDataset) -> dict
             "samples": dataset.ids_digest(),
         },
     }
+
+
+def settle_precision(
+    config: TrainConfig, latest: Checkpoint | None, parallel: Parallel | None = None
+) -> TrainConfig:
+    """`auto` becomes what the run began with; of a fresh run, what all its workers are quick in.
+
+    Without workers to ask, a fresh run's `auto` stays.
+    """
+    if config.precision != "auto":
+        return config
+    if latest is not None:
+        return config.model_copy(update={"precision": latest.description["train"]["precision"]})
+    if parallel is None:
+        return config
+    is_quick = parallel.all_agree(has_quick_bf16(parallel.device))
+    return config.model_copy(update={"precision": "bf16" if is_quick else "fp32"})
 
 
 def fresh_model(flow: FlowConfig, seed: int) -> FlowModel:
@@ -208,37 +226,36 @@ def train(
     """
     with join_workers(config.workers) as parallel:
         dataset = open_latents(job.dataset, "train", config.batches.resolution)
+        latest = _latest(job, parallel)
+        config = settle_precision(config, latest, parallel)
         description = describe(config, job, dataset)
         model = fresh_model(job.flow, config.seed)
         shard_model(model, parallel, config.workers.shard_granularity, config.precision)
         step = TrainStep(model, config, parallel)
-        origin = _resume(job, step, description)
-        start = origin.step if origin else 0
+        if latest is not None:
+            check_fits(latest, description)
+            load_checkpoint(latest, step.state(), parallel)
+            step.after_load()
+        start = latest.step if latest else 0
         recorder = _Recorder(job, step, start, tracking)
         try:
             last = _Worker(job, step, dataset, description, recorder).take_steps(start, report)
         finally:
             recorder.logger.close()
-        checkpoint = last or origin or latest_complete(job.checkpoints)
+        checkpoint = last or latest or latest_complete(job.checkpoints)
         assert checkpoint is not None, "a finished loop leaves a checkpoint"
         return LoopResult(
-            checkpoint, max(start, config.steps), resumed_from=origin.step if origin else None
+            checkpoint, max(start, config.steps), resumed_from=latest.step if latest else None
         )
 
 
-def _resume(job: TrainJob, step: TrainStep, description: dict[str, Any]) -> Checkpoint | None:
-    """Load the newest complete checkpoint, if there is one."""
-    if step.parallel.is_first:
+def _latest(job: TrainJob, parallel: Parallel) -> Checkpoint | None:
+    """The newest complete checkpoint, if there is one."""
+    if parallel.is_first:
         job.checkpoints.mkdir(parents=True, exist_ok=True)
     # Nobody looks into the folder before it is there for all.
-    step.parallel.barrier()
-    latest = latest_complete(job.checkpoints)
-    if latest is None:
-        return None
-    check_fits(latest, description)
-    load_checkpoint(latest, step.state(), step.parallel)
-    step.after_load()
-    return latest
+    parallel.barrier()
+    return latest_complete(job.checkpoints)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ class Parallel:
             dist.all_reduce(values)
         return values
 
+    def all_agree(self, flag: bool) -> bool:
+        """Whether the flag is set on every worker."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) == self.world)
+
     def barrier(self) -> None:
         """Wait until all workers are here."""
         if self.mesh is not None:

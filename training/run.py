@@ -36,7 +36,7 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.latents import open_latents
-from training.loop import TrainJob, describe, train
+from training.loop import TrainJob, describe, settle_precision, train
 from training.stated_video import StatedVideo, video_spec
 from training.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
 
@@ -167,7 +167,8 @@ def check_run(request: TrainRequest) -> TrainingRun:
     description = describe(request.config, job, latents)
     latest = latest_complete(job.checkpoints)
     if latest is not None:
-        check_fits(latest, description)
+        settled = settle_precision(request.config, latest)
+        check_fits(latest, describe(settled, job, latents))
         if latest.step > request.config.steps:
             raise RunError(
                 f"{latest.path} is at step {latest.step}, past train.steps "

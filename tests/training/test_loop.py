@@ -24,7 +24,7 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.history import read_history
-from training.loop import TrainJob, train
+from training.loop import TrainJob, settle_precision, train
 from training.step import SkippedTooOften
 
 
@@ -128,6 +128,28 @@ def test_killed_workers_resume_from_the_last_complete_checkpoint(
     losses = [[r["loss_nats_per_dim"] for r in read_history(w.history)] for w in (work, whole)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert len(losses[0]) == 24
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_goes_on_in_the_precision_that_it_began_with_wherever_it_is_resumed(
+    precision: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` is settled by the machine once, and then by the checkpoint."""
+    def quick(answer: bool) -> None:
+        monkeypatch.setattr("training.loop.has_quick_bf16", lambda device: answer)
+
+    quick(precision == "bf16")
+    whole, halves = job(dataset, tmp_path / "whole"), job(dataset, tmp_path / "halves")
+    train(small_config(precision=precision, optimizer={"schedule_steps": 6}), whole)
+    train(small_config(precision="auto", steps=3, optimizer={"schedule_steps": 6}), halves)
+    quick(precision != "bf16")
+    six = small_config(precision="auto", optimizer={"schedule_steps": 6})
+    assert train(six, halves).resumed_from == 3
+    assert largest_difference(averaged(whole), averaged(halves)) == 0
+
+
+def test_auto_waits_for_workers_to_be_asked() -> None:
+    assert settle_precision(TrainConfig(precision="auto"), None).precision == "auto"
 
 
 def test_a_checkpoint_without_its_marker_is_not_one(dataset: Path, tmp_path: Path) -> None:

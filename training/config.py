@@ -115,6 +115,10 @@ class BatchConfig(Section):
 class OptimizerConfig(Section):
     """How a step changes the weights, and when it is skipped instead."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="adamw for everything (as the paper), or muon for the matrices of the layers",
+    )
     flow_learning_rate: float = Field(
         default=5e-5, gt=0, description="peak learning rate of the flow"
     )

@@ -1,4 +1,4 @@
-"""AdamW over a worker's own shards, its schedule, the averaged weights, and the rule that skips.
+"""A network's optimizer over a worker's own shards, its schedule, and the rule that skips.
 
 Works on the local tensors behind FSDP's sharded parameters (or on plain parameters: the same
 code), so that a step is a few fused kernels whatever the number of parameters. Whether a step is
@@ -14,28 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from training.config import OptimizerConfig
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies on this worker, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
-    """A local tensor dressed as `parameter` is sharded: what a checkpoint needs to reshape it."""
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+from training.muon import ShardedMuon, is_inner
+from training.sharded import like_parameter, local_tensor
 
 
 @dataclass(frozen=True)
@@ -90,17 +72,18 @@ def ema_decay(limit: float, step: int) -> float:
     return min(limit, (1 + step) / (10 + step))
 
 
-class ShardedAdamW:
-    """AdamW and averaged weights for one network.
+class ShardedOptimizer:
+    """AdamW and averaged weights for one network; Muon for its inner matrices where asked for.
 
     Args:
         parameters: name and parameter; sharded ones are updated where they lie.
         config: β, ε, weight decay, clipping and the decay of the averaged weights.
         learning_rate: of every step.
+        dtype: of the products of Muon.
 
     >>> layer = nn.Linear(2, 1)
     >>> rates = LearningRate(peak=0.1, warmup_steps=0, steps=10)
-    >>> optimizer = ShardedAdamW(layer.named_parameters(), OptimizerConfig(), rates)
+    >>> optimizer = ShardedOptimizer(layer.named_parameters(), OptimizerConfig(), rates)
     >>> layer(torch.ones(1, 2)).sum().backward()
     >>> norm = optimizer.take_gradients().sqrt()
     >>> round(float(norm) ** 2), optimizer.step(0, norm, skip=torch.tensor(0.0))
@@ -112,6 +95,7 @@ class ShardedAdamW:
         parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimizerConfig,
         learning_rate: LearningRate,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
         self.learning_rate = learning_rate
@@ -120,8 +104,16 @@ class ShardedAdamW:
             name: nn.Parameter(local_tensor(p.detach())) for name, p in self.parameters.items()
         }
         self.ema = {name: p.detach().clone() for name, p in self.locals.items()}
-        matrices = [self.locals[n] for n, p in self.parameters.items() if p.ndim >= 2]
-        vectors = [self.locals[n] for n, p in self.parameters.items() if p.ndim < 2]
+        inner = {
+            name: p
+            for name, p in self.parameters.items()
+            if config.kind == "muon" and is_inner(name, p)
+        }
+        self.muon = ShardedMuon(inner, self.locals, config.weight_decay, dtype)
+        outer = {name: p for name, p in self.parameters.items() if name not in inner}
+        matrices = [self.locals[name] for name, p in outer.items() if p.ndim >= 2]
+        vectors = [self.locals[name] for name, p in outer.items() if p.ndim < 2]
+        self._adams = {name: self.locals[name] for name in outer}
         self.adam = torch.optim.AdamW(
             [
                 {"params": group, "weight_decay": decay}
@@ -133,7 +125,7 @@ class ShardedAdamW:
             eps=config.adam_eps,
             fused=True,
         )
-        for parameter in self.locals.values():
+        for parameter in self._adams.values():
             # Made now rather than at the first step, so that a checkpoint can be read into them.
             self.adam.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -166,10 +158,12 @@ class ShardedAdamW:
         rate = self.learning_rate.at(step)
         for group in self.adam.param_groups:
             group["lr"] = rate
+        scale = (norm / self.config.clip_norm).nan_to_num(1.0).clamp(min=1.0)
         # The fused kernel divides gradients by grad_scale and does nothing where found_inf is 1.
-        self.adam.grad_scale = (norm / self.config.clip_norm).nan_to_num(1.0).clamp(min=1.0)  # type: ignore[attr-defined]
+        self.adam.grad_scale = scale  # type: ignore[attr-defined]
         self.adam.found_inf = skip.float()  # type: ignore[attr-defined]
         self.adam.step()
+        self.muon.step(rate, scale, skip.float())
         for parameter in self.locals.values():
             parameter.grad = None
         weight = 1 - ema_decay(self.config.ema_decay, step)
@@ -180,20 +174,23 @@ class ShardedAdamW:
         """All that a checkpoint holds of it, each tensor sharded as its parameter is."""
         out: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            moments = self.adam.state[self.locals[name]]
             out[f"ema.{name}"] = like_parameter(self.ema[name], parameter)
+            if name in self.muon.momentum:
+                out[f"momentum.{name}"] = like_parameter(self.muon.momentum[name], parameter)
+                continue
+            moments = self.adam.state[self.locals[name]]
             out[f"exp_avg.{name}"] = like_parameter(moments["exp_avg"], parameter)
             out[f"exp_avg_sq.{name}"] = like_parameter(moments["exp_avg_sq"], parameter)
-        first = next(iter(self.locals.values()))
+        first = next(iter(self._adams.values()))
         # All parameters are stepped together, so one count stands for all.
         out["adam_step"] = self.adam.state[first]["step"]
         return out
 
     def after_load(self) -> None:
         """Spread the one loaded step count over all parameters."""
-        first = next(iter(self.locals.values()))
+        first = next(iter(self._adams.values()))
         count = self.adam.state[first]["step"]
-        for parameter in self.locals.values():
+        for parameter in self._adams.values():
             self.adam.state[parameter]["step"] = count.clone()
 
     @torch.no_grad()

@@ -18,8 +18,9 @@ from flowreel.errors import FlowreelError
 from training.batches import TrainBatch
 from training.config import TrainConfig
 from training.objective import denoiser_backward, flow_backward
-from training.optim import LearningRate, ShardedAdamW, SkipRule, local_tensor
+from training.optim import LearningRate, ShardedOptimizer, SkipRule
 from training.parallel import Parallel, forget_gathered, networks
+from training.sharded import local_tensor
 
 
 class SkippedTooOften(FlowreelError, RuntimeError):
@@ -85,10 +86,11 @@ class TrainStep:
         optimizer = config.optimizer
         peaks = {"flow": optimizer.flow_learning_rate, "denoiser": optimizer.denoiser_learning_rate}
         self.optimizers = {
-            name: ShardedAdamW(
+            name: ShardedOptimizer(
                 module.named_parameters(),
                 optimizer,
                 LearningRate.of(optimizer, peaks[name], config.steps),
+                torch.bfloat16 if config.precision == "bf16" else torch.float32,
             )
             for name, module in networks(model).items()
         }

@@ -81,6 +81,19 @@ def test_two_workers_end_where_one_does(
         assert b["denoiser_loss"] == pytest.approx(a["denoiser_loss"], rel=1e-4)
 
 
+def test_two_workers_end_where_one_does_by_muon_too_and_resume_exactly(
+    dataset: Path, tmp_path: Path
+) -> None:
+    by_muon = {"kind": "muon", "schedule_steps": 6}
+    one, two, halves = (job(dataset, tmp_path / name) for name in ("one", "two", "halves"))
+    train(small_config(optimizer=by_muon), one)
+    workers.run(many(optimizer=by_muon), two)
+    assert largest_difference(averaged(one), averaged(two)) < 1e-5
+    train(small_config(optimizer=by_muon, steps=3), halves)
+    train(small_config(optimizer=by_muon), halves)
+    assert largest_difference(averaged(one), averaged(halves)) == 0
+
+
 def test_a_resumed_run_ends_exactly_where_an_uninterrupted_one_does(
     single: TrainJob, dataset: Path, tmp_path: Path
 ) -> None:
@@ -135,6 +148,7 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with_wherever_it_is_resume
     precision: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`auto` is settled by the machine once, and then by the checkpoint."""
+
     def quick(answer: bool) -> None:
         monkeypatch.setattr("training.loop.has_quick_bf16", lambda device: answer)
 

@@ -1,6 +1,6 @@
-"""The weights that ship with Flowreel: where they lie, and what to do where they do not.
+"""Which model a command uses where none is named, and which recipe where none is.
 
-Knows a folder. Knows nothing of models.
+Knows folders. Knows nothing of models or of what recipes say.
 """
 
 from __future__ import annotations
@@ -28,3 +28,15 @@ def shipped_model() -> Path:
             "as the runs/demo/train/model of `flowreel demo`"
         )
     return SHIPPED_MODEL
+
+
+def recipe_beside(folder: Path) -> str:
+    """The recipe that a model was made by: in its folder or in its run's, else the default.
+
+    `flowreel train --out RUN` leaves RUN/model and RUN/recipe.yaml, a demo RUN/train/model.
+    """
+    whole = folder.resolve()
+    for place in (whole, whole.parent, whole.parent.parent):
+        if (place / "recipe.yaml").is_file():
+            return str(place / "recipe.yaml")
+    return "tiny"

@@ -120,7 +120,7 @@ def evaluate(
 
     Every figure stands beside what it is to be read against: chance, floor, real clips.
     """
-    from pipeline.shipped import shipped_model
+    from pipeline.shipped import recipe_beside, shipped_model
 
     folder = shipped_model() if model is None else arguments.model_folder(model)
     families = arguments.FAMILIES if only is None else arguments.several("--only", only)
@@ -139,7 +139,6 @@ def evaluate(
     from pipeline.evaluation.command import (
         VBenchJob,
         evaluate_model,
-        recipe_beside,
         sample_for_vbench,
     )
     from pipeline.evaluation.options import Options

@@ -14,6 +14,8 @@ from pipeline.cli.options import (
     GuidanceOption,
     JsonOption,
     ModelArgument,
+    ModelRecipeOption,
+    OptionalModelArgument,
     PromptOption,
     RecipeOption,
     ScheduleOption,
@@ -64,13 +66,14 @@ def train(
 
 @command(
     examples=(
+        "flowreel sample --prompt 'A large red circle moves left.'",
         "flowreel sample runs/demo/train/model --prompt 'A red circle moves left.'",
         "flowreel sample runs/demo/train/model -p 'A red circle' --image first.png --certificate",
     )
 )
 def sample(
-    model: ModelArgument,
     prompt: PromptOption,
+    model: OptionalModelArgument = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -105,12 +108,14 @@ def sample(
             autocompletion=arguments.complete_denoiser,
         ),
     ] = None,
-    recipe: RecipeOption = "tiny",
+    recipe: ModelRecipeOption = None,
     set_: SetOption = None,
     json_: JsonOption = False,
 ) -> None:
     """One video in this process, frame for frame what `flowreel serve` would send."""
-    folder = arguments.model_folder(model)
+    from pipeline.shipped import recipe_beside, shipped_model
+
+    folder = shipped_model() if model is None else arguments.model_folder(model)
     if out is not None:
         arguments.output_file(out, suffixes=arguments.VIDEO_SUFFIXES)
     if image is not None:
@@ -121,7 +126,7 @@ def sample(
     from pipeline.recipes import load_recipe
 
     chosen = [f"sampler.denoiser={denoiser}"] if denoiser else []
-    loaded = load_recipe(recipe, [*(set_ or []), *chosen])
+    loaded = load_recipe(recipe or recipe_beside(folder), [*(set_ or []), *chosen])
     from pipeline.make_video import VideoOptions, sample_video
 
     options = VideoOptions(prompt, frames, seed, guidance, schedule, image, certificate)
@@ -185,13 +190,14 @@ command("score", hidden=True)(likelihood)
 
 @command(
     examples=(
+        "flowreel serve",
         "flowreel serve runs/demo/train/model --port 8000",
         "curl 127.0.0.1:8000/v1/videos -H 'content-type: application/json' "
         '-d \'{"prompt": "A red circle moves left"}\'',
     )
 )
 def serve(
-    model: ModelArgument,
+    model: OptionalModelArgument = None,
     host: Annotated[
         str | None,
         typer.Option(help="Interface to bind; default: the recipe's serve.host, else 127.0.0.1."),
@@ -207,18 +213,20 @@ def serve(
     data_dir: Annotated[Path, typer.Option(help="Where jobs and videos are kept.")] = Path(
         "runs/served"
     ),
-    recipe: RecipeOption = "tiny",
+    recipe: ModelRecipeOption = None,
     set_: SetOption = None,
     address: AddressOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Model folder → HTTP endpoint (OpenAI Videos dialect), until Ctrl-C."""
-    folder = arguments.model_folder(model)
+    from pipeline.shipped import recipe_beside, shipped_model
+
+    folder = shipped_model() if model is None else arguments.model_folder(model)
     arguments.output_folder(data_dir, option="--data-dir")
     arguments.cluster_address(address)
     from pipeline.recipes import load_recipe
 
-    loaded = load_recipe(recipe, set_)
+    loaded = load_recipe(recipe or recipe_beside(folder), set_)
     from pipeline.run_service import serve_until_stopped
 
     serve_until_stopped(

@@ -48,6 +48,15 @@ RecipeOption = Annotated[
         autocompletion=arguments.complete_recipe,
     ),
 ]
+ModelRecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="Recipe whose settings hold; default: recipe.yaml of the model or its run, else tiny.",
+        autocompletion=arguments.complete_recipe,
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -72,6 +81,10 @@ ModelArgument = Annotated[
         metavar="MODEL",
         help="Model folder, such as runs/demo/train/model.",
     ),
+]
+OptionalModelArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Model folder; default: the weights that ship."),
 ]
 DataOption = Annotated[
     str,

@@ -130,15 +130,3 @@ def _record(evaluation: Evaluation, shown: Shown, uri: str, out: Path | None) ->
     with tempfile.TemporaryDirectory(prefix="flowreel-") as folder:
         files = write_files(Path(folder), evaluation, shown)
         return log_to_mlflow(evaluation, uri, Path(folder), files)
-
-
-def recipe_beside(folder: Path) -> str:
-    """The recipe that a model was made by: in its folder or in its run's, else the default.
-
-    `flowreel train --out RUN` leaves RUN/model and RUN/recipe.yaml, a demo RUN/train/model.
-    """
-    whole = folder.resolve()
-    for place in (whole, whole.parent, whole.parent.parent):
-        if (place / "recipe.yaml").is_file():
-            return str(place / "recipe.yaml")
-    return "tiny"

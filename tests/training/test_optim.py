@@ -1,4 +1,4 @@
-"""The optimizer equals torch's AdamW with clipping, or Muon; skips leave no trace; rates end right."""
+"""The optimizer equals torch's AdamW with clipping, or Muon; skips leave no trace; rates end."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from flow.video_spec import VideoSpec
 from pipeline.cli import arguments
 from pipeline.console import Reporter, plain
 from pipeline.evaluation import samples
-from pipeline.evaluation.command import evaluate_model, recipe_beside
+from pipeline.evaluation.command import evaluate_model
 from pipeline.evaluation.drift import nats_by_frame
 from pipeline.evaluation.fidelity import fidelity
 from pipeline.evaluation.nats import Measured, SizedClips, measure_nats
@@ -33,6 +33,7 @@ from pipeline.evaluation.options import FAMILIES, FamilyError, Options
 from pipeline.evaluation.result import Evaluation
 from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.samples import Sampling
+from pipeline.shipped import recipe_beside
 from serving.config import SamplingConfig
 from serving.loading import LoadedModel, load
 from serving.requests import Generation

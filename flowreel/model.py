@@ -32,6 +32,7 @@ from media.frames import Frames
 from media.write import decode_image, encode_mp4, encode_png
 from pipeline.make_video import request_for
 from pipeline.recipes import Recipe, load_recipe
+from pipeline.shipped import recipe_beside, shipped_model
 from pipeline.video_likelihood import VideoFitError, fit_video, measure_likelihood
 from serving.loading import LoadedModel
 from serving.loading import load as load_session
@@ -280,18 +281,18 @@ def _hand_over(frames: Frames, on_frames: Callable[[Frames], object] | None) -> 
 
 
 def load(
-    folder: str | Path,
+    folder: str | Path | None = None,
     *,
-    recipe: Recipe | str | Path = "tiny",
+    recipe: Recipe | str | Path | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Model:
     """Read a model folder, as training or `flowreel import-weights` leaves it.
 
     Args:
-        folder: holds config.json and safetensors.
-        recipe: whose `sampler` and `serve.limits` are used: a recipe, its name or its file. The
-            default is that of `flowreel sample`.
+        folder: holds config.json and safetensors; by default the weights that ship.
+        recipe: whose `sampler` and `serve.limits` are used: a recipe, its name or its file; by
+            default recipe.yaml of the model or its run, else `tiny`.
         device: where it computes.
         dtype: of weights and products; densities and noise stay float32.
 
@@ -299,10 +300,13 @@ def load(
         CheckpointError, CodecError, TextError: a part is missing or does not fit.
         InvalidRequest: the folder does not say which videos the model makes.
         RecipeError: no such recipe, or a bad value in it.
+        NoShippedModelError: no folder is given, and no weights ship with this copy.
     """
+    folder = shipped_model() if folder is None else Path(folder)
+    recipe = recipe or recipe_beside(folder)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     loaded = load_session(folder, device=device, dtype=_DTYPES[dtype], sampling=chosen.sampler)
-    return Model(loaded, Path(folder), chosen)
+    return Model(loaded, folder, chosen)
 
 
 def sample(

@@ -27,6 +27,7 @@ from media.write import encode_mp4
 from pipeline.client import Request, Video, VideoClient
 from pipeline.cluster import interrupts_kept, local_or_given
 from pipeline.console import Reporter
+from pipeline.demo_beside import beside_each_other, by_shipped_weights
 from pipeline.demo_figures import (
     captions_to_show,
     codec_quality,
@@ -86,6 +87,8 @@ def demo(
             generated = serve_and_sample(recipe, trained.model_dir, prompts, out, reporter)
     with reporter.stage("6 judge"):
         judged, beside = judge_videos(recipe, generated, out, shown=0 if own_shards else SHOWN)
+        if not own_shards:
+            beside += by_shipped_weights(prompts, recipe, out)
     summary = {
         **figures,
         **generated.figures(),
@@ -327,16 +330,6 @@ def judge_videos(
             write_whole(path, encode_mp4(frames, bucket.fps))
             beside.append(Sample(prompt.text, kind, path, frames))
     return figures, beside
-
-
-def beside_each_other(generated: list[Sample], others: list[Sample]) -> list[Sample]:
-    """The samples in the report's order: real clips follow the video of the same prompt."""
-    ordered = []
-    for sample in generated:
-        ordered.append(sample)
-        if sample.kind == "text to video":
-            ordered += [other for other in others if other.prompt == sample.prompt]
-    return ordered
 
 
 # What is left to do, asked before Ray is started: nothing is written.

@@ -12,6 +12,8 @@ The files, in the order to read them:
     step.py             one step: two backwards, one decision, two updates
     objective.py        the two losses and their backwards
     optim.py            AdamW over shards, learning rate, averaged weights, the rule that skips
+    muon.py             orthogonalised momentum for the matrices inside the layers
+    sharded.py          a worker's part of a tensor, and that part dressed as the whole
     parallel.py         this process among the workers; FSDP2
     checkpoint.py       checkpoints that are complete or not there; export of a model
     held_out.py         held-out loss, and a Gaussian to hold it against

@@ -32,6 +32,7 @@ from flow.model_folder import ModelSpec, save_model
 from flowreel.errors import FlowreelError
 from flowreel.files import write_json
 from flowreel.values import digest_of, flattened
+from training.config import TrainConfig
 from training.parallel import Parallel, networks
 
 MARKER_NAME = "complete.json"
@@ -93,6 +94,8 @@ def latest_complete(root: Path) -> Checkpoint | None:
 def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another run.
 
+    A setting that came after the checkpoint had its default there.
+
     Raises:
         CheckpointMismatch: naming every key that differs, with both values.
 
@@ -105,6 +108,8 @@ def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
     # Through JSON, so that a tuple of today equals the list that was read from the marker.
     old = flattened(json.loads(json.dumps(checkpoint.description)))
     new = flattened(json.loads(json.dumps(description)))
+    defaults = flattened(json.loads(json.dumps({"train": TrainConfig().trajectory()})))
+    old = {key: value for key, value in defaults.items() if key in new} | old
     differences = [
         f"{key} is {new.get(key, 'not set')!r} but the checkpoint has {old.get(key, 'not set')!r}"
         for key in sorted(old.keys() | new.keys())

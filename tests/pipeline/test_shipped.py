@@ -1,4 +1,4 @@
-"""The weights that ship: what lies beside them, and that commands use them where no model is named."""
+"""The weights that ship: what lies beside them, and that commands use them by default."""
 
 from __future__ import annotations
 

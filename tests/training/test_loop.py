@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -197,6 +199,23 @@ def test_a_checkpoint_of_another_model_is_refused_with_what_differs(
         train(small_config(), other)
     with pytest.raises(CheckpointMismatch, match=r"train.seed is 5 but the checkpoint has 0"):
         train(small_config(seed=5), single)
+
+
+def test_a_setting_that_came_after_a_checkpoint_has_its_default_there(
+    single: TrainJob, tmp_path: Path
+) -> None:
+    folder = tmp_path / "earlier"
+    shutil.copytree(single.out, folder)
+    earlier = TrainJob(single.flow, single.text, single.dataset, folder)
+    latest = latest_complete(earlier.checkpoints)
+    assert latest is not None
+    marker = latest.path / MARKER_NAME
+    written = json.loads(marker.read_text())
+    del written["description"]["train"]["optimizer"]["kind"]
+    marker.write_text(json.dumps(written))
+    assert train(small_config(steps=8), earlier).resumed_from == 6
+    with pytest.raises(CheckpointMismatch, match=r"optimizer\.kind is 'muon'"):
+        train(small_config(optimizer={"kind": "muon"}), earlier)
 
 
 def test_broken_latents_are_skipped_and_then_stop_the_run_with_the_reason(tmp_path: Path) -> None:

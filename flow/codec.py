@@ -32,6 +32,7 @@ from flow.codec_factors import (
     CodecError,
     factors_of,
 )
+from flow.codec_layers import quicken
 from flow.latent_convention import LatentConvention
 from flowreel.files import replacing, write_json
 
@@ -105,7 +106,7 @@ class VideoCodec:
             raise CodecError(f"the weights in {folder} do not fit its config: {error}") from error
         assert not any(tensor.is_meta for tensor in chain(vae.parameters(), vae.buffers()))
         kind = ImageCodec if config.get("_class_name") == IMAGE_CLASS else VideoCodec
-        return kind(vae.to(device), codec_digest(folder))
+        return kind(quicken(vae.to(device)), codec_digest(folder))
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flow.codec import Vae, VideoCodec, build_vae, empty_cache, save_codec
+from flow.codec_layers import quicken
 from flow.device import has_quick_bf16
 from flowreel.errors import FlowreelError
 from flowreel.files import replacing, write_json
@@ -84,11 +85,16 @@ def _schedule(config: CodecConfig, step: int) -> float:
     return warmth * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def _as_laid_out(kernel: Tensor, like: Tensor) -> Tensor:
+    """A kernel with its axes in the order in which those of `like` lie in memory."""
+    return kernel if like.is_contiguous() else kernel.movedim(1, -1)
+
+
 class _Optimizers:
     """Muon (orthogonalised momentum) for the inner convolutions, AdamW for all else.
 
-    torch's Muon takes matrices, so each kernel is handed to it as a [out, in·kernel] view of the
-    same memory.
+    torch's Muon takes matrices, so each kernel is handed to it as a [out, kernel·in] view of the
+    same memory; the order of columns does not change a step.
     """
 
     def __init__(self, vae: Vae, config: CodecConfig) -> None:
@@ -100,7 +106,10 @@ class _Optimizers:
         ]
         inner = {id(weight) for weight in kernels}
         self._kernels = kernels
-        self._matrices = [nn.Parameter(weight.data.view(weight.shape[0], -1)) for weight in kernels]
+        self._matrices = [
+            nn.Parameter(_as_laid_out(weight.data, weight).view(len(weight), -1))
+            for weight in kernels
+        ]
         others = [weight for weight in vae.parameters() if id(weight) not in inner]
         muon = torch.optim.Muon(self._matrices, lr=config.muon_learning_rate, weight_decay=0.0)
         adam = torch.optim.AdamW(
@@ -111,7 +120,10 @@ class _Optimizers:
     def step(self, share: float) -> None:
         """One update at this share of the peak learning rates."""
         for matrix, kernel in zip(self._matrices, self._kernels, strict=True):
-            matrix.grad = None if kernel.grad is None else kernel.grad.view_as(matrix)
+            gradient = kernel.grad
+            matrix.grad = (
+                None if gradient is None else _as_laid_out(gradient, kernel).reshape_as(matrix)
+            )
         for optimizer, peak in self._peaks:
             optimizer.param_groups[0]["lr"] = peak * share
             optimizer.step()
@@ -235,7 +247,7 @@ class _Run:
         self, config: CodecConfig, start: Path | None, path: Path, device: str = "cpu"
     ) -> None:
         torch.manual_seed(config.seed)
-        self.vae = _initial(config, start).train().to(device)
+        self.vae = quicken(_initial(config, start).train().to(device))
         self.optimizers = _Optimizers(self.vae, config)
         self.average = torch.optim.swa_utils.AveragedModel(
             self.vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)

@@ -23,6 +23,7 @@ from flow.codec import (
     save_codec,
 )
 from flow.codec_factors import WAN_FACTORS
+from flow.codec_layers import ChannelNorm
 from tests.tiny_codec import wan_like
 from training.codec_training import CodecConfig
 
@@ -134,6 +135,26 @@ def test_encoding_equals_the_librarys_bit_for_bit(codec: VideoCodec) -> None:
         posterior = codec.vae.encode(signal).latent_dist
     assert torch.equal(mean, posterior.mean.transpose(1, 2))
     assert torch.equal(logvar, posterior.logvar.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_our_norm_is_the_librarys_but_for_rounding(dtype: torch.dtype) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+
+    theirs = WanRMS_norm(6, images=False)
+    torch.nn.init.normal_(theirs.gamma)
+    ours = ChannelNorm(theirs.gamma, theirs.bias)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    x = torch.randn(2, 6, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, :, 0, 0, 0] = 0
+    error = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(ours(x).double(), theirs(x).double(), atol=error, rtol=error)
+
+
+def test_a_loaded_codec_has_none_of_the_librarys_norms(codec: VideoCodec) -> None:
+    kinds = {type(module).__name__ for module in codec.vae.modules()}
+    assert "ChannelNorm" in kinds
+    assert "WanRMS_norm" not in kinds
 
 
 def test_threads_may_encode_with_one_codec(codec: VideoCodec) -> None:

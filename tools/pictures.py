@@ -117,7 +117,7 @@ def save_surprise(model: Model, recipe: Recipe, folder: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(6, 2.6), layout="constrained")
     for name, likelihood in measured.items():
         axis.plot(range(1, count + 1), likelihood.frame_nats, marker="o", label=name)
-    axis.set_xlabel("latent frame (four frames of video each, the first one)")
+    axis.set_xlabel("latent frame (of one video frame the first, of four each other one)")
     axis.set_ylabel("log-likelihood, nats")
     axis.set_xticks(range(1, count + 1))
     axis.legend()

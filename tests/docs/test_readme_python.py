@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,11 @@ import pytest
 
 from tests.docs.code import pages
 from tests.places import ROOT
-from tests.serving.conftest import model_dir
-
-__all__ = ["model_dir"]  # the tiny model folder of the service's tests
 
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_runs_and_says_what_it_promises(
-    model_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -27,14 +22,13 @@ def test_the_python_runs_and_says_what_it_promises(
     (block,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     lines = [line for line in block.splitlines() if line.strip()]
     assert len(lines) <= 10
-    shutil.copytree(model_dir, tmp_path / "runs/demo/train/model")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     exec(compile(block, "README.md", "exec"), namespace)
     exact, bits, least = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"exact for noise that is at most \d\S* away", exact)
     assert re.fullmatch(r"-?\d+\.\d{3} ± \d+\.\d{3} bits per dimension", bits)
-    assert re.fullmatch(r"the least likely latent frame is number [012]", least)
+    assert re.fullmatch(r"the least likely latent frame is number [0-4]", least)
     assert (tmp_path / "circle.mp4").stat().st_size > 0
 
 

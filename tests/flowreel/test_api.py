@@ -133,10 +133,13 @@ def test_editors_and_mypy_see_every_signature(tmp_path: Path) -> None:
 def test_a_sample_is_the_video_that_the_service_makes(
     loaded: LoadedModel, video: flowreel.Video
 ) -> None:
-    request = Generation(request_id="a", prompt=PROMPT, num_frames=TRAINED_FRAMES, seed=7)
-    # The recipe's own sampler, as the command line has it.
-    sampling = flowreel.load_recipe("tiny").sampler
-    expected = generate(replace(loaded, sampling=sampling), request)
+    # The recipe's own sampler and guidance, as the command line has them.
+    recipe = flowreel.load_recipe("tiny")
+    guidance = recipe.serve.limits.default_guidance
+    request = Generation(
+        request_id="a", prompt=PROMPT, num_frames=TRAINED_FRAMES, seed=7, guidance=guidance
+    )
+    expected = generate(replace(loaded, sampling=recipe.sampler), request)
     np.testing.assert_array_equal(video.frames, expected.frames)
     assert video.fps == expected.fps
     assert video.counters == expected.counters

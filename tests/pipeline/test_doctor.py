@@ -116,7 +116,8 @@ def test_memory_is_read_without_any_package() -> None:
 def test_fewer_gpus_than_a_recipe_wants_are_said(
     settings: list[str], gpus: int, level: str, words: str
 ) -> None:
-    finding = doctor.gpu_finding(load_recipe("tiny", settings), gpus)
+    two = ["train.workers={strategy: fsdp, count: 2}"]
+    finding = doctor.gpu_finding(load_recipe("tiny", two + settings), gpus)
     assert finding.level == level
     assert words in finding.advice
 

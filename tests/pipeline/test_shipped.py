@@ -33,7 +33,7 @@ def test_they_are_small_and_say_how_they_were_made() -> None:
     assert made["command"].startswith("flowreel demo --recipe shapes")
     assert len(made["dataset_samples"]) == 16
     evaluation = json.loads((SHIPPED_MODEL / "evaluation.json").read_text())
-    assert 0 < evaluation["prompts"]["seen"]["colour"]["value"] <= 1
+    assert 0 < evaluation["seen.colour"] <= 1
 
 
 def test_a_recipe_beside_them_is_the_recipe_of_that_name() -> None:

@@ -5,7 +5,7 @@
 Latents and text are random: the time of a step does not depend on them. Beside the speed stands how
 far the gradients of bf16 are from those of fp32, as the length of their difference over theirs.
 
-Knows the training step of one process. Knows nothing of Ray or of datasets.
+Knows the training step of one process. Knows nothing of Ray.
 """
 
 from __future__ import annotations

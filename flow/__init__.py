@@ -43,6 +43,7 @@ What stands around the flow, and what lies on disk:
     device.py               which device is computed on
     text.py                 text encoders
     latent_convention.py    between codec latents and model latents
+    codec_layers.py         the VAE's norms in fewer passes over memory
     codec.py                the frozen VAE between frames and latents
     tensor_files.py         named tensors in safetensors files
     model_folder.py         model folders, written whole and loaded file by file

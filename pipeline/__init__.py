@@ -6,6 +6,7 @@ Read in this order:
     recipes.py            one YAML file that says everything about a run
     cluster.py            a Ray of its own, or a cluster that a run is submitted to
     demo_figures.py       what a model has learnt, in numbers
+    demo_beside.py        what the report shows beside the model's own videos
     make_video.py         `flowreel sample`
     video_likelihood.py   `flowreel likelihood`
     run_service.py        `flowreel serve`

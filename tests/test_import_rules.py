@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": ("training", "flow", "media", "data_prep.latents"),
     "serving": ("serving", "flow", "media", "training.checkpoint"),
     "pipeline": OURS,
-    "benchmarks": ("benchmarks", "flow", "media", "data_prep", "training", "serving"),
+    "benchmarks": ("benchmarks", "flow", "media", "data_prep", "training", "serving", "pipeline"),
 }
 FILES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
 

@@ -6,7 +6,7 @@ networks", 2024). The step is scaled as in arXiv 2502.16982, eq. 4, so that Adam
 serves both. On small flows a step of it is worth one and a half of AdamW's (docs/measurements.md).
 
 Works on a worker's own shards: momentum lies sharded; a matrix is gathered to be orthogonalised,
-which every worker does alike. Knows nothing of schedules, averaged weights or files.
+which every worker does alike. Knows nothing of files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What all experiments have in common: the model, tables, plots, and the measured part of a page.
 
-Knows model folders and pages. Knows nothing of any one experiment.
+Knows model folders and pages. Knows nothing of training.
 """
 
 from __future__ import annotations

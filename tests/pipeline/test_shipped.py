@@ -34,6 +34,7 @@ def test_they_are_small_and_say_how_they_were_made() -> None:
     assert len(made["dataset_samples"]) == 16
     evaluation = json.loads((SHIPPED_MODEL / "evaluation.json").read_text())
     assert 0 < evaluation["seen.colour"] <= 1
+    assert evaluation["about"]["model"] == SHIPPED_MODEL.name
 
 
 def test_a_recipe_beside_them_is_the_recipe_of_that_name() -> None:

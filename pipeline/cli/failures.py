@@ -11,6 +11,7 @@ said.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import importlib.util
 import os
@@ -59,6 +60,12 @@ class Interrupts:
         signal.setitimer(signal.ITIMER_REAL, 0)
         if signal.getsignal(signal.SIGINT) == self._on_interrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self.seen:
+            # Where C code ran Python source while we were interrupted, as some libraries do when
+            # they are imported, the interpreter notes an interruption that nobody handled, and
+            # kills itself by SIGINT at its very end instead of giving our exit code. Running any
+            # source that way forgets the note.
+            ctypes.pythonapi.PyRun_SimpleString(b"pass")
 
     def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.seen = True

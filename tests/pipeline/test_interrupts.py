@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import subprocess
@@ -45,7 +46,7 @@ def test_while_imports_run(model_dir: Path, tmp_path: Path, library: str) -> Non
 BUCKET = {"num_frames": 5, "height": 32, "width": 32, "fps": 8.0}
 SMALL = [
     "model.deep_width=64", "model.shallow_width=32", "model.layers_per_block=[1,1]",
-    "model.denoiser_layers=1", "model.latent_channels=24", "model.patch_size=1",
+    "model.denoiser_layers=1", "codec=tiny", "model.latent_channels=24", "model.patch_size=1",
     *(f"prepare.bucket.{key}={value}" for key, value in BUCKET.items()),
 ]  # fmt: skip
 
@@ -147,6 +148,25 @@ def test_it_never_gets_lost(code: str) -> None:
     ended = press(code)
     assert ended.returncode == 130
     assert one_line(ended.stderr) == "interrupted"
+
+
+def test_source_that_c_code_runs_does_not_take_the_exit_code(tmp_path: Path) -> None:
+    """Some libraries run source from C while they are imported; Python remembers its interrupt."""
+    (tmp_path / "lost.py").write_text(
+        "import ctypes, sys\nfrom pipeline.cli.failures import INTERRUPTS, say_failure\n"
+        "INTERRUPTS.install()\n"
+        "try:\n"
+        "    ctypes.pythonapi.PyRun_SimpleString("
+        "b'import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)')\n"
+        "    import time; time.sleep(60)\n"
+        "except BaseException as error:\n    code = say_failure(error)\n"
+        "INTERRUPTS.end()\nsys.exit(code)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "lost"], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )  # fmt: skip
+    assert ended.returncode == 130, ended.stderr
 
 
 def test_clean_up_is_not_interrupted_again() -> None:

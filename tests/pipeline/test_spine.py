@@ -25,7 +25,7 @@ from tests.places import ROOT
 
 MICRO = (
     "world.num_clips=40", "world.num_images=8", "world.clips_per_shard=24", "train.steps=6",
-    "train.checkpoints.every_steps=3", "train.batches.batch_size=4",
+    "train.checkpoints.every_steps=3", "train.denoiser_from_step=2", "train.batches.batch_size=4",
     "train.batches.image_batch_size=4",
     "model.deep_width=64", "model.shallow_width=32",
     "model.layers_per_block=[1,1,1,2]", "model.denoiser_layers=2", "evaluate.prompts=4",

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flow.attention import attend
+from flow.codec_factors import read_factors
 from flow.device import device_of, has_quick_bf16
 from pipeline.recipes import Recipe, load_recipe
 from training.batch_sampler import Mode
@@ -46,8 +47,8 @@ def random_batch(recipe: Recipe, frames: int, size: int, device: torch.device) -
     """Noise in the shape of `size` clips of so many latent frames."""
     bucket, flow = recipe.prepare.bucket, recipe.model
     generator = torch.Generator().manual_seed(frames)
-    # The latent grid of the codecs that ship: 8 pixels to a cell.
-    shape = (size, frames, flow.latent_channels, bucket.height // 8, bucket.width // 8)
+    grid = read_factors(recipe.codec_source).grid(bucket.height, bucket.width)
+    shape = (size, frames, flow.latent_channels, *grid)
     text = (size, flow.text_len, flow.text_dim)
     noisy, words = torch.randn(shape, generator=generator), torch.randn(text, generator=generator)
     mode: Mode = "video" if frames > 1 else "image"

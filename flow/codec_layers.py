@@ -47,7 +47,7 @@ class ChannelNorm(nn.Module):
 def quicken(vae: Any) -> Any:
     """Replace the norms of a Wan codec, and on a CPU lay its kernels out channels last; in place.
 
-    Weights keep their names and values. An image codec is left as it is.
+    Weights keep their names and values. An image codec has other norms, and keeps them.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 

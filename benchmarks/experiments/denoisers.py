@@ -4,8 +4,8 @@
 
 Held-out clips of the world are encoded, noised with the model's σ, cleaned, decoded and held
 against themselves (PSNR, SSIM). Videos of as many prompts are made with each denoiser from the same
-noise.
-The paper's table compares the same ways on real video (arXiv 2511.20462, ablation of denoisers).
+noise. The paper's table compares the same ways on real video (arXiv 2511.20462, ablation of
+denoisers).
 
 Knows the ways to denoise. Knows nothing of training.
 """

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from flowreel.errors import FlowreelError
+from pipeline.shipped import shipped_model
 
 if TYPE_CHECKING:
     from data_prep.sources.config import SourceConfig
@@ -110,6 +111,11 @@ def model_folder(path: str) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise ArgumentError(f"{path} holds no weights: no .safetensors file lies in it")
     return folder
+
+
+def model_or_shipped(path: str | None) -> Path:
+    """The model folder that is named, checked, or else the weights that ship."""
+    return shipped_model() if path is None else model_folder(path)
 
 
 def input_file(path: Path, what: str) -> Path:

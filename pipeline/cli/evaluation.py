@@ -120,9 +120,9 @@ def evaluate(
 
     Every figure stands beside what it is to be read against: chance, floor, real clips.
     """
-    from pipeline.shipped import recipe_beside, shipped_model
+    from pipeline.shipped import recipe_beside
 
-    folder = shipped_model() if model is None else arguments.model_folder(model)
+    folder = arguments.model_or_shipped(model)
     families = arguments.FAMILIES if only is None else arguments.several("--only", only)
     for family in families:
         arguments.one_of("--only", family, arguments.FAMILIES)

@@ -113,9 +113,9 @@ def sample(
     json_: JsonOption = False,
 ) -> None:
     """One video in this process, frame for frame what `flowreel serve` would send."""
-    from pipeline.shipped import recipe_beside, shipped_model
+    from pipeline.shipped import recipe_beside
 
-    folder = shipped_model() if model is None else arguments.model_folder(model)
+    folder = arguments.model_or_shipped(model)
     if out is not None:
         arguments.output_file(out, suffixes=arguments.VIDEO_SUFFIXES)
     if image is not None:
@@ -219,9 +219,9 @@ def serve(
     json_: JsonOption = False,
 ) -> None:
     """Model folder → HTTP endpoint (OpenAI Videos dialect), until Ctrl-C."""
-    from pipeline.shipped import recipe_beside, shipped_model
+    from pipeline.shipped import recipe_beside
 
-    folder = shipped_model() if model is None else arguments.model_folder(model)
+    folder = arguments.model_or_shipped(model)
     arguments.output_folder(data_dir, option="--data-dir")
     arguments.cluster_address(address)
     from pipeline.recipes import load_recipe

@@ -23,8 +23,8 @@ from flow.attention import attend
 from flow.codec_factors import read_factors
 from flow.device import device_of, has_quick_bf16
 from pipeline.recipes import Recipe, load_recipe
-from training.batch_sampler import Mode
-from training.batches import TrainBatch
+from training.data.batch_sampler import Mode
+from training.data.batches import TrainBatch
 from training.loop import fresh_model
 from training.parallel import Parallel
 from training.step import TrainStep

@@ -30,7 +30,7 @@ from media.frames import Frames
 from pipeline.evaluation.codec_quality import round_trip
 from pipeline.evaluation.prompt_following import chances, shares
 from pipeline.tables import JUDGED
-from training.codec_training import measure as measure_codec
+from training.codec.train import measure as measure_codec
 from training.held_out import (
     Captions,
     HeldOutLoss,

@@ -33,7 +33,7 @@ from serving.config import Limits, Resources, SamplingConfig
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from training.codec_config import CodecConfig
+    from training.codec.config import CodecConfig
     from training.stated_video import StatedVideo
 
 ASSETS = Path(__file__).parent / "assets"
@@ -229,7 +229,7 @@ def codec_config(overrides: list[str]) -> CodecConfig:
         RecipeError: an unknown key or a bad value; always one line.
     """
     # Here and not above: a recipe can be read and refused without torch.
-    from training.codec_config import CodecConfig
+    from training.codec.config import CodecConfig
 
     values: dict[str, Any] = {}
     for override in overrides:

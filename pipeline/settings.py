@@ -172,7 +172,7 @@ def _recipe_sections() -> tuple[Section, ...]:
 
 @lru_cache(maxsize=1)
 def _codec_section() -> Section:
-    from training.codec_config import CodecConfig
+    from training.codec.config import CodecConfig
 
     (section,) = _read(CodecConfig, "", None)
     return dataclasses.replace(

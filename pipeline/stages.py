@@ -42,8 +42,8 @@ from pipeline.report import Sample, write_report
 from pipeline.tables import progress_words, say_captioned, say_prepared, say_summary
 from serving.config import ServiceSpec
 from serving.on_ray import ServedApp, serve_model
-from training.history import read_history
 from training.on_ray import train_on_ray
+from training.record.history import read_history
 from training.run import TrainRequest, TrainResult, check_run
 
 

@@ -97,7 +97,7 @@ VOCABULARY: dict[str, Sign] = {
     # Libraries.
     "ray": _imports("ray"),
     "torch": _imports("torch"),
-    "mlflow": _imports("mlflow", "training.tracking"),
+    "mlflow": _imports("mlflow", "training.record.tracking"),
     "diffusers": _imports("diffusers"),
     "transformers": _imports("transformers"),
     "pydantic": _imports("pydantic"),
@@ -113,7 +113,7 @@ VOCABULARY: dict[str, Sign] = {
     "object stores": _imports("pyarrow.fs", "data_prep.storage.store"),
     "environment": Sign(names=("environ",), calls=("getenv",)),
     "time": _imports("time", "datetime"),
-    "logs": _imports("logging", "mlflow", "training.tracking", "training.history"),
+    "logs": _imports("logging", "mlflow", "training.record.tracking", "training.record.history"),
     "processes": _imports("subprocess", "multiprocessing", "torch.distributed"),
     "workers": _imports("torch.distributed", "training.parallel", "ray"),
     "devices": Sign(imports=("torch.cuda",), names=("cuda", "device")),
@@ -160,8 +160,10 @@ VOCABULARY: dict[str, Sign] = {
     "buckets": _imports("data_prep.config"),
     # Training.
     "training": _imports("training", "torch.optim"),
-    "training state": _imports("training.checkpoint", "training.optim", "training.step"),
-    "optimizers": _imports("torch.optim", "training.optim"),
+    "training state": _imports(
+        "training.state.checkpoint", "training.optimizer.optim", "training.step"
+    ),
+    "optimizers": _imports("torch.optim", "training.optimizer.optim"),
     "losses": _imports("training.objective", "training.step"),
     "loop": _imports("training.loop"),
     "steps": _imports("training.step", "training.loop"),

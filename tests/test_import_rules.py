@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "media": ("media",),
     "data_prep": ("data_prep", "flow", "media"),
     "training": ("training", "flow", "media", "data_prep.latents"),
-    "serving": ("serving", "flow", "media", "training.checkpoint"),
+    "serving": ("serving", "flow", "media", "training.state.checkpoint"),
     "pipeline": OURS,
     "benchmarks": ("benchmarks", "flow", "media", "data_prep", "training", "serving", "pipeline"),
 }

@@ -21,7 +21,7 @@ from typing import Any
 from flowreel.files import write_json
 from pipeline.recipes import load_recipe
 from pipeline.shipped import SHIPPED_MODEL
-from training.history import read_history
+from training.record.history import read_history
 
 COMMAND = "flowreel demo --recipe {recipe}"
 

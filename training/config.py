@@ -1,12 +1,12 @@
 """How a model is trained: every setting with its unit, in one section for each part that reads it.
 
-    section      read by                            decides
-    batches      `batch_sampler.py`, `batches.py`   what a step sees
-    optimizer    `optim.py`                         how a step changes the weights, or is skipped
-    checkpoints  `checkpoint.py`                    when the run can be resumed from
-    evaluation   `held_out.py`                      when and on what held-out loss is measured
-    workers      `parallel.py`, `on_ray.py`         which processes share the work
-    tracking     `tracking.py`                      what is recorded, and how often
+    section      read by                  decides
+    batches      `data/`                  what a step sees
+    optimizer    `optimizer/`             how a step changes the weights, or is skipped
+    checkpoints  `state/`                 when the run can be resumed from
+    evaluation   `held_out.py`            when and on what held-out loss is measured
+    workers      `parallel.py`, `on_ray.py`  which processes share the work
+    tracking     `record/`                what is recorded, and how often
 
 The sections stand here and not in those files, because a recipe is read before torch is imported.
 What the model is (`FlowConfig`), which text encoder it reads (`TextSpec`) and what it is trained on

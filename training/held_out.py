@@ -26,9 +26,9 @@ from flow.flow import DeepShallowFlow
 from flow.likelihood import check_noise_floor, over_draws
 from flow.text import TextEncoder
 from flowreel.errors import FlowreelError
-from training.batch_sampler import Mode, random_stream
-from training.batches import LatentStore, Prompts, noised_latents
 from training.config import EvaluationConfig
+from training.data.batch_sampler import Mode, random_stream
+from training.data.batches import LatentStore, Prompts, noised_latents
 from training.parallel import Parallel
 
 Captions = Literal["true", "shuffled", "null"]

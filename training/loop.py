@@ -21,23 +21,23 @@ from flow.device import has_quick_bf16
 from flow.flow import FlowModel
 from flow.likelihood import noise_floor
 from flow.text import TextSpec, build_text_encoder
-from training.batch_sampler import BatchSampler, StepPlan
-from training.batches import BatchMaker, LatentStore, Prompts
-from training.checkpoint import (
+from training.config import TrainConfig
+from training.data.batch_sampler import BatchSampler, StepPlan
+from training.data.batches import BatchMaker, LatentStore, Prompts
+from training.data.latents import open_latents
+from training.held_out import HeldOut
+from training.parallel import Parallel, join_workers, shard_model
+from training.record.history import HISTORY_NAME, History
+from training.record.metrics import step_cost
+from training.record.tracking import MetricsLogger, MlflowRun
+from training.state.checkpoint import (
     Checkpoint,
     check_fits,
     latest_complete,
     load_checkpoint,
     save_checkpoint,
 )
-from training.config import TrainConfig
-from training.held_out import HeldOut
-from training.history import HISTORY_NAME, History
-from training.latents import open_latents
-from training.metrics import step_cost
-from training.parallel import Parallel, join_workers, shard_model
 from training.step import StepMetrics, TrainStep
-from training.tracking import MetricsLogger, MlflowRun
 
 CHECKPOINTS_NAME = "checkpoints"
 Report = Callable[[dict[str, Any]], None]

@@ -28,8 +28,9 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from flowreel.errors import FlowreelError
 from training.config import TrainConfig, WorkerConfig
-from training.history import HistoryTail
 from training.loop import TrainJob, train
+from training.record.history import HistoryTail
+from training.record.tracking import MlflowRun
 from training.run import (
     HistoryProgress,
     TrainingRun,
@@ -39,7 +40,6 @@ from training.run import (
     conclude,
     mlflow_record,
 )
-from training.tracking import MlflowRun
 
 POLL_S = 0.5
 # Ray Train looks after its workers this often; its default of 2 s is felt at the end of a short

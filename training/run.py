@@ -27,18 +27,18 @@ from flow.text import TextSpec
 from flowreel.errors import FlowreelError
 from flowreel.files import write_json
 from flowreel.values import digest_of
-from training.checkpoint import (
+from training.config import TrainConfig
+from training.data.latents import open_latents
+from training.loop import TrainJob, describe, settle_precision, train
+from training.record.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
+from training.state.checkpoint import (
     CODEC_FOLDER,
     Checkpoint,
     check_fits,
     export_model,
     latest_complete,
 )
-from training.config import TrainConfig
-from training.latents import open_latents
-from training.loop import TrainJob, describe, settle_precision, train
 from training.stated_video import StatedVideo, video_spec
-from training.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
 
 MODEL_NAME = "model"
 FINISHED_NAME = "finished.json"
@@ -85,7 +85,7 @@ class TrainResult:
         resumed_from: step this call went on from; None for a fresh run, `steps` where there was
             nothing to do.
         mlflow_run_id: the run's record; None where tracking is off.
-        history: JSON lines, one per step (`training.history.read_history`).
+        history: JSON lines, one per step (`training.record.history.read_history`).
     """
 
     model_dir: Path

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from flow.flow import FlowModel
 from flowreel.errors import FlowreelError
-from training.batches import TrainBatch
 from training.config import TrainConfig
+from training.data.batches import TrainBatch
 from training.objective import denoiser_backward, flow_backward
-from training.optim import LearningRate, ShardedOptimizer, SkipRule
+from training.optimizer.optim import LearningRate, ShardedOptimizer, SkipRule
+from training.optimizer.sharded import local_tensor
 from training.parallel import Parallel, forget_gathered, networks
-from training.sharded import local_tensor
 
 
 class SkippedTooOften(FlowreelError, RuntimeError):

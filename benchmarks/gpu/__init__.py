@@ -25,7 +25,7 @@ this project it imports:
 - `flow.*`, which needs no more than that;
 - `flowreel.errors`, `flowreel.files`, `flowreel.values` (standard library only);
 - `benchmarks.iteration`: the cost of a pass, against which a pass is held;
-- `training.objective` and `training.metrics`: a step's backward and its operations.
+- `training.objective` and `training.record.metrics`: a step's backward and its operations.
 
 `tests/benchmarks/test_gpu_bare.py` holds this list, and runs the rehearsal in an environment that
 has nothing else. Where diffusers, or what `benchmarks.prepare` needs, is missing, the figures of

@@ -2,8 +2,8 @@
 
 A step is what a single process takes: fp32 masters, bf16 products under autocast, the loss's
 backward (`training.objective`), AdamW. Activation checkpointing is torch's, put around each layer
-here. Operations are those of `training.metrics`: 6 per weight and token, attention's products
-counted once as causal (half) and once in full; what checkpointing computes again is not counted.
+here. Operations are those of `training.record.metrics`: 6 per weight and token, attention's
+products counted once as causal (half) and once in full; what checkpointing computes again is not.
 
 Knows the deep block. Knows nothing of workers or data; how it is scaled to the whole model is said
 in the rows.
@@ -28,8 +28,8 @@ from benchmarks.gpu.shapes import Shapes
 from benchmarks.iteration import Rates
 from flow.config import FlowConfig
 from flow.flow import FlowModel
-from training.metrics import StepCost, step_cost
 from training.objective import flow_backward
+from training.record.metrics import StepCost, step_cost
 
 USABLE = 0.9
 """Share of the memory that a step may plan with: the allocator cannot use all of it."""

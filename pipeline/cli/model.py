@@ -361,7 +361,7 @@ def train_codec_command(
     from data_prep.world.draw import random_scene
     from data_prep.world.render import render_clip
     from flow.device import device_of
-    from training.codec_training import train_codec
+    from training.codec.train import train_codec
 
     said = reporter(json_)
     chosen_device = str(device_of(device))

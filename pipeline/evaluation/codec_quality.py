@@ -16,7 +16,7 @@ import torch
 
 from flow.codec import VideoCodec
 from media.frames import Frames
-from training.codec_training import psnr_db
+from training.codec.train import psnr_db
 
 BATCH = 4
 """Clips that are encoded and decoded at once."""

@@ -22,7 +22,7 @@ from data_prep.latents.records import Bucket
 from flow.flow import LOG_SQRT_2PI, DeepShallowFlow
 from flow.latent_convention import LatentConvention
 from flow.likelihood import check_noise_floor, noise_floor
-from training.batches import Prompts, noised_latents
+from training.data.batches import Prompts, noised_latents
 from training.held_out import HeldOutLoss, shuffled
 
 BATCH = 32

@@ -13,7 +13,7 @@ from pathlib import Path
 from flowreel.values import digest_of
 from pipeline.evaluation.result import Evaluation
 from training.config import TrackingConfig
-from training.tracking import MetricsLogger, close_mlflow_run, open_mlflow_run
+from training.record.tracking import MetricsLogger, close_mlflow_run, open_mlflow_run
 
 EXPERIMENT = "flowreel evaluation"
 

@@ -51,7 +51,7 @@ from pipeline.evaluation.result import About, Evaluation, Shown, ShownClip
 from pipeline.evaluation.samples import make_long_video
 from pipeline.evaluation.steadiness import Steadiness, steadiness
 from serving.loading import LoadedModel, load
-from training.batches import Prompts
+from training.data.batches import Prompts
 
 HELD_OUT_CLIPS = 128
 DATASET_CLIPS = 256

@@ -30,7 +30,7 @@ OURS = (
     "flowreel.errors",
     "flowreel.files",
     "flowreel.values",
-    "training.metrics",
+    "training.record.metrics",
     "training.objective",
 )
 """All that the benchmark may import of this project: the list in the docstring of the package."""

@@ -25,7 +25,7 @@ from flow.codec import (
 from flow.codec_factors import WAN_FACTORS
 from flow.codec_layers import ChannelNorm
 from tests.tiny_codec import wan_like
-from training.codec_training import CodecConfig
+from training.codec.train import CodecConfig
 
 WAN = wan_like(4)
 STATISTICS = {"latents_mean": [0.1, -0.2, 0.0, 0.3], "latents_std": [0.5, 1.0, 2.0, 1.5]}

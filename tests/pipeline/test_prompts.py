@@ -21,7 +21,7 @@ from serving.loading import LoadedModel
 from serving.requests import Generation, ModelFacts
 from serving.session import DeepSession, generate
 from tests.flow.models import tiny_model
-from training.batches import Prompts
+from training.data.batches import Prompts
 
 FPS = 16.0
 CAPTION = "a corgi looks at the camera"

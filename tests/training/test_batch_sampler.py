@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_prep.latents.records import Bucket
-from training.batch_sampler import BatchSampler, BatchSamplerError, Mode, random_stream
 from training.config import BatchConfig
+from training.data.batch_sampler import BatchSampler, BatchSamplerError, Mode, random_stream
 
 VIDEO, WIDE, IMAGE = Bucket(9, 64, 64), Bucket(9, 64, 96), Bucket(1, 64, 64)
 BUCKETS = {

@@ -17,8 +17,8 @@ from data_prep.world.render import render_clip
 from flow.codec import VideoCodec, build_vae
 from flowreel.errors import FlowreelError
 from pipeline.recipes import SHAPES_CODEC
-from training.codec_config import CodecConfig
-from training.codec_training import (
+from training.codec.config import CodecConfig
+from training.codec.train import (
     CHECKPOINT_NAME,
     in_two_parts,
     measure,

@@ -95,7 +95,7 @@ def test_sections_refuse_unknown_keys_and_changes() -> None:
 
 def test_settings_load_nothing_heavy() -> None:
     code = (
-        "import sys\nimport training.config, training.codec_config\n"
+        "import sys\nimport training.config, training.codec.config\n"
         "bad = {'torch', 'numpy', 'pyarrow', 'ray', 'mlflow'} & set(sys.modules)\n"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )

@@ -16,8 +16,8 @@ from flow.flow import DeepShallowFlow, FlowModel
 from flow.likelihood import NoiseFloorWarning, noise_floor
 from flow.text import build_text_encoder
 from tests.training.world import TEXT, write_dataset
-from training.batches import LatentStore, Prompts
 from training.config import EvaluationConfig
+from training.data.batches import LatentStore, Prompts
 from training.held_out import (
     EvaluationError,
     HeldOut,

@@ -16,8 +16,8 @@ import torch
 from flow.model_folder import load_model
 from tests.places import ROOT
 from tests.training.world import write_dataset
-from training.checkpoint import latest_complete
-from training.history import read_history
+from training.record.history import read_history
+from training.state.checkpoint import latest_complete
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -17,16 +17,16 @@ from flow.config import tiny
 from flow.flow import FlowModel
 from tests.training import workers
 from tests.training.world import TEXT, small_config, two_workers, write_dataset
-from training.checkpoint import (
+from training.config import TrainConfig
+from training.loop import TrainJob, settle_precision, train
+from training.record.history import read_history
+from training.state.checkpoint import (
     MARKER_NAME,
     CheckpointMismatch,
     complete_checkpoints,
     latest_complete,
     load_averaged,
 )
-from training.config import TrainConfig
-from training.history import read_history
-from training.loop import TrainJob, settle_precision, train
 from training.step import SkippedTooOften
 
 

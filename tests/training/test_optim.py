@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.training.world import small_config
 from training.config import OptimizerConfig
-from training.optim import LearningRate, ShardedOptimizer, SkipRule
+from training.optimizer.optim import LearningRate, ShardedOptimizer, SkipRule
 
 
 def network() -> nn.Sequential:

@@ -21,16 +21,16 @@ from tests.training.world import (
     two_workers,
     write_dataset,
 )
-from training.checkpoint import (
+from training.record.history import History, HistoryTail, read_history
+from training.record.tracking import TRACKING_NAME
+from training.run import RunError, check_run, train_in_process
+from training.state.checkpoint import (
     MARKER_NAME,
     CheckpointMismatch,
     latest_complete,
     load_averaged,
 )
-from training.history import History, HistoryTail, read_history
-from training.run import RunError, check_run, train_in_process
 from training.stated_video import StatedVideo, VideoMismatch
-from training.tracking import TRACKING_NAME
 
 VIDEO = VideoSpec(num_frames=9, height=64, width=64, fps=8.0)
 

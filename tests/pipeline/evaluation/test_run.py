@@ -43,7 +43,7 @@ from tests.serving.conftest import (
     model_dir as model_dir,
 )  # the tiny model folder of the service's tests
 from tests.training.world import TEXT, write_dataset
-from training.batches import Prompts
+from training.data.batches import Prompts
 from training.held_out import Measurement, evaluate_nats, gaussian_nats_per_dim
 
 SD_LIKE = {

@@ -24,8 +24,8 @@ from flow.codec import LatentConvention
 from flow.config import FlowConfig
 from flow.prompt import EXTEND_PREFIX, prompt_for
 from flow.text import TextEncoder
-from training.batch_sampler import BatchSampler, Mode, StepPlan, random_stream
 from training.config import BatchConfig
+from training.data.batch_sampler import BatchSampler, Mode, StepPlan, random_stream
 
 PROMPT_CACHE_SIZE = 50_000
 """Encoded prompts that stay in memory."""

@@ -23,7 +23,7 @@ from flow.codec_layers import quicken
 from flow.device import has_quick_bf16
 from flowreel.errors import FlowreelError
 from flowreel.files import replacing, write_json
-from training.codec_config import CodecConfig
+from training.codec.config import CodecConfig
 
 Render = Callable[[int, int], Any]
 """`render(seed, num_frames)` gives a scene's frames, uint8 [T, H, W, 3]."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from training.config import OptimizerConfig
-from training.muon import ShardedMuon, is_inner
-from training.sharded import like_parameter, local_tensor
+from training.optimizer.muon import ShardedMuon, is_inner
+from training.optimizer.sharded import like_parameter, local_tensor
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
     >>> check_fits(checkpoint, {"train": {"seed": 0}})
     >>> check_fits(checkpoint, {"train": {"seed": 5}})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    training.checkpoint.CheckpointMismatch: ... train.seed is 5 but the checkpoint has 0. ...
+    training.state.checkpoint.CheckpointMismatch: ... train.seed is 5 but the checkpoint has 0. ...
     """
     # Through JSON, so that a tuple of today equals the list that was read from the marker.
     old = flattened(json.loads(json.dumps(checkpoint.description)))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from training.sharded import like_parameter
+from training.optimizer.sharded import like_parameter
 
 MOMENTUM = 0.95
 """Share of the old momentum that a step keeps."""

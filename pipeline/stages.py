@@ -183,6 +183,8 @@ def train_request(recipe: Recipe, latents: str | Path, out: Path) -> TrainReques
 
 def train(recipe: Recipe, latents: str | Path, out: Path, reporter: Reporter) -> TrainResult:
     """Latent shards → checkpoint and model folder, on Ray Train."""
+    for note in check_run(train_request(recipe, latents, out)).notes:
+        reporter.say(f"  {note}")
     with reporter.progress("training") as update, interrupts_kept():
         result = train_on_ray(
             train_request(recipe, latents, out), progress=_steps(update, recipe.train.steps)

@@ -60,6 +60,26 @@ class BatchConfig(Section):
     image_batch_size: int = Field(
         default=16, ge=1, description="images per image step, over all workers"
     )
+    tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="latent tokens of a video step, over all workers: every bucket has as many "
+        "clips as fit; null: batch_size clips of any bucket",
+    )
+    image_tokens: int | None = Field(
+        default=None, ge=1, description="the same for image steps; null: image_batch_size images"
+    )
+    multiple_of: int = Field(
+        default=1,
+        ge=1,
+        description="with a budget of tokens, clips or images of a step are a multiple of this; "
+        "a multiple of the workers, so that each has an equal share",
+    )
+    frames: int | None = Field(
+        default=None,
+        ge=1,
+        description="longer clips are cut to their first so many frames, 4k+1 of them; null: whole",
+    )
     image_ratio: float = Field(
         default=0.2, ge=0, le=1, description="share of steps that are image steps"
     )
@@ -303,9 +323,14 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _workers_have_equal_shares(self) -> TrainConfig:
-        sizes = {"batch_size": self.batches.batch_size}
-        if self.batches.image_ratio > 0:
-            sizes["image_batch_size"] = self.batches.image_batch_size
+        batches = self.batches
+        sizes: dict[str, int] = {}
+        if batches.image_ratio < 1:
+            sizes |= {"batch_size": batches.batch_size} if batches.tokens is None else {}
+        if batches.image_ratio > 0 and batches.image_tokens is None:
+            sizes["image_batch_size"] = batches.image_batch_size
+        if batches.tokens is not None or batches.image_tokens is not None:
+            sizes["multiple_of"] = batches.multiple_of
         for key, size in sizes.items():
             if size % self.workers.count:
                 raise ValueError(

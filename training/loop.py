@@ -8,7 +8,7 @@ Ray.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from data_prep.latents.dataset import LatentDataset
+from data_prep.latents.records import Bucket
+from flow.codec_factors import WAN_FACTORS, CodecFactors
 from flow.config import FlowConfig
 from flow.device import has_quick_bf16
 from flow.flow import FlowModel
@@ -52,12 +54,14 @@ class TrainJob:
         flow, text: the model and the text encoder it reads.
         dataset: folder of prepared latents, path or URI.
         out: the run's folder; all workers must see the same one.
+        factors: of the codec that made the latents.
     """
 
     flow: FlowConfig
     text: TextSpec
     dataset: str | Path
     out: Path
+    factors: CodecFactors = WAN_FACTORS
 
     @property
     def checkpoints(self) -> Path:
@@ -76,6 +80,7 @@ class TrainJob:
             "text": self.text.to_dict(),
             "dataset": str(self.dataset),
             "out": str(self.out.resolve()),
+            "factors": tuple(self.factors),
         }
 
     @classmethod
@@ -86,7 +91,18 @@ class TrainJob:
             TextSpec(**values["text"]),
             values["dataset"],
             Path(values["out"]),
+            CodecFactors(*values["factors"]),
         )
+
+    def tokens_of(self, bucket: Bucket) -> int:
+        """Tokens that the flow makes of a clip of this bucket."""
+        rows, columns = self.factors.grid(bucket.height, bucket.width)
+        frames = self.factors.latent_frames(bucket.frames)
+        return frames * (rows // self.flow.patch_size) * (columns // self.flow.patch_size)
+
+    def sampler(self, config: TrainConfig, buckets: Mapping[Bucket, Sequence[str]]) -> BatchSampler:
+        """Which samples each step of a run on these buckets is trained on."""
+        return BatchSampler(buckets, config.batches, config.seed, self.tokens_of)
 
 
 @dataclass(frozen=True)
@@ -274,8 +290,8 @@ class _Worker:
         encoder = build_text_encoder(job.text, parallel.device)
         prompts = Prompts(encoder, job.flow, self.dataset.info.fps)
         store = LatentStore(self.dataset, config.batches.cache_bytes)
-        maker = BatchMaker(store, prompts, config.batches, config.seed)
-        sampler = BatchSampler(self.dataset.buckets, config.batches, config.seed)
+        maker = BatchMaker(store, prompts, config.batches, config.seed, job.factors)
+        sampler = job.sampler(config, self.dataset.buckets)
         held_out = self._held_out(prompts) if config.evaluation.every_steps else None
         checkpoint: Checkpoint | None = None
         began = time.perf_counter()

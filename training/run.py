@@ -20,7 +20,7 @@ from typing import Any
 
 from data_prep.latents.dataset import LatentDataset
 from flow.codec import VideoCodec, codec_folder
-from flow.codec_factors import WAN_FACTORS, read_factors
+from flow.codec_factors import WAN_FACTORS, CodecFactors, read_factors
 from flow.config import FlowConfig
 from flow.model_folder import ModelSpec
 from flow.text import TextSpec
@@ -28,6 +28,7 @@ from flowreel.errors import FlowreelError
 from flowreel.files import write_json
 from flowreel.values import digest_of
 from training.config import TrainConfig
+from training.data.batch_sampler import uneven
 from training.data.latents import open_latents
 from training.loop import TrainJob, describe, settle_precision, train
 from training.record.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
@@ -105,12 +106,15 @@ class TrainingRun:
         job: what a worker is given.
         spec: what the exported model says of itself.
         description: what a checkpoint must agree with.
+        notes: what a user should know before a long run, a line each: buckets that are too small,
+            samples that are seen far more often than others.
     """
 
     request: TrainRequest
     job: TrainJob
     spec: ModelSpec
     description: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> TrainConfig:
@@ -160,10 +164,14 @@ def check_run(request: TrainRequest) -> TrainingRun:
         RunError: naming the two things that do not fit, with both values.
         VideoMismatch: the videos that are stated are not those of the dataset.
         CheckpointMismatch: `out` holds checkpoints of another run.
+        BatchSamplerError: batches cannot be drawn from the dataset as the settings say.
     """
     latents = open_latents(request.dataset, "train", request.config.batches.resolution)
     spec = _model_spec(request, latents)
-    job = TrainJob(request.flow, request.text, latents.folder.location, Path(request.out))
+    job = TrainJob(
+        request.flow, request.text, latents.folder.location, Path(request.out), _factors(request)
+    )
+    views = job.sampler(request.config, latents.buckets).views(request.config.steps)
     description = describe(request.config, job, latents)
     latest = latest_complete(job.checkpoints)
     if latest is not None:
@@ -174,7 +182,11 @@ def check_run(request: TrainRequest) -> TrainingRun:
                 f"{latest.path} is at step {latest.step}, past train.steps "
                 f"{request.config.steps}; raise train.steps, or train into another folder"
             )
-    return TrainingRun(request, job, spec, description)
+    return TrainingRun(request, job, spec, description, tuple(uneven(views)))
+
+
+def _factors(request: TrainRequest) -> CodecFactors:
+    return WAN_FACTORS if request.codec is None else read_factors(request.codec)
 
 
 def _model_spec(request: TrainRequest, latents: LatentDataset) -> ModelSpec:
@@ -190,8 +202,8 @@ def _model_spec(request: TrainRequest, latents: LatentDataset) -> ModelSpec:
             f"the text encoder gives {text.length} vectors of {text.dim}, but the flow reads "
             f"{flow.text_len} of {flow.text_dim}; make text and flow agree"
         )
-    factors = WAN_FACTORS if codec is None else read_factors(codec)
-    video = video_spec(latents, request.video, factors, images=not flow.video)
+    longest = 1 if not flow.video else request.config.batches.frames
+    video = video_spec(latents, request.video, _factors(request), longest=longest)
     # Last, for it reads the codec's weights.
     digest = info.codec_digest if codec is None else VideoCodec.load(codec).digest
     if digest != info.codec_digest:

@@ -64,7 +64,11 @@ class StatedVideo:
 
 
 def video_spec(
-    dataset: LatentDataset, stated: StatedVideo, factors: CodecFactors, *, images: bool = False
+    dataset: LatentDataset,
+    stated: StatedVideo,
+    factors: CodecFactors,
+    *,
+    longest: int | None = None,
 ) -> VideoSpec:
     """The videos that a model makes which is trained on this dataset.
 
@@ -76,10 +80,11 @@ def video_spec(
         dataset: the training split.
         stated: every size and number in it must be one that the dataset holds.
         factors: the codec's, in space and time.
-        images: the model is one of images: one frame of the bucket's size.
+        longest: frames that longer clips are cut to; 1 for a model of images; None: not cut.
 
     Raises:
         VideoMismatch: the dataset holds nothing, or not what is stated.
+        CodecError: clips cannot be cut to so many frames.
     """
     clips = {b: ids for b, ids in dataset.buckets.items() if b.frames > 1} or dataset.buckets
     if not clips:
@@ -93,7 +98,8 @@ def video_spec(
     if not admitted or not held_sizes.issuperset(stated.sizes):
         raise VideoMismatch(_mismatch(dataset, stated, clips))
     bucket = max(admitted, key=lambda b: (len(admitted[b]), tuple(b)))
-    num_frames = 1 if images else bucket.frames
+    num_frames = min(bucket.frames, longest or bucket.frames)
+    factors.latent_frames(num_frames)
     return VideoSpec(num_frames, bucket.height, bucket.width, fps, *factors)
 
 

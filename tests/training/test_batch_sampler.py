@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -10,7 +11,13 @@ import pytest
 
 from data_prep.latents.records import Bucket
 from training.config import BatchConfig
-from training.data.batch_sampler import BatchSampler, BatchSamplerError, Mode, random_stream
+from training.data.batch_sampler import (
+    BatchSampler,
+    BatchSamplerError,
+    Mode,
+    random_stream,
+    uneven,
+)
 
 VIDEO, WIDE, IMAGE = Bucket(9, 64, 64), Bucket(9, 64, 96), Bucket(1, 64, 64)
 BUCKETS = {
@@ -125,3 +132,50 @@ def test_batches_come_as_from_an_epoch_held_as_texts() -> None:
         expected = [batch for epoch in range(9) for batch in epoch_of_texts(one, mode, epoch)]
         assert planned[: len(expected)] == expected[: len(planned)]
         assert min(len(planned), len(expected)) > one.batches_per_epoch(mode)
+
+
+def tokens_of(bucket: Bucket) -> int:
+    return (1 + bucket.frames // 4) * (bucket.height // 16) * (bucket.width // 16)
+
+
+def budgeted(**changes: Any) -> BatchSampler:
+    config = BatchConfig(**{"tokens": 400, "image_tokens": 160, "multiple_of": 2, **changes})
+    return BatchSampler(BUCKETS, config, 3, tokens_of)
+
+
+def test_a_budget_of_tokens_fills_every_bucket_to_it_and_not_past() -> None:
+    one = budgeted()
+    sizes = {(p.mode, p.bucket): len(p.ids) for p in (one.plan(step) for step in range(200))}
+    # 48 and 72 tokens a clip, 16 an image; even numbers of them.
+    assert sizes == {("video", VIDEO): 8, ("video", WIDE): 4, ("image", IMAGE): 10}
+
+
+def test_clips_cut_shorter_are_more_in_a_budget() -> None:
+    plan = next(p for p in (budgeted(frames=5).plan(s) for s in range(50)) if p.bucket == VIDEO)
+    assert (plan.frames, len(plan.ids)) == (5, 12)
+
+
+def test_a_budget_too_small_for_a_clip_is_refused_with_what_it_takes() -> None:
+    with pytest.raises(BatchSamplerError, match=r"tokens is 90, .* bucket 9x64x64 have 96"):
+        budgeted(tokens=90)
+
+
+def test_views_are_what_a_run_draws() -> None:
+    for one in (sampler(), budgeted()):
+        steps = 2000
+        seen = Counter(i[0] for step in range(steps) for i in one.plan(step).ids)
+        views = {v.bucket: v for v in one.views(steps)}
+        for bucket, letter in ((VIDEO, "v"), (WIDE, "w"), (IMAGE, "i")):
+            drawn = seen[letter] / len(BUCKETS[bucket])
+            assert views[bucket].views == pytest.approx(drawn, rel=0.05)
+
+
+def test_small_and_overdrawn_buckets_are_said_with_counts() -> None:
+    buckets = {VIDEO: [f"v{i}" for i in range(400)], WIDE: ["w0", "w1", "w2"]}
+    one = BatchSampler(buckets, BatchConfig(batch_size=8, image_ratio=0.0), 0)
+    lines = uneven(one.views(100))
+    assert len(lines) == 2
+    assert "bucket 9x64x96 holds 3 clips, and a batch of it 8" in lines[0]
+    assert "clips of bucket 9x64x96 (3) are seen 5.2 times each, clips in general 2.0" in lines[1]
+    even = BatchSampler({VIDEO: buckets[VIDEO]}, BatchConfig(batch_size=8, image_ratio=0.0), 0)
+    assert uneven(even.views(100)) == []

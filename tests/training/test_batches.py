@@ -106,3 +106,13 @@ def test_noise_has_the_configured_strength(root: Path) -> None:
     two = maker(root, flow=tiny(noise_std=0.6), first_frame_dropout=0.0)
     difference = two.make(plan, 0, 1).x_noisy - one.make(plan, 0, 1).x_noisy
     assert float(difference.std()) == pytest.approx(0.3, rel=0.1)
+
+
+def test_a_cut_clip_is_the_beginning_of_the_whole_one(root: Path) -> None:
+    whole, cut = (
+        maker(root, first_frame_dropout=0.0, image_ratio=0.0, frames=frames) for frames in (None, 5)
+    )
+    long, short = (one.make(sampler_of(one).plan(0), 0, 1) for one in (whole, cut))
+    assert long.prompts == short.prompts
+    # The noise too: a stream's numbers come frame by frame.
+    assert torch.equal(short.x_noisy, long.x_noisy[:, :2])

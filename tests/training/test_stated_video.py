@@ -114,7 +114,7 @@ def test_factors_are_the_codecs(dataset: LatentDataset) -> None:
 
 def test_a_model_of_images_makes_single_frames(dataset: LatentDataset, tmp_path: Path) -> None:
     stated = StatedVideo(9, 64, 64, 8.0)
-    assert video_spec(dataset, stated, WAN_FACTORS, images=True).num_frames == 1
+    assert video_spec(dataset, stated, WAN_FACTORS, longest=1).num_frames == 1
     images = LatentDataset(write_dataset(tmp_path / "data", clips=0))
     assert video_spec(images, stated, WAN_FACTORS).num_frames == 1
 

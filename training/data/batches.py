@@ -21,6 +21,7 @@ from torch import Tensor
 from data_prep.latents.dataset import LatentBatch, LatentDataset
 from data_prep.latents.records import Bucket
 from flow.codec import LatentConvention
+from flow.codec_factors import WAN_FACTORS, CodecFactors
 from flow.config import FlowConfig
 from flow.prompt import EXTEND_PREFIX, prompt_for
 from flow.text import TextEncoder
@@ -187,12 +188,19 @@ class BatchMaker:
         prompts: the encoder, and what the model says in a prompt.
         config: how captions are mixed.
         seed: the run's.
+        factors: the codec's: how many latent frames the first frames of a clip are.
     """
 
     def __init__(
-        self, store: LatentStore, prompts: Prompts, config: BatchConfig, seed: int
+        self,
+        store: LatentStore,
+        prompts: Prompts,
+        config: BatchConfig,
+        seed: int,
+        factors: CodecFactors = WAN_FACTORS,
     ) -> None:
         self.store = store
+        self.factors = factors
         self.prompts = prompts
         self.config = config
         self.seed = seed
@@ -211,13 +219,14 @@ class BatchMaker:
         """The samples `plan.share(rank, world)`, noised and with their prompts encoded."""
         places = plan.share(rank, world)
         records = self.store.load([plan.ids[p] for p in places])
-        if plan.mode == "image":
-            # A causal codec encodes frame 0 alone, so a clip's first latent frame is an image's
-            # latent.
+        if plan.frames < plan.bucket.frames:
+            # A causal codec has not seen what comes later: the first latents of a clip are those
+            # of its first frames.
+            kept = self.factors.latent_frames(plan.frames)
             records = replace(
                 records,
-                mean_BTCHW=records.mean_BTCHW[:, :1],
-                logvar_BTCHW=records.logvar_BTCHW[:, :1],
+                mean_BTCHW=records.mean_BTCHW[:, :kept],
+                logvar_BTCHW=records.logvar_BTCHW[:, :kept],
             )
         flow = self.prompts.flow
         x_noisy = noised_latents(
@@ -231,6 +240,7 @@ class BatchMaker:
         drops_first_frame = plan.drops_first_frame and x_noisy.shape[1] > 1
         if drops_first_frame:
             x_noisy = x_noisy[:, 1:].contiguous()
+        bucket = plan.bucket._replace(frames=plan.frames)
         captions = [
             self._caption(plan, p, original, synthetic)
             for p, original, synthetic in zip(
@@ -238,7 +248,7 @@ class BatchMaker:
             )
         ]
         texts = [
-            self.prompts.format(caption, plan.bucket, plan.mode, extend=drops_first_frame)
+            self.prompts.format(caption, bucket, plan.mode, extend=drops_first_frame)
             for caption in captions
         ]
         if not flow.video:

@@ -14,7 +14,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 MADE := $(firstword $(notdir $(wildcard .venv/made-for-gpu .venv/made-for-cpu)))
 CHOICE := $(if $(filter 0,$(GPU)),cpu,$(if $(GPU),gpu,$(or $(MADE:made-for-%=%),cpu)))
 
-.PHONY: setup lock demo test test-slow check format clean always
+.PHONY: setup lock demo test test-slow test-soak check format clean always
 # A Python that was asked for by name is held against the one that .venv has.
 ASKED := $(if $(filter file,$(origin PYTHON)),,always)
 
@@ -35,6 +35,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow --durations=30 $(ARGS)
+
+test-soak: setup
+	$(BIN)/python -m pytest -m soak --durations=0 $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from flow.text_spec import TextSpec
 from flowreel.errors import FlowreelError
 from serving.config import Limits, Resources, SamplingConfig
 from training.config import TrainConfig
+from training.stage import Stage, StageConfig, resolved
 
 if TYPE_CHECKING:
     from training.codec.config import CodecConfig
@@ -130,6 +131,11 @@ class Recipe(BaseModel):
     text: TextSpec
     model: FlowConfig
     train: TrainConfig
+    stages: list[StageConfig] = Field(
+        default=[],
+        description="a curriculum: stages that training walks one after another, each from the "
+        "weights of the one before; none: one stage, as `model` and `train` say",
+    )
     sampler: SamplingConfig = Field(default_factory=SamplingConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
@@ -144,6 +150,11 @@ class Recipe(BaseModel):
                 "or a hub id (owner/name)"
             )
         return codec
+
+    @model_validator(mode="after")
+    def _stages_are_whole(self) -> Recipe:
+        _ = self.curriculum
+        return self
 
     @model_validator(mode="after")
     def _text_fits_model(self) -> Recipe:
@@ -164,6 +175,11 @@ class Recipe(BaseModel):
             except SizeError as error:
                 raise ValueError(f"prepare.{error}") from error
         return self
+
+    @property
+    def curriculum(self) -> tuple[Stage, ...]:
+        """The stages with nothing left to look up; none where training is of one piece."""
+        return resolved(self.stages, self.model, self.train)
 
     @property
     def stated_video(self) -> StatedVideo:

@@ -97,7 +97,7 @@ def test_the_feeder_says_how_busy_the_encoder_was(tmp_path: Path) -> None:
     assert fed["clips_per_s"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_small_comparison_runs_whole(tmp_path: Path) -> None:
     arguments = ["--bucket", "5x32x32", "--source", "32x32", "--clips", "40", "--per-shard", "10"]
     code = main([*arguments, "--seconds", "4", "--no-memory", "--out", str(tmp_path)])

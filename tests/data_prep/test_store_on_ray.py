@@ -39,7 +39,7 @@ def staged(store: Store) -> int:
     return sum(name.endswith(".arrow") for name in store.names("out/staging"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_prepare_and_train_in_a_store_that_fails_on_the_way(store: Store, tmp_path: Path) -> None:
     paths = write_world(tmp_path / "in", 96, 16, clips_per_shard=32, seed=3)

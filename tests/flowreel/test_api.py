@@ -116,7 +116,7 @@ with flowreel.serve("folder", port=0) as app:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_editors_and_mypy_see_every_signature(tmp_path: Path) -> None:
     (tmp_path / "typed.py").write_text(TYPED)
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports"]

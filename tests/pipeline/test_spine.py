@@ -233,7 +233,7 @@ def test_the_whole_demo_runs_as_a_job_submitted_from_the_command_line(
     assert json.loads((out / "summary.json").read_text())["steps"] == 6
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_demo_takes_real_panda_clips(tmp_path: Path) -> None:
     panda = Path(os.environ.get("FLOWREEL_PANDA_SAMPLES", ROOT.parent / "shared" / "panda_samples"))
     if not panda.is_dir():

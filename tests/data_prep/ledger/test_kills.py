@@ -186,7 +186,7 @@ def wait_for(watched: Watched, driver: subprocess.Popen[bytes], target: float) -
     time.sleep(0.12 * (target % 1))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(2400)
 def test_twenty_kills_leave_the_bytes_of_an_uninterrupted_run(
     address: str, config: PrepareConfig, codec_dir: Path, tmp_path: Path

@@ -7,6 +7,8 @@
     readers.py            video readers side by side: speed, and whose frames are right
     prepare.py            data preparation on Ray against bare loops over the same calls; its memory
     index.py              opening a large dataset: seconds, memory of ranks, requests of a store
+    training.py           training steps a second, against the plainest step and the machine's peak
+    plain_step.py         that plainest step, written down as its equations
     training_step.py      a training step and attention's gradients, in fp32 and in bf16
     experiments/          the paper's experiments on the weights that ship; docs/experiments
     web.py                reading a file over HTTP against bare loops over the same bytes

@@ -92,8 +92,10 @@ def laid_over(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     out = dict(values)
     for key, change in changes.items():
         old = out.get(key)
-        both = isinstance(old, Mapping) and isinstance(change, Mapping)
-        out[key] = laid_over(old, change) if both else change
+        if isinstance(old, Mapping) and isinstance(change, Mapping):
+            out[key] = laid_over(old, change)
+        else:
+            out[key] = change
     return out
 
 

@@ -21,6 +21,7 @@ class StepCost:
         tokens: latent tokens that the loss is taken over.
         matmul_flops: 6 FLOPs per weight and token (2 forward, 4 backward), attention left out.
         attention_flops: the products of attention, causal ones counted in half.
+        causal_flops: the other half of the causal ones: what a mask hides.
 
     >>> cost = StepCost(tokens=100, matmul_flops=3e9, attention_flops=1e9)
     >>> cost.utilisation(step_s=0.5, peak_flops=16e9)
@@ -30,6 +31,7 @@ class StepCost:
     tokens: int
     matmul_flops: float
     attention_flops: float
+    causal_flops: float = 0.0
 
     def utilisation(self, step_s: float, peak_flops: float) -> dict[str, float]:
         """MFU in two conventions: `mfu` counts weights only, `mfu_attention` attention too."""
@@ -70,8 +72,9 @@ def step_cost(
         for layers in config.layers_per_block[:-1]
     )
     attention += 6.0 * batch * config.layers_per_block[-1] * deep_length**2 * config.deep_width
+    causal = attention
     if with_denoiser and model.denoiser is not None:
         read = length + (config.text_len if config.denoiser_text else 0)
         matmul += 6.0 * batch * _weights(model.denoiser) * read
         attention += 12.0 * batch * config.denoiser_layers * read**2 * config.shallow_width
-    return StepCost(batch * length, matmul, attention)
+    return StepCost(batch * length, matmul, attention, causal)

@@ -5,6 +5,7 @@ The files, in the order to read them:
     config.py           every setting, in a section for each part that reads it
     run.py              START HERE: one whole run: checked, tracked, trained, exported
     stated_video.py     which videos a dataset teaches, held against what a user states
+    start/              what a fresh run's weights are: another model's, grown and sharded
     loop.py             one worker's steps, from the newest checkpoint to the last one
     data/               which samples a step sees, and the tensors they become
     step.py             one step: two backwards, one decision, two updates

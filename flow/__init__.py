@@ -24,6 +24,7 @@ The model, from data to noise:
     block.py                one affine autoregressive block
     denoiser.py             the causal network that turns a noisy latent clean in one step
     flow.py                 the deep-shallow flow, its log-density, the model with its denoiser
+    growth.py               a model's weights in a larger one that computes the same
     likelihood.py           log-densities by video, frame and token, in bounded memory
     score.py                ∇ log p, and denoising by it
 

@@ -9,8 +9,9 @@ nothing of what the tensors are for.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowreel.errors import FlowreelError
+from flowreel.values import digest_of
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -180,9 +182,32 @@ class TensorFolder:
                 with safe_open(self.path / name, framework="pt", device=str(device)) as file:
                     yield {key: _cast(file.get_tensor(key), dtype) for key in keys}
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by its name, as it lies on disk."""
+        file_name = next(file_name for file_name, keys in self.files.items() if name in keys)
+        with safe_open(self.path / file_name, framework="pt") as file:
+            return file.get_tensor(name)
+
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return value if dtype is None or not value.is_floating_point() else value.to(dtype)
+
+
+def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Names what tensors hold, in whatever order, files or shards they lie: 16 hex digits.
+
+    >>> one, two = ("one", torch.ones(2)), ("two", torch.zeros(3))
+    >>> weights_digest([one, two]) == weights_digest([two, one])
+    True
+    >>> weights_digest([one, two]) == weights_digest([one, ("two", torch.ones(3))])
+    False
+    """
+    digests = {}
+    for name, value in tensors:
+        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        sha = hashlib.sha256(flat.numpy().data).hexdigest()
+        digests[name] = [str(value.dtype), list(value.shape), sha]
+    return digest_of(digests)
 
 
 def _expected_files(path: Path) -> dict[str, tuple[str, ...] | None]:

@@ -42,9 +42,11 @@ from pipeline.report import Sample, write_report
 from pipeline.tables import progress_words, say_captioned, say_prepared, say_summary
 from serving.config import ServiceSpec
 from serving.on_ray import ServedApp, serve_model
+from training.curriculum import check_stages, stage_requests, walk
 from training.on_ray import train_on_ray
 from training.record.history import read_history
 from training.run import TrainRequest, TrainResult, check_run
+from training.stage import Stage
 
 
 def demo(
@@ -182,13 +184,25 @@ def train_request(recipe: Recipe, latents: str | Path, out: Path) -> TrainReques
 
 
 def train(recipe: Recipe, latents: str | Path, out: Path, reporter: Reporter) -> TrainResult:
-    """Latent shards → checkpoint and model folder, on Ray Train."""
-    for note in check_run(train_request(recipe, latents, out)).notes:
+    """Latent shards → checkpoint and model folder, on Ray Train; stage by stage where there are."""
+    request, stages = train_request(recipe, latents, out), recipe.curriculum
+    if not stages:
+        return _train_one(request, reporter, "training")
+
+    def one(stage: Stage, asked: TrainRequest) -> TrainResult:
+        number = 1 + [other.name for other in stages].index(stage.name)
+        title = f"stage {number} of {len(stages)}, {stage.name}"
+        reporter.say(f"  {title}: {stage.train.steps:,} steps")
+        return _train_one(asked, reporter, title)
+
+    return walk(request, stages, one)
+
+
+def _train_one(request: TrainRequest, reporter: Reporter, title: str) -> TrainResult:
+    for note in check_run(request).notes:
         reporter.say(f"  {note}")
-    with reporter.progress("training") as update, interrupts_kept():
-        result = train_on_ray(
-            train_request(recipe, latents, out), progress=_steps(update, recipe.train.steps)
-        )
+    with reporter.progress(title) as update, interrupts_kept():
+        result = train_on_ray(request, progress=_steps(update, request.config.steps))
     if result.resumed_from == result.steps:
         reporter.outcome("  nothing to do: this run was finished before")
     elif result.resumed_from:
@@ -349,7 +363,15 @@ def captions_to_do(recipe: Recipe, shards: list[str] | None, out: str | Path) ->
 
 def training_to_do(recipe: Recipe, latents: str | Path, out: Path) -> bool:
     """Whether `train` would still have to take a step."""
-    return check_run(train_request(recipe, latents, out)).finished() is None
+    request, stages = train_request(recipe, latents, out), recipe.curriculum
+    if not stages:
+        return check_run(request).finished() is None
+    check_stages(stages)
+    return any(
+        # A later stage cannot be checked before there is what it starts from.
+        not asked.out.is_dir() or check_run(asked).finished() is None
+        for asked in stage_requests(request, stages)
+    )
 
 
 # How the stages' own progress becomes one line.

@@ -6,6 +6,7 @@ The files, in the order to read them:
     stage.py            a curriculum as data: what each stage changes
     run.py              START HERE: one whole run: checked, tracked, trained, exported
     stated_video.py     which videos a dataset teaches, held against what a user states
+    start/              what a fresh run's weights are: another model's, grown and sharded
     loop.py             one worker's steps, from the newest checkpoint to the last one
     data/               which samples a step sees, and the tensors they become
     step.py             one step: two backwards, one decision, two updates
@@ -15,6 +16,7 @@ The files, in the order to read them:
     state/              what a run goes on from: checkpoints, and export of a model
     held_out.py         held-out loss, and a Gaussian to hold it against
     record/             what is written down of a run: history, MLflow, costs
+    curriculum.py       walks the stages: each a run, from the weights of the one before
     on_ray.py           the same run with the workers of Ray Train
     codec/              a small codec's training: `flowreel train-codec`
 

@@ -283,6 +283,13 @@ class TrainConfig(Section):
         description="optimizer steps of the whole run",
         json_schema_extra=FREE_ON_RESUME,
     )
+    start_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="what a fresh run's weights are, instead of random ones: a model folder, or "
+        "another run's folder or checkpoint, whose averaged weights are taken; a smaller model is "
+        "grown",
+    )
     precision: Precision = Field(
         default="fp32",
         description="compute dtype; masters, reductions and log-densities are always fp32; auto: "

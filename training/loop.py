@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ from training.parallel import Parallel, join_workers, shard_model
 from training.record.history import HISTORY_NAME, History
 from training.record.metrics import step_cost
 from training.record.tracking import MetricsLogger, MlflowRun
+from training.start.load import load_start
+from training.start.source import StartPoint
 from training.state.checkpoint import (
+    CHECKPOINTS_NAME,
     Checkpoint,
     check_fits,
     latest_complete,
@@ -41,7 +44,6 @@ from training.state.checkpoint import (
 )
 from training.step import StepMetrics, TrainStep
 
-CHECKPOINTS_NAME = "checkpoints"
 Report = Callable[[dict[str, Any]], None]
 """Takes the record of a step that a checkpoint was just written after."""
 
@@ -55,6 +57,7 @@ class TrainJob:
         dataset: folder of prepared latents, path or URI.
         out: the run's folder; all workers must see the same one.
         factors: of the codec that made the latents.
+        start: what `train.start_from` names, where it names something (`start.source.start_point`).
     """
 
     flow: FlowConfig
@@ -62,6 +65,7 @@ class TrainJob:
     dataset: str | Path
     out: Path
     factors: CodecFactors = WAN_FACTORS
+    start: StartPoint | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -81,6 +85,7 @@ class TrainJob:
             "dataset": str(self.dataset),
             "out": str(self.out.resolve()),
             "factors": tuple(self.factors),
+            "start": None if self.start is None else asdict(self.start),
         }
 
     @classmethod
@@ -92,6 +97,7 @@ class TrainJob:
             values["dataset"],
             Path(values["out"]),
             CodecFactors(*values["factors"]),
+            None if values["start"] is None else StartPoint(**values["start"]),
         )
 
     def tokens_of(self, bucket: Bucket) -> int:
@@ -125,10 +131,14 @@ def describe(config: TrainConfig, job: TrainJob, dataset: LatentDataset) -> dict
 
     A checkpoint must have the same to be resumed.
     """
+    # Of what it started from the path is a setting; the weights behind it are named here.
+    digest = job.start.digest if job.start is not None else ""
+    start = {"start": {"digest": digest}} if digest else {}
     return {
         "flow": job.flow.to_dict(),
         "text": job.text.to_dict(),
         "train": config.trajectory(),
+        **start,
         "dataset": {
             "codec_digest": dataset.info.codec_digest,
             "convention": dataset.info.convention.to_dict(),
@@ -240,6 +250,7 @@ def train(
         SkippedTooOften: the run makes no progress.
         BatchSamplerError, LatentDatasetError: the data do not fit the configuration.
     """
+    assert (config.start_from is None) == (job.start is None), "the driver looks up start_from"
     with join_workers(config.workers) as parallel:
         dataset = open_latents(job.dataset, "train", config.batches.resolution)
         latest = _latest(job, parallel)
@@ -247,6 +258,8 @@ def train(
         description = describe(config, job, dataset)
         model = fresh_model(job.flow, config.seed)
         shard_model(model, parallel, config.workers.shard_granularity, config.precision)
+        if latest is None and job.start is not None:
+            load_start(model, job.start)
         step = TrainStep(model, config, parallel)
         if latest is not None:
             check_fits(latest, description)

@@ -11,6 +11,7 @@ complete checkpoint. Knows nothing of Ray.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from training.data.batch_sampler import uneven
 from training.data.latents import open_latents
 from training.loop import TrainJob, describe, settle_precision, train
 from training.record.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
+from training.start.source import start_point
 from training.state.checkpoint import (
     CODEC_FOLDER,
     Checkpoint,
@@ -163,6 +165,7 @@ def check_run(request: TrainRequest) -> TrainingRun:
     Raises:
         RunError: naming the two things that do not fit, with both values.
         VideoMismatch: the videos that are stated are not those of the dataset.
+        StartError: what `train.start_from` names does not fit.
         CheckpointMismatch: `out` holds checkpoints of another run.
         BatchSamplerError: batches cannot be drawn from the dataset as the settings say.
     """
@@ -172,8 +175,11 @@ def check_run(request: TrainRequest) -> TrainingRun:
         request.flow, request.text, latents.folder.location, Path(request.out), _factors(request)
     )
     views = job.sampler(request.config, latents.buckets).views(request.config.steps)
-    description = describe(request.config, job, latents)
     latest = latest_complete(job.checkpoints)
+    if (path := request.config.start_from) is not None:
+        start = start_point(path, request.flow, request.text, latents, latest)
+        job = dataclasses.replace(job, start=start)
+    description = describe(request.config, job, latents)
     if latest is not None:
         settled = settle_precision(request.config, latest)
         check_fits(latest, describe(settled, job, latents))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,14 @@ def train(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps; default: the recipe's train.steps.")
     ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Model folder, or another run's folder or checkpoint, whose weights a fresh run "
+            "begins with; a smaller model is grown.",
+        ),
+    ] = None,
     set_: SetOption = None,
     address: AddressOption = None,
     json_: JsonOption = False,
@@ -51,7 +60,15 @@ def train(
     arguments.cluster_address(address)
     from pipeline.recipes import load_recipe, save_recipe
 
-    loaded = load_recipe(recipe, [*(set_ or []), *([f"train.steps={steps}"] if steps else [])])
+    overrides = [f"train.steps={steps}"] if steps else []
+    if start_from is not None:
+        overrides.append(f"train.start_from={json.dumps(start_from)}")
+    loaded = load_recipe(recipe, [*(set_ or []), *overrides])
+    if steps and loaded.stages:
+        raise arguments.ArgumentError(
+            f"--steps {steps}: recipe {loaded.name} has stages, and each says its own; give "
+            "--set stages=[] for a run of one piece, or change them in a recipe of yours"
+        )
     from pipeline.cluster import local_or_given
     from pipeline.stages import train as run_train
     from pipeline.stages import training_to_do

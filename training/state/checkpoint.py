@@ -35,6 +35,7 @@ from flowreel.values import digest_of, flattened
 from training.config import TrainConfig
 from training.parallel import Parallel, networks
 
+CHECKPOINTS_NAME = "checkpoints"
 MARKER_NAME = "complete.json"
 FORMAT_VERSION = 2
 """Raised when checkpoints of an older version can no longer be resumed; 1 had flat settings."""

@@ -35,8 +35,11 @@ from training.state.checkpoint import (
     check_fits,
     latest_complete,
     load_checkpoint,
-    save_checkpoint,
+    remove_old,
+    write_checkpoint,
 )
+from training.state.choice import Choice, choose_checkpoint
+from training.state.group import HostGroup
 from training.step import StepMetrics, TrainStep
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -156,10 +159,18 @@ class _Recorder:
         self.logger = MetricsLogger(run if first else None)
         self.last: dict[str, Any] = {}
         self._pending: list[tuple[StepMetrics, dict[str, Any]]] = []
+        self._notes: list[str] = []
 
     def add(self, metrics: StepMetrics, extra: dict[str, Any]) -> None:
         """Take a step's metrics, without waiting for the device."""
+        if self._notes:
+            extra = {**extra, "warnings": self._notes}
+            self._notes = []
         self._pending.append((metrics, extra))
+
+    def note(self, *sentences: str) -> None:
+        """Write these into the history beside the next step, as `warnings`."""
+        self._notes += sentences
 
     def annotate(self, extra: dict[str, Any]) -> None:
         """Add values to the newest step."""
@@ -226,7 +237,9 @@ def train(
     """
     with join_workers(config.workers) as parallel:
         dataset = open_latents(job.dataset, "train", config.batches.resolution)
-        latest = _latest(job, parallel)
+        group = HostGroup.of(parallel)
+        choice = _choose(job, group)
+        latest = choice.checkpoint
         config = settle_precision(config, latest, parallel)
         description = describe(config, job, dataset)
         model = fresh_model(job.flow, config.seed)
@@ -238,8 +251,10 @@ def train(
             step.after_load()
         start = latest.step if latest else 0
         recorder = _Recorder(job, step, start, tracking)
+        recorder.note(*choice.damage)
         try:
-            last = _Worker(job, step, dataset, description, recorder).take_steps(start, report)
+            worker = _Worker(job, step, dataset, description, recorder, group)
+            last = worker.take_steps(start, report)
         finally:
             recorder.logger.close()
         checkpoint = last or latest or latest_complete(job.checkpoints)
@@ -249,13 +264,11 @@ def train(
         )
 
 
-def _latest(job: TrainJob, parallel: Parallel) -> Checkpoint | None:
-    """The newest complete checkpoint, if there is one."""
-    if parallel.is_first:
+def _choose(job: TrainJob, group: HostGroup) -> Choice:
+    """The newest whole checkpoint, if there is one."""
+    if group.is_first:
         job.checkpoints.mkdir(parents=True, exist_ok=True)
-    # Nobody looks into the folder before it is there for all.
-    parallel.barrier()
-    return latest_complete(job.checkpoints)
+    return choose_checkpoint(job.checkpoints, group)
 
 
 @dataclass(frozen=True)
@@ -267,6 +280,7 @@ class _Worker:
     dataset: LatentDataset
     description: dict[str, Any]
     recorder: _Recorder
+    group: HostGroup
 
     def take_steps(self, start: int, report: Report) -> Checkpoint | None:
         """Take the steps start..steps-1; the last checkpoint, if one was written."""
@@ -322,12 +336,8 @@ class _Worker:
         self.recorder.annotate({"held_out_nats_per_dim": nats})
 
     def _save(self, count: int) -> Checkpoint:
-        folder = save_checkpoint(
-            self.job.checkpoints,
-            count,
-            self.step.state(),
-            self.description,
-            self.step.parallel,
-            self.step.config.checkpoints.keep,
-        )
+        root = self.job.checkpoints
+        folder = write_checkpoint(root, count, self.step.state(), self.description, self.group)
+        if self.group.is_first:
+            remove_old(root, self.step.config.checkpoints.keep)
         return Checkpoint(folder, count, self.description)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from training.state.checkpoint import (
 )
 from training.state.choice import Choice, choose_checkpoint
 from training.state.group import HostGroup
+from training.state.run_lock import lock_writing
 from training.step import StepMetrics, TrainStep
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -232,12 +234,15 @@ def train(
 
     Raises:
         CheckpointMismatch: `out` holds checkpoints of another run.
+        RunBusy: workers of another run still write to `out`.
         SkippedTooOften: the run makes no progress.
         BatchSamplerError, LatentDatasetError: the data do not fit the configuration.
     """
-    with join_workers(config.workers) as parallel:
+    with ExitStack() as stack:
+        parallel = stack.enter_context(join_workers(config.workers))
         dataset = open_latents(job.dataset, "train", config.batches.resolution)
         group = HostGroup.of(parallel)
+        stack.enter_context(lock_writing(job.out, group))
         choice = _choose(job, group)
         latest = choice.checkpoint
         config = settle_precision(config, latest, parallel)

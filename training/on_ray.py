@@ -40,6 +40,7 @@ from training.run import (
     conclude,
     mlflow_record,
 )
+from training.state.run_lock import lock_run
 
 POLL_S = 0.5
 # Ray Train looks after its workers this often; its default of 2 s is felt at the end of a short
@@ -175,6 +176,7 @@ def train_on_ray(request: TrainRequest, *, progress: HistoryProgress | None = No
 
     Raises:
         RunError, VideoMismatch, CheckpointMismatch: before any worker is started.
+        RunBusy: another process trains into `out`.
         TrainingFailed: a worker failed more than `workers.max_failures` times.
     """
     run = check_run(request)
@@ -188,7 +190,7 @@ def train_on_ray(request: TrainRequest, *, progress: HistoryProgress | None = No
         ray.init(
             num_cpus=workers.count * workers.threads, include_dashboard=False, log_to_driver=False
         )
-    with mlflow_record(run) as mlflow_run:
+    with lock_run(run.out), mlflow_record(run) as mlflow_run:
         trainer = _trainer(run, mlflow_run)
         try:
             with _show_history(run.job.history, progress):

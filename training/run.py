@@ -38,6 +38,7 @@ from training.state.checkpoint import (
     export_model,
     latest_complete,
 )
+from training.state.run_lock import lock_run
 from training.stated_video import StatedVideo, video_spec
 
 MODEL_NAME = "model"
@@ -260,6 +261,7 @@ def train_in_process(request: TrainRequest) -> TrainResult:
 
     Raises:
         RunError, VideoMismatch, CheckpointMismatch: see `check_run`.
+        RunBusy: another process trains into `out`.
         SkippedTooOften, BatchSamplerError: see `loop.train`.
     """
     strategy = request.config.workers.strategy
@@ -269,6 +271,6 @@ def train_in_process(request: TrainRequest) -> TrainResult:
     earlier = run.finished()
     if earlier is not None:
         return earlier
-    with mlflow_record(run) as record:
+    with lock_run(run.out), mlflow_record(run) as record:
         ending = train(run.config, run.job, tracking=record)
         return conclude(run, ending.resumed_from, record)

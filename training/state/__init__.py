@@ -3,6 +3,7 @@
     checkpoint.py       checkpoints that are complete or not there; export of a model
     whole.py            digests: whether a file is what was written
     choice.py           the newest whole checkpoint, chosen alike by all workers
+    run_lock.py         one run per folder
     group.py            workers that agree through their hosts
 
 Knows nothing of losses or of the loop.

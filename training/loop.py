@@ -42,6 +42,7 @@ from training.state.checkpoint import (
 from training.state.choice import Choice, choose_checkpoint
 from training.state.group import HostGroup
 from training.state.run_lock import lock_writing
+from training.state.stop import Ask, Notice, Vote, nothing
 from training.step import StepMetrics, TrainStep
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -102,11 +103,13 @@ class LoopResult:
         checkpoint: the last checkpoint.
         steps: steps taken in the whole run.
         resumed_from: step of the checkpoint it started from; None for a fresh run.
+        stopped: whether it was asked to leave before its end.
     """
 
     checkpoint: Checkpoint
     steps: int
     resumed_from: int | None
+    stopped: bool = False
 
 
 def describe(config: TrainConfig, job: TrainJob, dataset: LatentDataset) -> dict[str, Any]:
@@ -224,6 +227,7 @@ def train(
     *,
     report: Report = lambda record: None,
     tracking: MlflowRun | None = None,
+    ask: Ask = nothing,
 ) -> LoopResult:
     """Train as one of `config.workers.count` workers until `config.steps` steps are taken.
 
@@ -231,6 +235,7 @@ def train(
         report: called on every worker alike with the last step's record after each checkpoint (it
             may be a barrier).
         tracking: where worker 0 sends its metrics.
+        ask: whether this worker was told to save, or to save and leave.
 
     Raises:
         CheckpointMismatch: `out` holds checkpoints of another run.
@@ -258,14 +263,18 @@ def train(
         recorder = _Recorder(job, step, start, tracking)
         recorder.note(*choice.damage)
         try:
-            worker = _Worker(job, step, dataset, description, recorder, group)
+            vote = Vote(group, ask)
+            worker = _Worker(job, step, dataset, description, recorder, group, vote)
             last = worker.take_steps(start, report)
         finally:
             recorder.logger.close()
         checkpoint = last or latest or latest_complete(job.checkpoints)
         assert checkpoint is not None, "a finished loop leaves a checkpoint"
         return LoopResult(
-            checkpoint, max(start, config.steps), resumed_from=latest.step if latest else None
+            checkpoint,
+            checkpoint.step,
+            resumed_from=latest.step if latest else None,
+            stopped=checkpoint.step < config.steps,
         )
 
 
@@ -286,6 +295,7 @@ class _Worker:
     description: dict[str, Any]
     recorder: _Recorder
     group: HostGroup
+    vote: Vote
 
     def take_steps(self, start: int, report: Report) -> Checkpoint | None:
         """Take the steps start..steps-1; the last checkpoint, if one was written."""
@@ -311,12 +321,16 @@ class _Worker:
                 self._evaluate(held_out)
             if count % config.tracking.every_steps == 0:
                 self.recorder.flush()
-            if self._is_due(count, config.checkpoints.every_steps):
+            notice = self.vote.at_step()
+            if notice or self._is_due(count, config.checkpoints.every_steps):
                 # The history of these steps is on disk before the checkpoint that stands for them.
                 self.recorder.flush(durable=True)
                 checkpoint = self._save(count)
                 report(self.recorder.last)
+            if notice is Notice.STOP:
+                break
             began = time.perf_counter()
+        self.vote.close()
         return checkpoint
 
     def _is_due(self, count: int, every_steps: int) -> bool:

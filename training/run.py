@@ -39,6 +39,7 @@ from training.state.checkpoint import (
     latest_complete,
 )
 from training.state.run_lock import lock_run
+from training.state.stop import stop_signals
 from training.stated_video import StatedVideo, video_spec
 
 MODEL_NAME = "model"
@@ -262,6 +263,7 @@ def train_in_process(request: TrainRequest) -> TrainResult:
     Raises:
         RunError, VideoMismatch, CheckpointMismatch: see `check_run`.
         RunBusy: another process trains into `out`.
+        Terminated, KeyboardInterrupt: asked to stop, after a checkpoint was written.
         SkippedTooOften, BatchSamplerError: see `loop.train`.
     """
     strategy = request.config.workers.strategy
@@ -272,5 +274,8 @@ def train_in_process(request: TrainRequest) -> TrainResult:
     if earlier is not None:
         return earlier
     with lock_run(run.out), mlflow_record(run) as record:
-        ending = train(run.config, run.job, tracking=record)
+        with stop_signals(run.out) as signals:
+            ending = train(run.config, run.job, tracking=record, ask=signals.notice)
+            if ending.stopped:
+                signals.leave()
         return conclude(run, ending.resumed_from, record)

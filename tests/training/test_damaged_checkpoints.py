@@ -130,6 +130,7 @@ def test_a_run_whose_only_checkpoint_was_set_aside_does_not_begin_anew(copied: T
         choose_checkpoint(copied.checkpoints, ALONE)
 
 
+@pytest.mark.slow
 def test_all_workers_follow_when_one_finds_damage(copied: TrainJob) -> None:
     # Files are shared out by name: the marker is worker 0's, the data are worker 1's to look at.
     flip_a_bit(copied.checkpoints / "step_00000006" / DATA)

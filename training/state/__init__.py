@@ -4,6 +4,7 @@
     whole.py            digests: whether a file is what was written
     choice.py           the newest whole checkpoint, chosen alike by all workers
     run_lock.py         one run per folder
+    stop.py             signals and notices: save and leave, alike on all workers
     group.py            workers that agree through their hosts
 
 Knows nothing of losses or of the loop.

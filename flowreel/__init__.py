@@ -4,6 +4,7 @@
     run.py       the three arrows: prepare, train, serve; each calls `pipeline.stages`
     errors.py    `FlowreelError`, the root of every error that a user can mend
     files.py     files that are there whole or not at all
+    locks.py     locks of files, gone with the process that holds them
     values.py    digests of plain values, nested maps made flat
 
 Every name of `__all__` is fetched from its file at first use (PEP 562), so that `import flowreel`,

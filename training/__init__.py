@@ -20,6 +20,6 @@ The files, in the order to read them:
     on_ray.py           the same run with the workers of Ray Train
     codec/              a small codec's training: `flowreel train-codec`
 
-A latent's way: `LatentDataset` → `LatentStore` → `BatchMaker` → `TrainStep` → `save_checkpoint` →
+A latent's way: `LatentDataset` → `LatentStore` → `BatchMaker` → `TrainStep` → `write_checkpoint` →
 `export_model`. From `data_prep` only `data_prep.latents` is used.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,13 @@ from training.state.checkpoint import (
     check_fits,
     latest_complete,
     load_checkpoint,
-    save_checkpoint,
+    remove_old,
+    write_checkpoint,
 )
+from training.state.choice import Choice, choose_checkpoint
+from training.state.group import HostGroup
+from training.state.run_lock import lock_writing
+from training.state.stop import Ask, Notice, Vote, nothing
 from training.step import StepMetrics, TrainStep
 
 Report = Callable[[dict[str, Any]], None]
@@ -119,11 +125,13 @@ class LoopResult:
         checkpoint: the last checkpoint.
         steps: steps taken in the whole run.
         resumed_from: step of the checkpoint it started from; None for a fresh run.
+        stopped: whether it was asked to leave before its end.
     """
 
     checkpoint: Checkpoint
     steps: int
     resumed_from: int | None
+    stopped: bool = False
 
 
 def describe(config: TrainConfig, job: TrainJob, dataset: LatentDataset) -> dict[str, Any]:
@@ -182,10 +190,18 @@ class _Recorder:
         self.logger = MetricsLogger(run if first else None)
         self.last: dict[str, Any] = {}
         self._pending: list[tuple[StepMetrics, dict[str, Any]]] = []
+        self._notes: list[str] = []
 
     def add(self, metrics: StepMetrics, extra: dict[str, Any]) -> None:
         """Take a step's metrics, without waiting for the device."""
+        if self._notes:
+            extra = {**extra, "warnings": self._notes}
+            self._notes = []
         self._pending.append((metrics, extra))
+
+    def note(self, *sentences: str) -> None:
+        """Write these into the history beside the next step, as `warnings`."""
+        self._notes += sentences
 
     def annotate(self, extra: dict[str, Any]) -> None:
         """Add values to the newest step."""
@@ -237,6 +253,7 @@ def train(
     *,
     report: Report = lambda record: None,
     tracking: MlflowRun | None = None,
+    ask: Ask = nothing,
 ) -> LoopResult:
     """Train as one of `config.workers.count` workers until `config.steps` steps are taken.
 
@@ -244,16 +261,22 @@ def train(
         report: called on every worker alike with the last step's record after each checkpoint (it
             may be a barrier).
         tracking: where worker 0 sends its metrics.
+        ask: whether this worker was told to save, or to save and leave.
 
     Raises:
         CheckpointMismatch: `out` holds checkpoints of another run.
+        RunBusy: workers of another run still write to `out`.
         SkippedTooOften: the run makes no progress.
         BatchSamplerError, LatentDatasetError: the data do not fit the configuration.
     """
     assert (config.start_from is None) == (job.start is None), "the driver looks up start_from"
-    with join_workers(config.workers) as parallel:
+    with ExitStack() as stack:
+        parallel = stack.enter_context(join_workers(config.workers))
         dataset = open_latents(job.dataset, "train", config.batches.resolution)
-        latest = _latest(job, parallel)
+        group = HostGroup.of(parallel)
+        stack.enter_context(lock_writing(job.out, group))
+        choice = _choose(job, group)
+        latest = choice.checkpoint
         config = settle_precision(config, latest, parallel)
         description = describe(config, job, dataset)
         model = fresh_model(job.flow, config.seed)
@@ -267,24 +290,28 @@ def train(
             step.after_load()
         start = latest.step if latest else 0
         recorder = _Recorder(job, step, start, tracking)
+        recorder.note(*choice.damage)
         try:
-            last = _Worker(job, step, dataset, description, recorder).take_steps(start, report)
+            vote = Vote(group, ask)
+            worker = _Worker(job, step, dataset, description, recorder, group, vote)
+            last = worker.take_steps(start, report)
         finally:
             recorder.logger.close()
         checkpoint = last or latest or latest_complete(job.checkpoints)
         assert checkpoint is not None, "a finished loop leaves a checkpoint"
         return LoopResult(
-            checkpoint, max(start, config.steps), resumed_from=latest.step if latest else None
+            checkpoint,
+            checkpoint.step,
+            resumed_from=latest.step if latest else None,
+            stopped=checkpoint.step < config.steps,
         )
 
 
-def _latest(job: TrainJob, parallel: Parallel) -> Checkpoint | None:
-    """The newest complete checkpoint, if there is one."""
-    if parallel.is_first:
+def _choose(job: TrainJob, group: HostGroup) -> Choice:
+    """The newest whole checkpoint, if there is one."""
+    if group.is_first:
         job.checkpoints.mkdir(parents=True, exist_ok=True)
-    # Nobody looks into the folder before it is there for all.
-    parallel.barrier()
-    return latest_complete(job.checkpoints)
+    return choose_checkpoint(job.checkpoints, group)
 
 
 @dataclass(frozen=True)
@@ -296,6 +323,8 @@ class _Worker:
     dataset: LatentDataset
     description: dict[str, Any]
     recorder: _Recorder
+    group: HostGroup
+    vote: Vote
 
     def take_steps(self, start: int, report: Report) -> Checkpoint | None:
         """Take the steps start..steps-1; the last checkpoint, if one was written."""
@@ -321,12 +350,16 @@ class _Worker:
                 self._evaluate(held_out)
             if count % config.tracking.every_steps == 0:
                 self.recorder.flush()
-            if self._is_due(count, config.checkpoints.every_steps):
+            notice = self.vote.at_step()
+            if notice or self._is_due(count, config.checkpoints.every_steps):
                 # The history of these steps is on disk before the checkpoint that stands for them.
                 self.recorder.flush(durable=True)
                 checkpoint = self._save(count)
                 report(self.recorder.last)
+            if notice is Notice.STOP:
+                break
             began = time.perf_counter()
+        self.vote.close()
         return checkpoint
 
     def _is_due(self, count: int, every_steps: int) -> bool:
@@ -351,12 +384,8 @@ class _Worker:
         self.recorder.annotate({"held_out_nats_per_dim": nats})
 
     def _save(self, count: int) -> Checkpoint:
-        folder = save_checkpoint(
-            self.job.checkpoints,
-            count,
-            self.step.state(),
-            self.description,
-            self.step.parallel,
-            self.step.config.checkpoints.keep,
-        )
+        root = self.job.checkpoints
+        folder = write_checkpoint(root, count, self.step.state(), self.description, self.group)
+        if self.group.is_first:
+            remove_old(root, self.step.config.checkpoints.keep)
         return Checkpoint(folder, count, self.description)

@@ -12,6 +12,7 @@ Knows nothing of losses, optimizers or what a checkpoint holds.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ from training.run import (
     conclude,
     mlflow_record,
 )
+from training.state.run_lock import lock_run
+from training.state.stop import STOP_NAME, Ask, Notice, stop_signals
 
 POLL_S = 0.5
 # Ray Train looks after its workers this often; its default of 2 s is felt at the end of a short
@@ -70,13 +73,29 @@ class TrainingFailed(FlowreelError, RuntimeError):
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """What every worker does; its return value on worker 0 goes back to the driver."""
     mlflow_run = settings["mlflow_run"]
+    config, job = TrainConfig(**settings["config"]), TrainJob.from_dict(settings["job"])
     ending = train(
-        TrainConfig(**settings["config"]),
-        TrainJob.from_dict(settings["job"]),
+        config,
+        job,
         report=lambda record: ray.train.report(record),
         tracking=None if mlflow_run is None else MlflowRun(**mlflow_run),
+        ask=_asked(config, job),
     )
-    return {"resumed_from": ending.resumed_from}
+    return {"resumed_from": ending.resumed_from, "stopped": ending.stopped}
+
+
+def _asked(config: TrainConfig, job: TrainJob) -> Ask:
+    """What the driver's file asks of a worker, and Ray when it is about to take machines away."""
+    request, calls = job.out / STOP_NAME, itertools.count(1)
+
+    def ask() -> Notice:
+        told = Notice.NONE
+        # A round through an actor for all workers, so not at every step, but alike on all of them.
+        if next(calls) % config.tracking.every_steps == 0 and ray.train.get_preemption_info():
+            told = Notice.SAVE
+        return Notice.STOP if request.exists() else told
+
+    return ask
 
 
 def _settings(job: TrainJob, config: TrainConfig, mlflow_run: MlflowRun | None) -> dict[str, Any]:
@@ -140,10 +159,17 @@ def _choose_backend(workers: WorkerConfig) -> WorkerConfig:
     return workers.model_copy(update={"backend": "nccl" if use_gpu else "gloo"})
 
 
+class _Trainer(TorchTrainer):
+    """Ray Train without its own handler of Ctrl-C, which would kill the workers unsaved."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave ours (`stop_signals`) in place."""
+
+
 def _trainer(run: TrainingRun, mlflow_run: MlflowRun | None) -> TorchTrainer:
     """The run as Ray Train sees it."""
     workers = _choose_backend(run.config.workers)
-    return TorchTrainer(
+    return _Trainer(
         _work,
         train_loop_config=_settings(
             run.job, run.config.model_copy(update={"workers": workers}), mlflow_run
@@ -175,6 +201,8 @@ def train_on_ray(request: TrainRequest, *, progress: HistoryProgress | None = No
 
     Raises:
         RunError, VideoMismatch, CheckpointMismatch: before any worker is started.
+        RunBusy: another process trains into `out`.
+        Terminated, KeyboardInterrupt: asked to stop, after a checkpoint was written.
         TrainingFailed: a worker failed more than `workers.max_failures` times.
     """
     run = check_run(request)
@@ -188,11 +216,13 @@ def train_on_ray(request: TrainRequest, *, progress: HistoryProgress | None = No
         ray.init(
             num_cpus=workers.count * workers.threads, include_dashboard=False, log_to_driver=False
         )
-    with mlflow_record(run) as mlflow_run:
+    with lock_run(run.out), mlflow_record(run) as mlflow_run:
         trainer = _trainer(run, mlflow_run)
         try:
-            with _show_history(run.job.history, progress):
+            with _show_history(run.job.history, progress), stop_signals(run.out) as signals:
                 result = trainer.fit()
+                if (result.return_value or {}).get("stopped"):
+                    signals.leave()
         except TrainingFailedError as error:
             raise _first_failure(error) from error
         resumed_from = (result.return_value or {}).get("resumed_from")

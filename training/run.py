@@ -41,6 +41,8 @@ from training.state.checkpoint import (
     export_model,
     latest_complete,
 )
+from training.state.run_lock import lock_run
+from training.state.stop import stop_signals
 from training.stated_video import StatedVideo, video_spec
 
 MODEL_NAME = "model"
@@ -278,6 +280,8 @@ def train_in_process(request: TrainRequest) -> TrainResult:
 
     Raises:
         RunError, VideoMismatch, CheckpointMismatch: see `check_run`.
+        RunBusy: another process trains into `out`.
+        Terminated, KeyboardInterrupt: asked to stop, after a checkpoint was written.
         SkippedTooOften, BatchSamplerError: see `loop.train`.
     """
     strategy = request.config.workers.strategy
@@ -287,6 +291,9 @@ def train_in_process(request: TrainRequest) -> TrainResult:
     earlier = run.finished()
     if earlier is not None:
         return earlier
-    with mlflow_record(run) as record:
-        ending = train(run.config, run.job, tracking=record)
+    with lock_run(run.out), mlflow_record(run) as record:
+        with stop_signals(run.out) as signals:
+            ending = train(run.config, run.job, tracking=record, ask=signals.notice)
+            if ending.stopped:
+                signals.leave()
         return conclude(run, ending.resumed_from, record)

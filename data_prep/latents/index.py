@@ -41,9 +41,10 @@ from data_prep.latents.records import (
 )
 from data_prep.ledger.manifest import Manifest, Manifests
 from data_prep.storage.cache import local_copy
-from data_prep.storage.folder import Folder, LockHeld
+from data_prep.storage.folder import Folder
 from data_prep.storage.location import Location, StorageError
 from data_prep.storage.store import open_folder
+from flowreel.locks import LockHeld
 
 log = logging.getLogger("flowreel.prepare")
 

@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 
 from data_prep.ledger.commit import remove_leftovers
 from data_prep.ledger.errors import OutputBusy
-from data_prep.storage.folder import Folder, LockHeld
+from data_prep.storage.folder import Folder
+from flowreel.locks import LockHeld
 
 _DYING_S = 90.0
 """How long the writers of a killed run may take to go, in seconds."""

@@ -5,20 +5,17 @@ A file is there whole or not at all: a local one is written under another name, 
 folder. `data_prep.storage.store.open_folder` gives the folder of a path or URI. Knows nothing of
 what the files hold.
 
-    LockHeld(RuntimeError)   somebody else holds the lock; the caller says of what, and what to do
+    LockHeld(RuntimeError)   of `flowreel.locks`: somebody else holds the lock
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +28,7 @@ from data_prep.storage.location import (
     version_in_store,
 )
 from flowreel import files
+from flowreel.locks import file_lock
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,10 +37,6 @@ if TYPE_CHECKING:
 _PARTIAL = re.compile(rf"\..+\.\d+{re.escape(files.PARTIAL_SUFFIX)}")
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-
-
-class LockHeld(RuntimeError):
-    """Somebody else holds the lock."""
 
 
 def map_at_once(function: Callable[[_T], _R], values: Sequence[_T], threads: int) -> Iterator[_R]:
@@ -282,39 +276,8 @@ class LocalFolder(Folder):
 
         A group holds it shared, and its name is the content of the file.
         """
-        deadline = time.monotonic() + wait_s
-        with self.failing("lock", name):
-            Path(self.location).mkdir(parents=True, exist_ok=True)
-            file = self._path(name).open("a+")
-        with file:
-            while not _flocked(file.fileno(), group):
-                if time.monotonic() >= deadline:
-                    raise LockHeld(self.where(name))
-                time.sleep(0.05)
+        with ExitStack() as stack:
+            with self.failing("lock", name):
+                Path(self.location).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(file_lock(self._path(name), wait_s=wait_s, group=group))
             yield lambda: None
-
-
-def _flocked(descriptor: int, group: str) -> bool:
-    """Try to take an flock, alone or with a group; whether it is held."""
-    is_first = _try_flock(descriptor, fcntl.LOCK_EX)
-    if not group:
-        return is_first
-    if is_first:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, group.encode())
-    # The kernel does not turn one lock into the other at one stroke: another group may come
-    # between, so that what the file says is read again once the shared lock is held.
-    if not _try_flock(descriptor, fcntl.LOCK_SH):
-        return False
-    if os.pread(descriptor, len(group) + 1, 0) == group.encode():
-        return True
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    return False
-
-
-def _try_flock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

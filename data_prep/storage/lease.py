@@ -25,8 +25,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.storage.folder import Folder, LockHeld
+from data_prep.storage.folder import Folder
 from data_prep.storage.location import StorageError
+from flowreel.locks import LockHeld
 
 log = logging.getLogger("flowreel.prepare")
 

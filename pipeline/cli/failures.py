@@ -2,6 +2,7 @@
 
     a mistake that a user can mend             2     a FlowreelError, a path, a full disk
     Ctrl-C                                     130
+    SIGTERM during a training, which is saved  143
     standard output closed by its reader       141
     a fault of the code                        1     it keeps its traceback
 
@@ -21,10 +22,10 @@ import traceback
 from collections.abc import Iterator
 from types import FrameType
 
-from flowreel.errors import FlowreelError
+from flowreel.errors import FlowreelError, Terminated
 from pipeline.cli.streams import OutputError
 
-MISTAKE, INTERRUPTED, CLOSED = 2, 130, 141
+MISTAKE, INTERRUPTED, CLOSED, TERMINATED = 2, 130, 141, 143
 """Exit codes."""
 _LOOK_AGAIN_S = 0.5
 _FULL = ("No space left on device", "Disk quota exceeded", "database or disk is full")
@@ -111,6 +112,8 @@ def say_failure(
         code, text = MISTAKE, mistake
         if isinstance(error, OutputError) and error.closed:
             code = CLOSED
+        elif isinstance(error, Terminated):
+            code = TERMINATED
     else:
         return None
     if verbose:

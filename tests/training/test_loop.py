@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import time
@@ -27,6 +26,7 @@ from training.state.checkpoint import (
     latest_complete,
     load_averaged,
 )
+from training.state.whole import read_marker, write_marker
 from training.step import SkippedTooOften
 
 
@@ -210,9 +210,9 @@ def test_a_setting_that_came_after_a_checkpoint_has_its_default_there(
     latest = latest_complete(earlier.checkpoints)
     assert latest is not None
     marker = latest.path / MARKER_NAME
-    written = json.loads(marker.read_text())
+    written = read_marker(marker)
     del written["description"]["train"]["optimizer"]["kind"]
-    marker.write_text(json.dumps(written))
+    write_marker(marker, written)
     assert train(small_config(steps=8), earlier).resumed_from == 6
     with pytest.raises(CheckpointMismatch, match=r"optimizer\.kind is 'muon'"):
         train(small_config(optimizer={"kind": "muon"}), earlier)

@@ -30,6 +30,7 @@ from training.state.checkpoint import (
     latest_complete,
     load_averaged,
 )
+from training.state.whole import read_marker, write_marker
 from training.stated_video import StatedVideo, VideoMismatch
 
 VIDEO = VideoSpec(num_frames=9, height=64, width=64, fps=8.0)
@@ -176,9 +177,9 @@ def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(
     request = small_request(dataset, tmp_path)
     result = train_in_process(request)
     marker = result.checkpoint_dir / MARKER_NAME
-    marker.write_text(json.dumps({**json.loads(marker.read_text()), "format": 1}))
+    write_marker(marker, {**read_marker(marker), "format": 1})
     with pytest.raises(
-        CheckpointMismatch, match=r"format 1, this version reads 2: train"
+        CheckpointMismatch, match=r"format 1, this version reads 2 to 3: train"
     ) as caught:
         train_in_process(request)
     assert "\n" not in str(caught.value)

@@ -12,6 +12,7 @@ from typing import Any
 from tests.places import ROOT
 from training.config import TrainConfig
 from training.loop import TrainJob, train
+from training.state.stop import stop_signals
 
 TIMEOUT_S = 280
 
@@ -64,7 +65,9 @@ def run(config: TrainConfig, job: TrainJob) -> None:
 
 
 def main(settings: dict[str, Any]) -> None:
-    train(TrainConfig(**settings["config"]), TrainJob.from_dict(settings["job"]))
+    job = TrainJob.from_dict(settings["job"])
+    with stop_signals(job.out) as signals:
+        train(TrainConfig(**settings["config"]), job, ask=signals.notice)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 A checkpoint is a folder `step_N` written by `torch.distributed.checkpoint` (every worker its own
 shards); its marker file `complete.json` is written last, after all workers are done, so that a
 killed run leaves nothing that looks like a checkpoint. N is the number of steps taken. The marker
-also says what was trained; loading into something else is refused with the differences by name.
+says what was trained (loading into something else is refused with the differences by name), and
+which bytes every file has (`whole.py`).
 An exported model is a folder that `serving` reads. Knows nothing of Ray, of losses or of the loop.
 
     FlowreelError, ValueError
@@ -18,7 +19,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,20 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from flow.flow import FlowModel
 from flow.model_folder import ModelSpec, save_model
+from flowreel import __version__
 from flowreel.errors import FlowreelError
-from flowreel.files import write_json
 from flowreel.values import digest_of, flattened
 from training.config import TrainConfig
 from training.parallel import Parallel, networks
+from training.state.group import HostGroup
+from training.state.whole import Damaged, FileDigest, digests_of, read_marker, write_marker
 
 CHECKPOINTS_NAME = "checkpoints"
 MARKER_NAME = "complete.json"
-FORMAT_VERSION = 2
-"""Raised when checkpoints of an older version can no longer be resumed; 1 had flat settings."""
+FORMAT_VERSION = 3
+"""Raised with every change that an older version cannot read; 3 came with the files' digests."""
+OLDEST_FORMAT = 2
+"""The oldest that can be resumed; 1 had flat settings."""
 CODEC_FOLDER = "codec"
 
 
@@ -54,36 +59,67 @@ class Checkpoint:
         path: its folder.
         step: steps taken.
         description: what was trained, as `describe` in the loop wrote it.
+        files: size and digest of every file; empty in a checkpoint of format 2.
     """
 
     path: Path
     step: int
     description: dict[str, Any]
+    files: dict[str, FileDigest] = field(default_factory=dict)
 
 
 def complete_checkpoints(root: Path) -> list[Checkpoint]:
-    """All complete checkpoints in a folder, oldest first.
+    """All checkpoints in a folder whose marker is whole, oldest first.
+
+    Their files are not looked at (`choice.choose_checkpoint` does).
 
     Raises:
         CheckpointMismatch: one of them is of another format.
     """
-    markers = [
-        marker
-        for marker in root.glob(f"step_*/{MARKER_NAME}")
-        if re.fullmatch(r"step_\d+", marker.parent.name)
-    ]
-    return sorted((_read_marker(marker) for marker in markers), key=lambda c: c.step)
+    found = []
+    for marker in markers(root):
+        try:
+            found.append(read_checkpoint(marker))
+        except Damaged:
+            continue  # whoever resumes finds and says it
+    return found
 
 
-def _read_marker(marker: Path) -> Checkpoint:
-    values = json.loads(marker.read_text())
-    if values.get("format") != FORMAT_VERSION:
+def markers(root: Path) -> list[Path]:
+    """Every marker in a folder of checkpoints, the oldest checkpoint's first."""
+    return sorted(
+        (
+            marker
+            for marker in root.glob(f"step_*/{MARKER_NAME}")
+            if re.fullmatch(r"step_\d+", marker.parent.name)
+        ),
+        key=lambda marker: int(marker.parent.name.removeprefix("step_")),
+    )
+
+
+def read_checkpoint(marker: Path) -> Checkpoint:
+    """The checkpoint that a marker stands for.
+
+    Raises:
+        Damaged: the marker is cut, or not what was written.
+        CheckpointMismatch: it is of a format that this version does not read.
+    """
+    values = read_marker(marker)
+    number = values.get("format")
+    if not isinstance(number, int) or number < OLDEST_FORMAT:
         raise CheckpointMismatch(
-            f"{marker.parent} is a checkpoint of format {values.get('format')!r}, this version "
-            f"reads {FORMAT_VERSION}: train into another folder, or end that run with the version "
-            "of Flowreel that began it"
+            f"{marker.parent} is a checkpoint of format {number!r}, this version reads "
+            f"{OLDEST_FORMAT} to {FORMAT_VERSION}: train into another folder, or end that run with "
+            "the version of Flowreel that began it"
         )
-    return Checkpoint(marker.parent, int(values["step"]), values["description"])
+    if number > FORMAT_VERSION:
+        raise CheckpointMismatch(
+            f"{marker.parent} is a checkpoint of format {number}, this version "
+            f"({__version__}) reads {OLDEST_FORMAT} to {FORMAT_VERSION}: go on with Flowreel "
+            f"{values.get('flowreel', 'of a later version')}, which wrote it"
+        )
+    files = {name: FileDigest(*about) for name, about in values.get("files", {}).items()}
+    return Checkpoint(marker.parent, int(values["step"]), values["description"], files)
 
 
 def latest_complete(root: Path) -> Checkpoint | None:
@@ -131,42 +167,49 @@ def _quiet_single_process() -> Iterator[None]:
         yield
 
 
-def save_checkpoint(
+def write_checkpoint(
     root: Path,
     step: int,
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     description: Mapping[str, Any],
-    parallel: Parallel,
-    keep: int,
+    group: HostGroup,
 ) -> Path:
-    """Write `root/step_N`, all workers together, then remove all but the `keep` newest."""
+    """Write `root/step_N`, all workers together; one that is complete already stays."""
     folder = root / f"step_{step:08d}"
-    if parallel.broadcast_int(int((folder / MARKER_NAME).is_file())):
+    if group.of_first((folder / MARKER_NAME).is_file()):
         return folder
-    if parallel.is_first and folder.exists():
+    if group.is_first and folder.exists():
         shutil.rmtree(folder)
-    parallel.barrier()
+    group.of_first(None)  # nobody writes before the old folder is gone
     with _quiet_single_process():
         dcp.save(
             dict(state),
             storage_writer=FileSystemWriter(folder, single_file_per_rank=True),
-            no_dist=parallel.mesh is None,
+            process_group=group.handle,
+            no_dist=group.handle is None,
         )
-    parallel.barrier()
-    if parallel.is_first:
+    # Each worker looks at the files that it wrote itself; worker 0 at the list of all as well.
+    own = [path.name for path in folder.glob(f"__{group.rank}_*")]
+    if group.is_first:
+        own.append(".metadata")
+    parts = group.of_all(digests_of(folder, own))
+    if group.is_first:
         values = {
             "format": FORMAT_VERSION,
+            "flowreel": __version__,
             "step": step,
-            "world": parallel.world,
+            "world": group.world,
             "digest": digest_of(description),
             "description": description,
+            "files": {name: list(about) for part in parts for name, about in part.items()},
         }
-        write_json(folder / MARKER_NAME, values)
-        _remove_old(root, keep)
+        write_marker(folder / MARKER_NAME, values)
+    group.of_first(None)
     return folder
 
 
-def _remove_old(root: Path, keep: int) -> None:
+def remove_old(root: Path, keep: int) -> None:
+    """Remove all but the `keep` newest complete checkpoints; worker 0 alone calls it."""
     for old in complete_checkpoints(root)[:-keep]:
         # The marker goes first: a folder that a kill leaves half deleted is then no checkpoint.
         (old.path / MARKER_NAME).unlink()

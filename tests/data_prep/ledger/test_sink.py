@@ -21,8 +21,9 @@ from data_prep.ledger.sink import SinkStage, sink_of
 from data_prep.ledger.staging import STAGED_SCHEMA, Staging
 from data_prep.row import Row, buffers_of, join_windows, rows_of, table_of
 from data_prep.storage import folder as folders
-from data_prep.storage.folder import LocalFolder, LockHeld
+from data_prep.storage.folder import LocalFolder
 from data_prep.storage.store import open_folder
+from flowreel.locks import LockHeld
 from flowreel.values import sha256_of
 from tests.data_prep.in_process import digests
 from tests.data_prep.s3_server import Store

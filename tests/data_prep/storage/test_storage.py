@@ -23,9 +23,10 @@ from data_prep.sources.listing import ShardError
 from data_prep.sources.samples import read_shard
 from data_prep.storage import lease
 from data_prep.storage import location as locations
-from data_prep.storage.folder import Folder, LockHeld
+from data_prep.storage.folder import Folder
 from data_prep.storage.location import StorageError, open_stream
 from data_prep.storage.store import open_folder
+from flowreel.locks import LockHeld
 from tests.data_prep.s3_server import Store
 from tests.places import ROOT
 

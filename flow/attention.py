@@ -8,6 +8,7 @@ Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, M 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -253,3 +254,16 @@ class GainNorm(nn.Module):
         wide = h_BLM.to(torch.promote_types(h_BLM.dtype, torch.float32))
         gain = 1 + self.weight.to(wide.dtype)
         return (F.rms_norm(wide, wide.shape[-1:], eps=RMS_EPSILON) * gain).to(h_BLM.dtype)
+
+
+def project_out(h_BLM: Tensor, norm: GainNorm | None, proj: nn.Linear) -> Tensor:
+    """A network's last product, in the dtype of its own weights even where autocast is on.
+
+    Under bf16 with fp32 masters that is fp32: rounded to bf16, this one product would make most of
+    the error of the loss and half that of its gradients.
+    """
+    device = h_BLM.device.type
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if is_cast else nullcontext():
+        h_BLM = h_BLM.to(proj.weight.dtype)
+        return proj(h_BLM if norm is None else norm(h_BLM))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flow.attention import GainNorm, TransformerLayer
+from flow.attention import GainNorm, TransformerLayer, project_out
 from flow.config import FlowConfig
 from flow.rope import Rope
 
@@ -107,9 +107,7 @@ class AffineBlock(nn.Module):
 
     def affine(self, h_BLM: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, sigma) [B, L, C], fp32 or wider, of final hidden states."""
-        if self.final_norm is not None:
-            h_BLM = self.final_norm(h_BLM)
-        out = self.proj_out(h_BLM)
+        out = project_out(h_BLM, self.final_norm, self.proj_out)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         if self.soft_clip > 0:
             out = self.soft_clip * torch.tanh(out / self.soft_clip)

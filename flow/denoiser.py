@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from flow.attention import Attention, FrameReach, GainNorm, TransformerLayer
+from flow.attention import Attention, FrameReach, GainNorm, TransformerLayer, project_out
 from flow.config import FlowConfig
 from flow.rope import Rope, RopeCache
 from flow.tokens import patchify, unpatchify
@@ -111,9 +111,7 @@ class Denoiser(nn.Module):
 
     def read_out(self, h_BLM: Tensor) -> Tensor:
         """s as tokens [B, L, C], fp32 or wider, of final hidden states."""
-        if self.final_norm is not None:
-            h_BLM = self.final_norm(h_BLM)
-        out = self.proj_out(h_BLM)
+        out = project_out(h_BLM, self.final_norm, self.proj_out)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 

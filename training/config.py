@@ -60,6 +60,13 @@ class BatchConfig(Section):
     image_batch_size: int = Field(
         default=16, ge=1, description="images per image step, over all workers"
     )
+    accumulate: int = Field(
+        default=1,
+        ge=1,
+        description="micro-batches that a worker's share is computed in, one after another: the "
+        "same step in less memory",
+        json_schema_extra=FREE_ON_RESUME,
+    )
     image_ratio: float = Field(
         default=0.2, ge=0, le=1, description="share of steps that are image steps"
     )
@@ -306,10 +313,17 @@ class TrainConfig(Section):
         sizes = {"batch_size": self.batches.batch_size}
         if self.batches.image_ratio > 0:
             sizes["image_batch_size"] = self.batches.image_batch_size
+        accumulate = self.batches.accumulate
         for key, size in sizes.items():
             if size % self.workers.count:
                 raise ValueError(
                     f"batches.{key} {size} must be a multiple of workers.count "
                     f"{self.workers.count}, so that every worker has an equal share"
+                )
+            if size % (self.workers.count * accumulate):
+                raise ValueError(
+                    f"batches.{key} {size} must be a multiple of workers.count "
+                    f"{self.workers.count} times batches.accumulate {accumulate}, so that all "
+                    "micro-batches are equal; change one of the three"
                 )
         return self

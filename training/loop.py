@@ -310,14 +310,14 @@ class _Worker:
             LatentStore(dataset, config.batches.cache_bytes),
             prompts,
             config.evaluation,
-            batch_size=config.batches.batch_size,
+            batch_size=config.batches.batch_size // config.batches.accumulate,
             seed=config.seed,
         )
 
     def _evaluate(self, held_out: HeldOut) -> None:
         """Measure the averaged weights, and note the loss beside the newest step."""
         self.step.swap_ema()
-        nats = held_out.mean_nats(self.step.model.flow, self.step.parallel)
+        nats = held_out.mean_nats(self.step.run_flow, self.step.parallel)
         self.step.swap_ema()
         self.recorder.annotate({"held_out_nats_per_dim": nats})
 

@@ -5,6 +5,7 @@
     optimizer    `optimizer/`             how a step changes the weights, or is skipped
     checkpoints  `state/`                 when the run can be resumed from
     evaluation   `held_out.py`            when and on what held-out loss is measured
+    memory       `memory.py`              how a step fits into a device
     workers      `parallel.py`, `on_ray.py`  which processes share the work
     tracking     `record/`                what is recorded, and how often
 
@@ -30,6 +31,8 @@ Such a field changes where and how long a run computes, never which weights come
 """
 
 Precision = Literal["auto", "fp32", "bf16"]
+Checkpointing = Literal["none", "selective", "full"]
+Strategy = Literal["single", "fsdp", "hsdp", "ddp"]
 ShardGranularity = Literal["layer", "block", "model"]
 
 
@@ -195,6 +198,22 @@ class EvaluationConfig(Section):
     draws: int = Field(default=1, ge=1, description="noise draws per clip of an evaluation")
 
 
+class MemoryConfig(Section):
+    """How a step fits into a device: what is computed again rather than kept."""
+
+    checkpointing: Checkpointing = Field(
+        default="none",
+        description="activation checkpointing, layer by layer: none keeps all that the backward "
+        "pass reads; selective computes all but attention again (about a third of the "
+        "activations); full keeps only what goes into a layer (about a twentieth)",
+    )
+    compile: bool = Field(
+        default=False,
+        description="compile every transformer layer by torch.compile: minutes at the start, and "
+        "again for every new shape",
+    )
+
+
 class WorkerConfig(Section):
     """Which processes share the work, and how.
 
@@ -202,10 +221,18 @@ class WorkerConfig(Section):
     2
     """
 
-    strategy: Literal["fsdp", "single"] = Field(
-        default="single", description="FSDP2 over the workers, or one process"
+    strategy: Strategy = Field(
+        default="single",
+        description="single: one process; fsdp: every worker holds a part of the weights (FSDP2); "
+        "hsdp: every group of shard_size workers holds all of them; ddp: every worker does",
     )
     count: int = Field(default=1, ge=1, description="training processes")
+    shard_size: int | None = Field(
+        default=None,
+        ge=2,
+        description="workers that share one copy of the weights, for hsdp; usually the GPUs of a "
+        "machine",
+    )
     threads: int = Field(default=1, ge=1, description="CPU threads of each process")
     shard_granularity: ShardGranularity = Field(
         default="layer",
@@ -225,6 +252,20 @@ class WorkerConfig(Section):
             raise ValueError(
                 f"workers.count is {self.count} but strategy 'single' is one process; "
                 "set workers.strategy to 'fsdp' or workers.count to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_are_of_hsdp(self) -> WorkerConfig:
+        if (self.strategy == "hsdp") != (self.shard_size is not None):
+            raise ValueError(
+                f"workers.shard_size is {self.shard_size} but strategy is '{self.strategy}'; "
+                "'hsdp' needs one, and no other strategy takes one"
+            )
+        if self.shard_size is not None and self.count % self.shard_size:
+            raise ValueError(
+                f"workers.count {self.count} must be a multiple of workers.shard_size "
+                f"{self.shard_size}, so that all groups are whole"
             )
         return self
 
@@ -295,6 +336,11 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig(),
         description="held-out loss during the run",
+        json_schema_extra=FREE_ON_RESUME,
+    )
+    memory: MemoryConfig = Field(
+        default=MemoryConfig(),
+        description="how a step fits into a device",
         json_schema_extra=FREE_ON_RESUME,
     )
     workers: WorkerConfig = Field(

@@ -18,7 +18,6 @@ import torch
 from data_prep.latents.dataset import LatentDataset
 from flow.config import FlowConfig
 from flow.device import has_quick_bf16
-from flow.flow import FlowModel
 from flow.likelihood import noise_floor
 from flow.text import TextSpec, build_text_encoder
 from training.config import TrainConfig
@@ -26,7 +25,7 @@ from training.data.batch_sampler import BatchSampler, StepPlan
 from training.data.batches import BatchMaker, LatentStore, Prompts
 from training.data.latents import open_latents
 from training.held_out import HeldOut
-from training.parallel import Parallel, join_workers, shard_model
+from training.parallel import Parallel, join_workers
 from training.record.history import HISTORY_NAME, History
 from training.record.metrics import step_cost
 from training.record.tracking import MetricsLogger, MlflowRun
@@ -38,6 +37,7 @@ from training.state.checkpoint import (
     save_checkpoint,
 )
 from training.step import StepMetrics, TrainStep
+from training.weights import build_model
 
 CHECKPOINTS_NAME = "checkpoints"
 Report = Callable[[dict[str, Any]], None]
@@ -138,13 +138,6 @@ def settle_precision(
     return config.model_copy(update={"precision": "bf16" if is_quick else "fp32"})
 
 
-def fresh_model(flow: FlowConfig, seed: int) -> FlowModel:
-    """Start weights from the seed, alike on all workers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return FlowModel(flow)
-
-
 class _Recorder:
     """Gathers a worker's step metrics and writes them out (worker 0) at reports."""
 
@@ -229,8 +222,7 @@ def train(
         latest = _latest(job, parallel)
         config = settle_precision(config, latest, parallel)
         description = describe(config, job, dataset)
-        model = fresh_model(job.flow, config.seed)
-        shard_model(model, parallel, config.workers.shard_granularity, config.precision)
+        model = build_model(job.flow, config, parallel)
         step = TrainStep(model, config, parallel)
         if latest is not None:
             check_fits(latest, description)

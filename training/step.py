@@ -20,7 +20,7 @@ from training.data.batches import TrainBatch
 from training.objective import denoiser_backward, flow_backward
 from training.optimizer.optim import LearningRate, ShardedOptimizer, SkipRule
 from training.optimizer.sharded import local_tensor
-from training.parallel import Parallel, forget_gathered, networks
+from training.parallel import Parallel, forget_gathered, networks, share_gradients
 
 
 class SkippedTooOften(FlowreelError, RuntimeError):
@@ -138,14 +138,21 @@ class TrainStep:
         with_denoiser = self.trains_denoiser(step)
         zero = torch.zeros((), device=self.parallel.device)
         parts = batch.parts(self.config.batches.accumulate)
-        means = torch.stack([self._backward(part, with_denoiser, 1 / len(parts)) for part in parts])
+        found = []
+        for index, part in enumerate(parts):
+            share_gradients(self.model, now=index == len(parts) - 1)
+            found.append(self._backward(part, with_denoiser, 1 / len(parts)))
+        means = torch.stack(found).mean(0)
         squares = [
             self.optimizers[n].take_gradients() if n in self.optimizers else zero
             for n in ("flow", "denoiser")
         ]
         world = self.parallel.world
-        # One exchange: means need dividing by the workers, squares of shards just add up.
-        shared = self.parallel.sum(torch.cat([means.mean(0) / world, torch.stack(squares).float()]))
+        # One exchange: means need dividing by the workers, squares of shards by their copies.
+        replicas = self.parallel.replicas
+        shared = self.parallel.sum(
+            torch.cat([means / world, torch.stack(squares).float() / replicas])
+        )
         averages, norms = shared[:-2], shared[-2:].sqrt()
         skip = self.skip_rule.decide(shared, norms)
         rate = self.optimizers["flow"].step(step, norms[0], skip)
@@ -203,4 +210,4 @@ class TrainStep:
         for optimizer in self.optimizers.values():
             for parameter in optimizer.locals.values():
                 total += local_tensor(parameter.detach()).double().square().sum()
-        return self.parallel.sum(total)
+        return self.parallel.sum(total) / self.parallel.replicas

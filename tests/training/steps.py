@@ -15,6 +15,7 @@ from training.config import TrainConfig
 from training.data.batches import TrainBatch
 from training.parallel import join_workers, shard_model
 from training.step import TrainStep
+from training.weights import build_model
 
 BATCH = 8
 
@@ -66,14 +67,25 @@ def take_steps(config: TrainConfig, count: int = 2) -> dict[str, Any]:
         }
 
 
-def cases(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`take_steps` under several settings, one after another."""
-    return [take_steps(small_config(**each)) for each in settings]
+def start_weights(config: TrainConfig) -> dict[str, Tensor]:
+    """The weights that a run begins with."""
+    with join_workers(config.workers) as parallel:
+        model = build_model(tiny(), config, parallel)
+        return {name: whole(p) for name, p in model.named_parameters()}
 
 
-def difference(one: dict[str, Any], other: dict[str, Any], part: str = "weights") -> float:
-    """The largest, of the weights or of another part of the results."""
-    if part == "weights":
-        assert one[part].keys() == other[part].keys()
-        return max(float((one[part][n] - other[part][n]).abs().max()) for n in one[part])
-    return float((one[part] - other[part]).abs().max())
+def laws(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`take_steps` and `start_weights` under several settings, one after another."""
+    found = []
+    for each in settings:
+        config = small_config(**each)
+        found.append({**take_steps(config), "start": start_weights(config)})
+    return found
+
+
+def difference(one: dict[str, Any], other: dict[str, Any], part: str) -> float:
+    """The largest difference of a part of two results."""
+    if isinstance(one[part], Tensor):
+        return float((one[part] - other[part]).abs().max())
+    assert one[part].keys() == other[part].keys()
+    return max(float((one[part][n] - other[part][n]).abs().max()) for n in one[part])

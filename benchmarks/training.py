@@ -32,10 +32,10 @@ from flow.flow import FlowModel
 from pipeline.recipes import load_recipe
 from training.config import TrainConfig
 from training.data.batches import TrainBatch
-from training.loop import fresh_model
 from training.parallel import Parallel
 from training.record.metrics import step_cost
 from training.step import TrainStep
+from training.weights import fresh_model
 
 CPU = torch.device("cpu")
 AGREE = 1e-4

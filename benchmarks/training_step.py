@@ -25,9 +25,9 @@ from flow.device import device_of, has_quick_bf16
 from pipeline.recipes import Recipe, load_recipe
 from training.data.batch_sampler import Mode
 from training.data.batches import TrainBatch
-from training.loop import fresh_model
 from training.parallel import Parallel
 from training.step import TrainStep
+from training.weights import fresh_model
 
 LENGTHS = (16, 104, 344)
 """Places of a sequence: a frame, five frames with text, seventeen."""

@@ -8,14 +8,19 @@ Shapes: B batch, L places of this call, S places in all, H heads, D head_dim, M 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 from flow.rope import Rope
 
@@ -80,29 +85,72 @@ def attend(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, is_causal: bool = Fal
     sequences of 100 places (`python -m benchmarks.training_step`): there, gradients are taken in
     fp32.
     """
-    dtype, is_cpu = v_BHSD.dtype, v_BHSD.device.type == "cpu"
-    if is_cpu and dtype == torch.bfloat16 and torch.is_grad_enabled():
-        q, k, v = (x.float() for x in (q_BHLD, k_BHSD, v_BHSD))
+    q, k, v = _for_kernel(q_BHLD, k_BHSD, v_BHSD)
+    return _kernel(q, k, v, is_causal).to(v_BHSD.dtype)
+
+
+def _for_kernel(*qkv: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values in the dtype that `attend` takes their gradients in."""
+    if qkv[-1].device.type != "cpu" or not torch.is_grad_enabled():
+        return qkv
+    return tuple(x.float() if qkv[-1].dtype == torch.bfloat16 else x for x in qkv)
+
+
+def _kernel(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, is_causal: bool = False) -> Tensor:
+    if v_BHSD.device.type == "cpu" and v_BHSD.dtype == torch.float32:
+        # Autocast would make bf16 of them again.
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).to(dtype)
+            return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, is_causal=is_causal)
     return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, is_causal=is_causal)
 
 
-def attend_frames(q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, reach: FrameReach) -> Tensor:
-    """Frame-windowed attention over a whole clip, one dense product per frame -> [B, H, S, D]."""
-    num_frames = (q_BHSD.shape[2] - reach.text) // reach.tokens
+def attend_frames(
+    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, reach: FrameReach, *, rejoin: bool = True
+) -> Tensor:
+    """Frame-windowed attention over a whole clip, one dense product per frame -> [B, H, S, D].
+
+    Keys of a window are copied to lie beside the text's. For the backward pass they are copied
+    again (`rejoin`): kept, the copies of a clip of 21 frames would be ten times the keys. Where
+    checkpointing computes all of it again, nothing is kept anyhow.
+    """
+    dtype, num_frames = v_BHSD.dtype, (q_BHSD.shape[2] - reach.text) // reach.tokens
+    q, k, v = _for_kernel(q_BHSD, k_BHSD, v_BHSD)
     out = []
     for queries, keys in _key_ranges(reach, num_frames):
         if keys.start <= reach.text:
             # Text and the frames it sees lie side by side: a slice, and no copy.
-            k, v = k_BHSD[:, :, : keys.stop], v_BHSD[:, :, : keys.stop]
+            part = _kernel(q[:, :, queries], k[:, :, : keys.stop], v[:, :, : keys.stop])
         else:
-            k, v = (
-                torch.cat([kv[:, :, : reach.text], kv[:, :, keys]], dim=2)
-                for kv in (k_BHSD, v_BHSD)
-            )
-        out.append(attend(q_BHSD[:, :, queries], k, v))
+            part = _attend_window(q[:, :, queries], k, v, slice(0, reach.text), keys, rejoin)
+        out.append(part.to(dtype))
     return torch.cat(out, dim=2)
+
+
+def _attend_window(
+    q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, text: slice, frames: slice, rejoin: bool
+) -> Tensor:
+    """Attention over two ranges of places; with `rejoin` no graph keeps them joined."""
+
+    def join(kv_BHSD: Tensor) -> Tensor:
+        return torch.cat([kv_BHSD[:, :, text], kv_BHSD[:, :, frames]], dim=2)
+
+    k, v = join(k_BHSD), join(v_BHSD)
+    # The compiler plans by itself what it keeps.
+    if not rejoin or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _kernel(q_BHLD, k, v)
+    sources = (k_BHSD.detach(), v_BHSD.detach())
+    places = {k.data_ptr(): 0, v.data_ptr(): 1}
+
+    def pack(saved: Tensor) -> Tensor | int:
+        number = places.get(saved.data_ptr())
+        return saved if number is None or saved.shape != shape else number
+
+    def unpack(packed: Tensor | int) -> Tensor:
+        return join(sources[packed]) if isinstance(packed, int) else packed
+
+    shape = k.shape
+    with saved_tensors_hooks(pack, unpack):
+        return _kernel(q_BHLD, k, v)
 
 
 def attend_last(
@@ -179,12 +227,21 @@ class Attention(nn.Module):
         """Heads joined and projected, [B, L, M]."""
         return self.proj(rearrange(out_BHLD, "b h l d -> b l (h d)"))
 
-    def forward(self, h_BLM: Tensor, rope: Rope, reach: FrameReach | None = None) -> Tensor:
+    def forward(
+        self, h_BLM: Tensor, rope: Rope, reach: FrameReach | None = None, *, rejoin: bool = True
+    ) -> Tensor:
         """Attention over the whole sequence: causal, or by frames where `reach` says so."""
         q, k, v = self.project(h_BLM, rope)
+        return self.merge(self.mix(q, k, v, reach, rejoin=rejoin))
+
+    @staticmethod
+    def mix(
+        q: Tensor, k: Tensor, v: Tensor, reach: FrameReach | None, *, rejoin: bool = True
+    ) -> Tensor:
+        """What every place takes from the places that it sees, [B, H, L, D]."""
         if reach is None:
-            return self.merge(attend(q, k, v, is_causal=True))
-        return self.merge(attend_frames(q, k, v, reach))
+            return attend(q, k, v, is_causal=True)
+        return attend_frames(q, k, v, reach, rejoin=rejoin)
 
     def extend(self, h_BLM: Tensor, rope: Rope, cache: LayerCache, place: int) -> Tensor:
         """Causal attention of places place .. place + L - 1 over themselves and all before."""
@@ -208,20 +265,49 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(self.norm(h_BLM))))
 
 
+Recompute = Literal["none", "selective", "full"]
+"""What a layer computes again in its backward pass."""
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's value, of which the arguments alone are kept for the backward pass."""
+    # Nothing here is random, so there is no state of it to keep.
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
 class TransformerLayer(nn.Module):
     """One pre-norm layer: h += attention(norm(h)); h += mlp(norm(h)).
 
-    It is the unit that is sharded, compiled and checkpointed.
+    It is the unit that is sharded, compiled and checkpointed: with `recompute`, its backward pass
+    computes again what its forward pass then need not keep. "full" keeps h alone; "selective" keeps
+    what attention reads and gives too, so that only what costs the length of the sequence is
+    computed twice, and not what costs its square.
     """
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
+        self.recompute: Recompute = "none"
         self.attention = Attention(width, head_dim)
         self.mlp = MLP(width)
 
     def forward(self, h_BLM: Tensor, rope: Rope, reach: FrameReach | None = None) -> Tensor:
         """The whole sequence: causal, or by frames where `reach` says so."""
-        h_BLM = h_BLM + self.attention(h_BLM, rope, reach)
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._whole(h_BLM, rope, reach)
+        if self.recompute == "full":
+            return _recomputed(self._whole, h_BLM, rope, reach, False)
+        q, k, v = _recomputed(self.attention.project, h_BLM, rope)
+        return _recomputed(self._after, h_BLM, self.attention.mix(q, k, v, reach))
+
+    def _whole(
+        self, h_BLM: Tensor, rope: Rope, reach: FrameReach | None, rejoin: bool = True
+    ) -> Tensor:
+        h_BLM = h_BLM + self.attention(h_BLM, rope, reach, rejoin=rejoin)
+        return h_BLM + self.mlp(h_BLM)
+
+    def _after(self, h_BLM: Tensor, out_BHLD: Tensor) -> Tensor:
+        """The layer from what its attention gave."""
+        h_BLM = h_BLM + self.attention.merge(out_BHLD)
         return h_BLM + self.mlp(h_BLM)
 
     def extend(self, h_BLM: Tensor, rope: Rope, cache: LayerCache, place: int) -> Tensor:
@@ -253,3 +339,26 @@ class GainNorm(nn.Module):
         wide = h_BLM.to(torch.promote_types(h_BLM.dtype, torch.float32))
         gain = 1 + self.weight.to(wide.dtype)
         return (F.rms_norm(wide, wide.shape[-1:], eps=RMS_EPSILON) * gain).to(h_BLM.dtype)
+
+
+class ZeroLinear(nn.Linear):
+    """A network's last product, which starts at zero: a fresh network changes nothing."""
+
+    def reset_parameters(self) -> None:
+        """Start with zeros."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def project_out(h_BLM: Tensor, norm: GainNorm | None, proj: nn.Linear) -> Tensor:
+    """A network's last product, in the dtype of its own weights even where autocast is on.
+
+    Under bf16 with fp32 masters that is fp32: rounded to bf16, this one product would make most of
+    the error of the loss and half that of its gradients.
+    """
+    device = h_BLM.device.type
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if is_cast else nullcontext():
+        h_BLM = h_BLM.to(proj.weight.dtype)
+        return proj(h_BLM if norm is None else norm(h_BLM))

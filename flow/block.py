@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flow.attention import GainNorm, TransformerLayer
+from flow.attention import GainNorm, TransformerLayer, ZeroLinear, project_out
 from flow.config import FlowConfig
 from flow.rope import Rope
 
@@ -57,14 +57,12 @@ class AffineBlock(nn.Module):
             TransformerLayer(width, config.head_dim) for _ in range(config.layers_per_block[index])
         )
         self.final_norm = GainNorm(width) if config.final_norm else None
-        self.proj_out = nn.Linear(width, 2 * config.token_dim)
+        self.proj_out = ZeroLinear(width, 2 * config.token_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """This block's own start values, of the identity; its submodules have their own."""
+        """This block's own start value; its submodules have theirs."""
         nn.init.normal_(self.sos, std=0.02)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
 
     def forward(
         self, s_BLC: Tensor, rope: Rope, text_BJE: Tensor | None = None
@@ -107,9 +105,7 @@ class AffineBlock(nn.Module):
 
     def affine(self, h_BLM: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, sigma) [B, L, C], fp32 or wider, of final hidden states."""
-        if self.final_norm is not None:
-            h_BLM = self.final_norm(h_BLM)
-        out = self.proj_out(h_BLM)
+        out = project_out(h_BLM, self.final_norm, self.proj_out)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
         if self.soft_clip > 0:
             out = self.soft_clip * torch.tanh(out / self.soft_clip)

@@ -21,7 +21,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from flow.attention import Attention, FrameReach, GainNorm, TransformerLayer
+from flow.attention import (
+    Attention,
+    FrameReach,
+    GainNorm,
+    TransformerLayer,
+    ZeroLinear,
+    project_out,
+)
 from flow.config import FlowConfig
 from flow.rope import Rope, RopeCache
 from flow.tokens import patchify, unpatchify
@@ -57,14 +64,8 @@ class Denoiser(nn.Module):
             TransformerLayer(width, config.head_dim) for _ in range(config.denoiser_layers)
         )
         self.final_norm = GainNorm(width) if config.final_norm else None
-        self.proj_out = nn.Linear(width, config.token_dim)
+        self.proj_out = ZeroLinear(width, config.token_dim)
         self.ropes = RopeCache(config.head_dim, config.pos_len)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start with s = 0, nothing to remove; submodules have their own start values."""
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
 
     def forward(self, x: Tensor, text_BJE: Tensor | None = None) -> Tensor:
         """s of noisy latents [B, T, C, h, w] or images [B, C, h, w]: their shape, fp32 or wider."""
@@ -111,9 +112,7 @@ class Denoiser(nn.Module):
 
     def read_out(self, h_BLM: Tensor) -> Tensor:
         """s as tokens [B, L, C], fp32 or wider, of final hidden states."""
-        if self.final_norm is not None:
-            h_BLM = self.final_norm(h_BLM)
-        out = self.proj_out(h_BLM)
+        out = project_out(h_BLM, self.final_norm, self.proj_out)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
 

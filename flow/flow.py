@@ -209,8 +209,7 @@ class FlowModel(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fresh start values everywhere, for a model allocated after it was built on `meta`."""
-        # Children first: a block then zeroes the projection that its child drew.
-        for module in reversed([*self.modules()]):
+        for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset) and module is not self:
                 reset()

@@ -5,6 +5,7 @@
     optimizer    `optimizer/`             how a step changes the weights, or is skipped
     checkpoints  `state/`                 when the run can be resumed from
     evaluation   `held_out.py`            when and on what held-out loss is measured
+    memory       `memory.py`              how a step fits into a device
     workers      `parallel.py`, `on_ray.py`  which processes share the work
     tracking     `record/`                what is recorded, and how often
 
@@ -30,6 +31,8 @@ Such a field changes where and how long a run computes, never which weights come
 """
 
 Precision = Literal["auto", "fp32", "bf16"]
+Checkpointing = Literal["none", "selective", "full"]
+Strategy = Literal["single", "fsdp", "hsdp", "ddp"]
 ShardGranularity = Literal["layer", "block", "model"]
 
 
@@ -79,6 +82,13 @@ class BatchConfig(Section):
         default=None,
         ge=1,
         description="longer clips are cut to their first so many frames, 4k+1 of them; null: whole",
+    )
+    accumulate: int = Field(
+        default=1,
+        ge=1,
+        description="micro-batches that a worker's share is computed in, one after another: the "
+        "same step in less memory",
+        json_schema_extra=FREE_ON_RESUME,
     )
     image_ratio: float = Field(
         default=0.2, ge=0, le=1, description="share of steps that are image steps"
@@ -208,6 +218,22 @@ class EvaluationConfig(Section):
     draws: int = Field(default=1, ge=1, description="noise draws per clip of an evaluation")
 
 
+class MemoryConfig(Section):
+    """How a step fits into a device: what is computed again rather than kept."""
+
+    checkpointing: Checkpointing = Field(
+        default="none",
+        description="activation checkpointing, layer by layer: none keeps all that the backward "
+        "pass reads; selective computes all but attention again (about a third of the "
+        "activations); full keeps only what goes into a layer (about a twentieth)",
+    )
+    compile: bool = Field(
+        default=False,
+        description="compile every transformer layer by torch.compile: minutes at the start, and "
+        "again for every new shape",
+    )
+
+
 class WorkerConfig(Section):
     """Which processes share the work, and how.
 
@@ -215,10 +241,18 @@ class WorkerConfig(Section):
     2
     """
 
-    strategy: Literal["fsdp", "single"] = Field(
-        default="single", description="FSDP2 over the workers, or one process"
+    strategy: Strategy = Field(
+        default="single",
+        description="single: one process; fsdp: every worker holds a part of the weights (FSDP2); "
+        "hsdp: every group of shard_size workers holds all of them; ddp: every worker does",
     )
     count: int = Field(default=1, ge=1, description="training processes")
+    shard_size: int | None = Field(
+        default=None,
+        ge=2,
+        description="workers that share one copy of the weights, for hsdp; usually the GPUs of a "
+        "machine",
+    )
     threads: int = Field(default=1, ge=1, description="CPU threads of each process")
     shard_granularity: ShardGranularity = Field(
         default="layer",
@@ -238,6 +272,20 @@ class WorkerConfig(Section):
             raise ValueError(
                 f"workers.count is {self.count} but strategy 'single' is one process; "
                 "set workers.strategy to 'fsdp' or workers.count to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_are_of_hsdp(self) -> WorkerConfig:
+        if (self.strategy == "hsdp") != (self.shard_size is not None):
+            raise ValueError(
+                f"workers.shard_size is {self.shard_size} but strategy is '{self.strategy}'; "
+                "'hsdp' needs one, and no other strategy takes one"
+            )
+        if self.shard_size is not None and self.count % self.shard_size:
+            raise ValueError(
+                f"workers.count {self.count} must be a multiple of workers.shard_size "
+                f"{self.shard_size}, so that all groups are whole"
             )
         return self
 
@@ -317,6 +365,11 @@ class TrainConfig(Section):
         description="held-out loss during the run",
         json_schema_extra=FREE_ON_RESUME,
     )
+    memory: MemoryConfig = Field(
+        default=MemoryConfig(),
+        description="how a step fits into a device",
+        json_schema_extra=FREE_ON_RESUME,
+    )
     workers: WorkerConfig = Field(
         default=WorkerConfig(),
         description="which processes share the work",
@@ -330,7 +383,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _workers_have_equal_shares(self) -> TrainConfig:
-        batches = self.batches
+        batches, accumulate = self.batches, self.batches.accumulate
         sizes: dict[str, int] = {}
         if batches.image_ratio < 1:
             sizes |= {"batch_size": batches.batch_size} if batches.tokens is None else {}
@@ -343,5 +396,11 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"batches.{key} {size} must be a multiple of workers.count "
                     f"{self.workers.count}, so that every worker has an equal share"
+                )
+            if size % (self.workers.count * accumulate):
+                raise ValueError(
+                    f"batches.{key} {size} must be a multiple of workers.count "
+                    f"{self.workers.count} times batches.accumulate {accumulate}, so that all "
+                    "micro-batches are equal; change one of the three"
                 )
         return self

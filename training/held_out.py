@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.latents.dataset import LatentDataset
 from data_prep.latents.records import HELD_OUT_SHARE, Bucket
@@ -29,6 +29,7 @@ from flowreel.errors import FlowreelError
 from training.config import EvaluationConfig
 from training.data.batch_sampler import Mode, random_stream
 from training.data.batches import LatentStore, Prompts, noised_latents
+from training.objective import RunFlow
 from training.parallel import Parallel
 
 Captions = Literal["true", "shuffled", "null"]
@@ -150,7 +151,7 @@ class PromptedClips:
         )
 
     def nats(
-        self, flow: nn.Module, places: Sequence[int], draw: int, device: torch.device
+        self, flow: RunFlow, places: Sequence[int], draw: int, device: torch.device
     ) -> np.ndarray:
         """Mean nats per dimension of the clips at `places`, float64; noise from (seed, draw)."""
         config = self.prompts.flow
@@ -329,7 +330,7 @@ class HeldOut:
         self.config = config
         self.batch_size = batch_size
 
-    def mean_nats(self, flow: nn.Module, parallel: Parallel) -> float:
+    def mean_nats(self, flow: RunFlow, parallel: Parallel) -> float:
         """Mean nats per dimension over clips and draws; every worker gets the same number.
 
         All workers run the flow equally often, as sharded weights ask of them: short shares are

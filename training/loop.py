@@ -21,7 +21,6 @@ from data_prep.latents.records import Bucket
 from flow.codec_factors import WAN_FACTORS, CodecFactors
 from flow.config import FlowConfig
 from flow.device import has_quick_bf16
-from flow.flow import FlowModel
 from flow.likelihood import noise_floor
 from flow.text import TextSpec, build_text_encoder
 from training.config import TrainConfig
@@ -29,7 +28,7 @@ from training.data.batch_sampler import BatchSampler, StepPlan
 from training.data.batches import BatchMaker, LatentStore, Prompts
 from training.data.latents import open_latents
 from training.held_out import HeldOut
-from training.parallel import Parallel, join_workers, shard_model
+from training.parallel import Parallel, join_workers
 from training.record.history import HISTORY_NAME, History
 from training.record.metrics import step_cost
 from training.record.tracking import MetricsLogger, MlflowRun
@@ -49,6 +48,7 @@ from training.state.group import HostGroup
 from training.state.run_lock import lock_writing
 from training.state.stop import Ask, Notice, Vote, nothing
 from training.step import StepMetrics, TrainStep
+from training.weights import build_model
 
 Report = Callable[[dict[str, Any]], None]
 """Takes the record of a step that a checkpoint was just written after."""
@@ -172,13 +172,6 @@ def settle_precision(
     return config.model_copy(update={"precision": "bf16" if is_quick else "fp32"})
 
 
-def fresh_model(flow: FlowConfig, seed: int) -> FlowModel:
-    """Start weights from the seed, alike on all workers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return FlowModel(flow)
-
-
 class _Recorder:
     """Gathers a worker's step metrics and writes them out (worker 0) at reports."""
 
@@ -279,8 +272,7 @@ def train(
         latest = choice.checkpoint
         config = settle_precision(config, latest, parallel)
         description = describe(config, job, dataset)
-        model = fresh_model(job.flow, config.seed)
-        shard_model(model, parallel, config.workers.shard_granularity, config.precision)
+        model = build_model(job.flow, config, parallel)
         if latest is None and job.start is not None:
             load_start(model, job.start)
         step = TrainStep(model, config, parallel)
@@ -372,14 +364,14 @@ class _Worker:
             LatentStore(dataset, config.batches.cache_bytes),
             prompts,
             config.evaluation,
-            batch_size=config.batches.batch_size,
+            batch_size=config.batches.batch_size // config.batches.accumulate,
             seed=config.seed,
         )
 
     def _evaluate(self, held_out: HeldOut) -> None:
         """Measure the averaged weights, and note the loss beside the newest step."""
         self.step.swap_ema()
-        nats = held_out.mean_nats(self.step.model.flow, self.step.parallel)
+        nats = held_out.mean_nats(self.step.run_flow, self.step.parallel)
         self.step.swap_ema()
         self.recorder.annotate({"held_out_nats_per_dim": nats})
 

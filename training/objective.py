@@ -2,7 +2,8 @@
 
 σ is the noise on the data: the flow models x_noisy = x + σ·ε (arXiv 2511.20462; the target and its
 scale are in `docs/design.md`, "The model exactly"). Under data parallelism every worker calls this
-on its equal share, and FSDP averages the gradients. Knows nothing of optimizers, workers or where
+on its equal share, and FSDP averages the gradients; where a share is taken in several
+micro-batches, their gradients add up. Knows nothing of optimizers, workers or where
 batches come from.
 
 Shapes: x [B, T, C, h, w] (or [B, C, h, w] in image models), text_BJE [B, J, E]: B batch, T latent
@@ -11,12 +12,18 @@ frames, C channels, h, w latent rows and columns, J text tokens, E text width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flow.flow import DENOISE_STEP
+from flow.flow import DENOISE_STEP, FlowOutput
+
+RunFlow = Callable[[Tensor, Tensor | None], FlowOutput]
+"""A flow, or a flow in the precision that a step computes in."""
+RunDenoiser = Callable[[Tensor, Tensor | None], Tensor]
+"""The same of a denoiser."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,13 @@ class FlowLoss:
 
 
 def flow_backward(
-    flow: nn.Module, x_noisy: Tensor, text_BJE: Tensor | None, sigma: float, *, with_target: bool
+    flow: RunFlow,
+    x_noisy: Tensor,
+    text_BJE: Tensor | None,
+    sigma: float,
+    *,
+    with_target: bool,
+    share: float = 1.0,
 ) -> FlowLoss:
     """Loss of the flow and its backward; the input's gradient becomes the denoiser's target.
 
@@ -46,26 +59,36 @@ def flow_backward(
     is Tweedie's x_noisy + σ²∇log p(x_noisy).
 
     Args:
-        flow: makes a `flow.flow.FlowOutput`; its parameters' gradients are added to.
+        flow: its parameters' gradients are added to.
         sigma: σ, the model's `noise_std`.
         with_target: also keep the input's gradient.
+        share: what the gradients are weighted by: this batch's part of the samples of a step. Loss
+            and target are those of the batch by itself.
     """
     x = x_noisy.detach().requires_grad_(with_target)
     output = flow(x, text_BJE)
     loss = output.loss()
-    (loss * (sigma / DENOISE_STEP)).backward()
+    # Out of autocast: what was computed in fp32 has its gradient in fp32.
+    (loss * (sigma / DENOISE_STEP * share)).backward()
     log_dets = torch.stack([b.detach().float().mean() for b in output.block_log_det])
     target = None
     if with_target:
         assert x.grad is not None
-        target = x.grad * (x.numel() * sigma)
+        target = x.grad * (x.numel() * sigma / share)
     return FlowLoss(loss.detach(), log_dets, target)
 
 
 def denoiser_backward(
-    denoiser: nn.Module, x_noisy: Tensor, text_BJE: Tensor | None, score_target: Tensor
+    denoiser: RunDenoiser,
+    x_noisy: Tensor,
+    text_BJE: Tensor | None,
+    score_target: Tensor,
+    share: float = 1.0,
 ) -> Tensor:
-    """Mean squared error of the denoiser against the flow's score, and its backward; 0-dim."""
+    """Mean squared error of the denoiser against the flow's score, and its backward; 0-dim.
+
+    `share` weights the gradients, as in `flow_backward`.
+    """
     loss = (denoiser(x_noisy.detach(), text_BJE).float() - score_target).square().mean()
-    loss.backward()
+    (loss * share).backward()
     return loss.detach()

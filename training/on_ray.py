@@ -30,6 +30,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from flowreel.errors import FlowreelError
 from training.config import TrainConfig, WorkerConfig
 from training.loop import TrainJob, train
+from training.parallel import choose_backend
 from training.record.history import HistoryTail
 from training.record.tracking import MlflowRun
 from training.run import (
@@ -155,8 +156,7 @@ def _first_failure(error: TrainingFailedError) -> TrainingFailed:
 def _choose_backend(workers: WorkerConfig) -> WorkerConfig:
     """`backend: auto` decided by what the cluster has, so that driver and workers agree."""
     gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = workers.backend == "nccl" or (workers.backend == "auto" and gpus >= workers.count)
-    return workers.model_copy(update={"backend": "nccl" if use_gpu else "gloo"})
+    return workers.model_copy(update={"backend": choose_backend(workers, gpus)})
 
 
 class _Trainer(TorchTrainer):
@@ -200,7 +200,7 @@ def train_on_ray(request: TrainRequest, *, progress: HistoryProgress | None = No
         progress: called in a thread of the driver with new history records, about twice a second.
 
     Raises:
-        RunError, VideoMismatch, CheckpointMismatch: before any worker is started.
+        RunError, VideoMismatch, CheckpointMismatch, ParallelError: before any worker is started.
         RunBusy: another process trains into `out`.
         Terminated, KeyboardInterrupt: asked to stop, after a checkpoint was written.
         TrainingFailed: a worker failed more than `workers.max_failures` times.

@@ -1,5 +1,8 @@
 """Where this process stands among the workers, and how a model is spread over them (FSDP2).
 
+The three strategies are one: weights lie in parts over the workers of a group, and each group has
+all of them. `fsdp` is one group, `hsdp` several, and in `ddp` a group is one worker.
+
 `.flow` and `.denoiser` are two roots, so that each has its own backward and optimizer. Masters are
 fp32 always; with bf16 the transformer layers are gathered in bf16 and gradients are reduced in
 fp32. Knows nothing of Ray (whoever starts the workers sets up the process group or the environment
@@ -14,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +31,7 @@ from flowreel.errors import FlowreelError
 from training.config import Precision, ShardGranularity, WorkerConfig
 
 COLLECTIVE_TIMEOUT_S = 1800.0
+Backend = Literal["gloo", "nccl"]
 
 
 class ParallelError(FlowreelError, ValueError):
@@ -41,6 +46,7 @@ class Parallel:
         rank, world: number of this worker, and of all.
         device: where it computes.
         mesh: the workers as FSDP2 sees them; None in a single process.
+        replicas: workers that hold the same part of the weights.
 
     >>> alone = Parallel(rank=0, world=1, device=torch.device("cpu"), mesh=None)
     >>> alone.is_first, alone.sum(torch.tensor(2.0)), alone.broadcast_int(3)
@@ -51,6 +57,7 @@ class Parallel:
     world: int
     device: torch.device
     mesh: DeviceMesh | None
+    replicas: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -87,27 +94,61 @@ class Parallel:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-def _backend(config: WorkerConfig) -> str:
-    if config.backend != "auto":
-        return config.backend
-    return "nccl" if torch.cuda.is_available() else "gloo"
+def choose_backend(config: WorkerConfig, gpus: float, workers: int | None = None) -> Backend:
+    """What workers talk by, and so compute on: nccl where there are GPUs, unless gloo is asked for.
+
+    Args:
+        gpus: how many there are for these workers.
+        workers: how many these are; all of the run by default.
+
+    Raises:
+        ParallelError: more workers than GPUs, where there are any or nccl is asked for.
+
+    >>> choose_backend(WorkerConfig(), gpus=0), choose_backend(WorkerConfig(), gpus=8)
+    ('gloo', 'nccl')
+    """
+    if config.backend == "gloo" or (config.backend == "auto" and not gpus):
+        return "gloo"
+    workers = config.count if workers is None else workers
+    if workers > gpus:
+        raise ParallelError(
+            f"{workers} training workers, but {gpus:g} GPUs: a worker needs one of its own; "
+            f"lower train.workers.count{f' to {int(gpus)}' if gpus >= 1 else ''}, or set "
+            "train.workers.backend to 'gloo' to train on CPUs"
+        )
+    return "nccl"
+
+
+def _local_backend(config: WorkerConfig) -> Backend:
+    """The choice of a worker for itself, by the GPUs of its machine."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if dist.is_initialized():
+        # Whoever set up the group has given each worker its device, and may show it that one only.
+        return choose_backend(config, gpus, workers=1)
+    return choose_backend(config, gpus, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _mesh(config: WorkerConfig, device: torch.device, world: int) -> DeviceMesh:
+    """One axis of shards; before it one of copies, where there are several."""
+    if config.strategy == "fsdp":
+        return init_device_mesh(device.type, (world,))
+    size = config.shard_size or 1
+    return init_device_mesh(
+        device.type, (world // size, size), mesh_dim_names=("replicate", "shard")
+    )
 
 
 @contextmanager
 def join_workers(config: WorkerConfig) -> Iterator[Parallel]:
     """Take this process's place among the workers; leave it at the end if it was taken here.
 
-    With strategy `fsdp` the process group is the one already set up (Ray Train does), or is set up
+    With several workers the process group is the one already set up (Ray Train does), or is set up
     from the environment variables of `torchrun`.
 
     Raises:
-        ParallelError: more or fewer processes than `count`, or nccl without a GPU.
+        ParallelError: more or fewer processes than `count`, or more than GPUs.
     """
-    backend = _backend(config)
-    if backend == "nccl" and not torch.cuda.is_available():
-        raise ParallelError(
-            "train.workers.backend is 'nccl' but there is no GPU here; set it to 'auto' or 'gloo'"
-        )
+    backend = _local_backend(config)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
@@ -127,8 +168,9 @@ def join_workers(config: WorkerConfig) -> Iterator[Parallel]:
                 f"{world} processes were started, but train.workers.count is {config.count}; "
                 "start as many as that"
             )
-        mesh = init_device_mesh(device.type, (world,))
-        yield Parallel(dist.get_rank(), world, device, mesh)
+        mesh = _mesh(config, device, world)
+        replicas = world // mesh.size(mesh.ndim - 1)
+        yield Parallel(dist.get_rank(), world, device, mesh, replicas)
     finally:
         if own_group:
             dist.destroy_process_group()
@@ -145,13 +187,24 @@ def shard_model(
 ) -> None:
     """Spread the parameters over the workers, in place.
 
-    A single process only moves them to its device. Of the granularities, `layer` gathers one
-    transformer layer at a time (least memory), `block` one affine block, `model` a whole network in
-    one collective (least latency: right for models of a few million parameters).
+    A single process only moves them to its device. A model on `meta` gets its memory only then,
+    each worker its own part, and holds anything: `training.weights` fills it. Of the granularities,
+    `layer` gathers one transformer layer at a time (least memory), `block` one affine block,
+    `model` a whole network in one collective (least latency: right for models of a few million
+    parameters).
     """
-    model.to(parallel.device)
-    if parallel.mesh is None:
-        return
+    is_meta = any(p.is_meta for p in model.parameters())
+    if not is_meta:
+        model.to(parallel.device)
+    if parallel.mesh is not None:
+        _shard_all(model, parallel.mesh, granularity, precision)
+    if is_meta:
+        model.to_empty(device=parallel.device)
+
+
+def _shard_all(
+    model: FlowModel, mesh: DeviceMesh, granularity: ShardGranularity, precision: Precision
+) -> None:
     # The flow never writes into a module's output, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -168,12 +221,12 @@ def shard_model(
     if granularity == "layer":
         for stack in [*blocks, model.denoiser]:
             for one_layer in () if stack is None else stack.layers:
-                _shard(one_layer, parallel.mesh, layer, reshard=True)
+                _shard(one_layer, mesh, layer, reshard=True)
     elif granularity == "block":
         for block in blocks:
-            _shard(block, parallel.mesh, fp32, reshard=True)
+            _shard(block, mesh, fp32, reshard=True)
     for root in networks(model).values():
-        _shard(root, parallel.mesh, fp32, reshard=False)
+        _shard(root, mesh, fp32, reshard=False)
 
 
 def networks(model: FlowModel) -> dict[str, nn.Module]:
@@ -182,6 +235,17 @@ def networks(model: FlowModel) -> dict[str, nn.Module]:
     if isinstance(model.denoiser, Denoiser):
         parts["denoiser"] = model.denoiser
     return parts
+
+
+def share_gradients(model: FlowModel, now: bool) -> None:
+    """Whether the next backward pass adds up gradients over copies of the weights, or leaves it.
+
+    Between micro-batches it can wait; over the parts of one copy gradients are added up at once,
+    for no worker has room for all of them.
+    """
+    for part in networks(model).values():
+        if isinstance(part, FSDPModule):
+            part.set_requires_all_reduce(now)
 
 
 def forget_gathered(model: FlowModel) -> None:

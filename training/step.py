@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flow.flow import FlowModel
+from flow.flow import FlowModel, FlowOutput
 from flowreel.errors import FlowreelError
 from training.config import TrainConfig
 from training.data.batches import TrainBatch
 from training.objective import denoiser_backward, flow_backward
 from training.optimizer.optim import LearningRate, ShardedOptimizer, SkipRule
 from training.optimizer.sharded import local_tensor
-from training.parallel import Parallel, forget_gathered, networks
+from training.parallel import Parallel, forget_gathered, networks, share_gradients
 
 
 class SkippedTooOften(FlowreelError, RuntimeError):
@@ -104,39 +104,62 @@ class TrainStep:
             and step >= self.config.denoiser_from_step
         )
 
-    def take(self, step: int, batch: TrainBatch) -> StepMetrics:
-        """Take one step on this worker's share of the batch."""
-        with_denoiser = self.trains_denoiser(step)
-        sigma = self.model.config.noise_std
-        zero = torch.zeros((), device=self.parallel.device)
-        denoiser_loss = zero
+    def run_flow(self, x: Tensor, text_BJE: Tensor | None) -> FlowOutput:
+        """The flow in the run's precision, as every measurement of a run has it."""
         with self.parallel.autocast(self.config.precision):
-            flow_loss = flow_backward(
-                self.model.flow, batch.x_noisy, batch.text_BJE, sigma, with_target=with_denoiser
+            output: FlowOutput = self.model.flow(x, text_BJE)
+        return output
+
+    def run_denoiser(self, x: Tensor, text_BJE: Tensor | None) -> Tensor:
+        """The denoiser in the run's precision."""
+        assert self.model.denoiser is not None
+        with self.parallel.autocast(self.config.precision):
+            s: Tensor = self.model.denoiser(x, text_BJE)
+        return s
+
+    def _backward(self, part: TrainBatch, with_denoiser: bool, share: float) -> Tensor:
+        """Both backwards of a micro-batch; [flow loss, denoiser loss, log-det of every block]."""
+        x, text_BJE = part.x_noisy, part.text_BJE
+        sigma = self.model.config.noise_std
+        flow = flow_backward(
+            self.run_flow, x, text_BJE, sigma, with_target=with_denoiser, share=share
+        )
+        denoiser_loss = torch.zeros((), device=self.parallel.device)
+        if with_denoiser:
+            assert flow.score_target is not None
+            denoiser_loss = denoiser_backward(
+                self.run_denoiser, x, text_BJE, flow.score_target, share
             )
-            if with_denoiser:
-                assert self.model.denoiser is not None
-                assert flow_loss.score_target is not None
-                denoiser_loss = denoiser_backward(
-                    self.model.denoiser, batch.x_noisy, batch.text_BJE, flow_loss.score_target
-                )
+        losses = torch.stack([flow.nats_per_dim, denoiser_loss])
+        return torch.cat([losses, flow.block_log_det]).float()
+
+    def take(self, step: int, batch: TrainBatch) -> StepMetrics:
+        """Take one step on this worker's share of the batch, in `accumulate` micro-batches."""
+        with_denoiser = self.trains_denoiser(step)
+        zero = torch.zeros((), device=self.parallel.device)
+        parts = batch.parts(self.config.batches.accumulate)
+        found = []
+        for index, part in enumerate(parts):
+            share_gradients(self.model, now=index == len(parts) - 1)
+            found.append(self._backward(part, with_denoiser, 1 / len(parts)))
+        means = torch.stack(found).mean(0)
         squares = [
             self.optimizers[n].take_gradients() if n in self.optimizers else zero
             for n in ("flow", "denoiser")
         ]
         world = self.parallel.world
-        means = torch.cat(
-            [torch.stack([flow_loss.nats_per_dim, denoiser_loss]), flow_loss.block_log_det]
+        # One exchange: means need dividing by the workers, squares of shards by their copies.
+        replicas = self.parallel.replicas
+        shared = self.parallel.sum(
+            torch.cat([means / world, torch.stack(squares).float() / replicas])
         )
-        # One exchange: means need dividing by the workers, squares of shards just add up.
-        shared = self.parallel.sum(torch.cat([means.float() / world, torch.stack(squares).float()]))
-        means, norms = shared[:-2], shared[-2:].sqrt()
+        averages, norms = shared[:-2], shared[-2:].sqrt()
         skip = self.skip_rule.decide(shared, norms)
         rate = self.optimizers["flow"].step(step, norms[0], skip)
         if with_denoiser:
             self.optimizers["denoiser"].step(step, norms[1], skip)
         in_a_row = self.skip_rule.counts[2].float()
-        values = torch.cat([means[:2], norms, torch.stack([skip, in_a_row]), means[2:]])
+        values = torch.cat([averages[:2], norms, torch.stack([skip, in_a_row]), averages[2:]])
         tokens = batch.x_noisy.numel() // batch.x_noisy.shape[-3] * world
         tokens //= self.model.config.patch_size**2
         return StepMetrics(step, batch.mode, tokens, values, with_denoiser, rate)
@@ -187,4 +210,4 @@ class TrainStep:
         for optimizer in self.optimizers.values():
             for parameter in optimizer.locals.values():
                 total += local_tensor(parameter.detach()).double().square().sum()
-        return self.parallel.sum(total)
+        return self.parallel.sum(total) / self.parallel.replicas

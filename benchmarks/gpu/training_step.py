@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.gpu.device import free, memory_gb, peak_gb, time_once
@@ -27,7 +28,7 @@ from benchmarks.gpu.recorder import Recorder
 from benchmarks.gpu.shapes import Shapes
 from benchmarks.iteration import Rates
 from flow.config import FlowConfig
-from flow.flow import FlowModel
+from flow.flow import FlowModel, FlowOutput
 from training.objective import flow_backward
 from training.record.metrics import StepCost, step_cost
 
@@ -182,9 +183,13 @@ def make_step(
     x_BTCHW = random_tensor(*shape, device=device)
     text = random_tensor(1, config.text_len, config.text_dim, device=device)
 
-    def step() -> None:
+    def run_flow(x: Tensor, text_BJE: Tensor | None) -> FlowOutput:
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            flow_backward(model.flow, x_BTCHW, text, config.noise_std, with_target=True)
+            output: FlowOutput = model.flow(x, text_BJE)
+        return output
+
+    def step() -> None:
+        flow_backward(run_flow, x_BTCHW, text, config.noise_std, with_target=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

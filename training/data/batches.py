@@ -135,6 +135,20 @@ class TrainBatch:
     prompts: list[str]
     mode: Mode
 
+    def parts(self, count: int) -> list[TrainBatch]:
+        """The batch in so many equal micro-batches, in order."""
+        size, rest = divmod(len(self.prompts), count)
+        assert rest == 0, "the configuration makes batches that divide"
+        return [
+            TrainBatch(
+                self.x_noisy[start : start + size],
+                self.text_BJE[start : start + size],
+                self.prompts[start : start + size],
+                self.mode,
+            )
+            for start in range(0, len(self.prompts), size)
+        ]
+
     def to(self, device: torch.device) -> TrainBatch:
         """The same batch on a device."""
         return TrainBatch(

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
-from training.optimizer.sharded import like_parameter
+from training.optimizer.sharded import like_parameter, own_part
 
 MOMENTUM = 0.95
 """Share of the old momentum that a step keeps."""
@@ -110,9 +110,4 @@ class ShardedMuon:
 
     def _own_part(self, name: str, whole: Tensor) -> Tensor:
         """This worker's rows of a matrix that all have."""
-        parameter = self.parameters[name]
-        if not isinstance(parameter, DTensor):
-            return whole
-        mesh = parameter.device_mesh
-        everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        return everywhere.redistribute(mesh, parameter.placements).to_local()
+        return own_part(whole, self.parameters[name])

@@ -30,6 +30,7 @@ from training.parallel import Parallel, join_workers, shard_model
 from training.record.history import HISTORY_NAME, History
 from training.record.metrics import step_cost
 from training.record.tracking import MetricsLogger, MlflowRun
+from training.start.frozen import Frozen, freeze, frozen_of
 from training.start.load import load_start
 from training.start.source import StartPoint
 from training.state.checkpoint import (
@@ -231,6 +232,7 @@ def train(
 
     Raises:
         CheckpointMismatch: `out` holds checkpoints of another run.
+        FrozenChanged: parameters that `config.freeze` names have moved.
         SkippedTooOften: the run makes no progress.
         BatchSamplerError, LatentDatasetError: the data do not fit the configuration.
     """
@@ -241,18 +243,24 @@ def train(
         config = settle_precision(config, latest, parallel)
         description = describe(config, job, dataset)
         model = fresh_model(job.flow, config.seed)
+        freeze(model, config.freeze)
         shard_model(model, parallel, config.workers.shard_granularity, config.precision)
         if latest is None and job.start is not None:
             load_start(model, job.start)
         step = TrainStep(model, config, parallel)
         if latest is not None:
-            check_fits(latest, description)
+            check_fits(latest, {**description, **frozen_of(latest)})
             load_checkpoint(latest, step.state(), parallel)
             step.after_load()
+        frozen = Frozen.of(model)
+        if latest is not None:
+            frozen.check_loaded(latest)
+        description = {**description, **frozen.described()}
         start = latest.step if latest else 0
         recorder = _Recorder(job, step, start, tracking)
         try:
-            last = _Worker(job, step, dataset, description, recorder).take_steps(start, report)
+            worker = _Worker(job, step, dataset, description, recorder, frozen)
+            last = worker.take_steps(start, report)
         finally:
             recorder.logger.close()
         checkpoint = last or latest or latest_complete(job.checkpoints)
@@ -280,6 +288,7 @@ class _Worker:
     dataset: LatentDataset
     description: dict[str, Any]
     recorder: _Recorder
+    frozen: Frozen
 
     def take_steps(self, start: int, report: Report) -> Checkpoint | None:
         """Take the steps start..steps-1; the last checkpoint, if one was written."""
@@ -335,6 +344,7 @@ class _Worker:
         self.recorder.annotate({"held_out_nats_per_dim": nats})
 
     def _save(self, count: int) -> Checkpoint:
+        self.frozen.check(self.step.model)
         folder = save_checkpoint(
             self.job.checkpoints,
             count,

@@ -1,8 +1,8 @@
 """Parameters that a run leaves alone: chosen by name patterns, and proved not to have moved.
 
 A frozen parameter has no gradient, no optimizer state and no averaged copy. The digest of all that
-is frozen stands in every checkpoint's description. It is compared before each checkpoint is written,
-and after one was loaded. Knows nothing of what the parameters are for.
+is frozen stands in every checkpoint's description. It is compared before each one is written, and
+after one was loaded. Knows nothing of what the parameters are for.
 
     FlowreelError, ValueError
     ├── FreezeError      a pattern that matches nothing, or patterns that leave nothing to train

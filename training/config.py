@@ -338,6 +338,11 @@ class TrainConfig(Section):
         "another run's folder or checkpoint, whose averaged weights are taken; a smaller model is "
         "grown",
     )
+    freeze: tuple[str, ...] = Field(
+        default=(),
+        description="name patterns of parameters that stay as they are, such as 'flow.shallow.*'; "
+        "they have no optimizer state",
+    )
     precision: Precision = Field(
         default="fp32",
         description="compute dtype; masters, reductions and log-densities are always fp32; auto: "

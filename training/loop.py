@@ -32,6 +32,7 @@ from training.parallel import Parallel, join_workers
 from training.record.history import HISTORY_NAME, History
 from training.record.metrics import step_cost
 from training.record.tracking import MetricsLogger, MlflowRun
+from training.start.frozen import Frozen, frozen_of
 from training.start.load import load_start
 from training.start.source import StartPoint
 from training.state.checkpoint import (
@@ -258,6 +259,7 @@ def train(
 
     Raises:
         CheckpointMismatch: `out` holds checkpoints of another run.
+        FrozenChanged: parameters that `config.freeze` names have moved.
         RunBusy: workers of another run still write to `out`.
         SkippedTooOften: the run makes no progress.
         BatchSamplerError, LatentDatasetError: the data do not fit the configuration.
@@ -277,15 +279,19 @@ def train(
             load_start(model, job.start)
         step = TrainStep(model, config, parallel)
         if latest is not None:
-            check_fits(latest, description)
+            check_fits(latest, {**description, **frozen_of(latest)})
             load_checkpoint(latest, step.state(), parallel)
             step.after_load()
+        frozen = Frozen.of(model)
+        if latest is not None:
+            frozen.check_loaded(latest)
+        description = {**description, **frozen.described()}
         start = latest.step if latest else 0
         recorder = _Recorder(job, step, start, tracking)
         recorder.note(*choice.damage)
         try:
             vote = Vote(group, ask)
-            worker = _Worker(job, step, dataset, description, recorder, group, vote)
+            worker = _Worker(job, step, dataset, description, recorder, frozen, group, vote)
             last = worker.take_steps(start, report)
         finally:
             recorder.logger.close()
@@ -315,6 +321,7 @@ class _Worker:
     dataset: LatentDataset
     description: dict[str, Any]
     recorder: _Recorder
+    frozen: Frozen
     group: HostGroup
     vote: Vote
 
@@ -376,6 +383,7 @@ class _Worker:
         self.recorder.annotate({"held_out_nats_per_dim": nats})
 
     def _save(self, count: int) -> Checkpoint:
+        self.frozen.check(self.step.model)
         root = self.job.checkpoints
         folder = write_checkpoint(root, count, self.step.state(), self.description, self.group)
         if self.group.is_first:

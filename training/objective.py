@@ -68,8 +68,10 @@ def flow_backward(
     x = x_noisy.detach().requires_grad_(with_target)
     output = flow(x, text_BJE)
     loss = output.loss()
-    # Out of autocast: what was computed in fp32 has its gradient in fp32.
-    (loss * (sigma / DENOISE_STEP * share)).backward()
+    # A flow that is frozen as a whole has no gradient unless the input asks for one.
+    if loss.requires_grad:
+        # Out of autocast: what was computed in fp32 has its gradient in fp32.
+        (loss * (sigma / DENOISE_STEP * share)).backward()
     log_dets = torch.stack([b.detach().float().mean() for b in output.block_log_det])
     target = None
     if with_target:

@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_prep.latents.dataset import LatentDataset
 from flow.codec import VideoCodec, codec_folder
 from flow.codec_factors import WAN_FACTORS, CodecFactors, read_factors
 from flow.config import FlowConfig
+from flow.flow import FlowModel
 from flow.model_folder import ModelSpec
 from flow.text import TextSpec
 from flowreel.errors import FlowreelError
@@ -33,6 +36,7 @@ from training.data.batch_sampler import uneven
 from training.data.latents import open_latents
 from training.loop import TrainJob, describe, settle_precision, train
 from training.record.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
+from training.start.frozen import frozen_names, frozen_of
 from training.start.source import start_point
 from training.state.checkpoint import (
     CODEC_FOLDER,
@@ -167,12 +171,14 @@ def check_run(request: TrainRequest) -> TrainingRun:
     Raises:
         RunError: naming the two things that do not fit, with both values.
         VideoMismatch: the videos that are stated are not those of the dataset.
+        FreezeError: a pattern of `train.freeze` matches nothing, or nothing is left to train.
         StartError: what `train.start_from` names does not fit.
         CheckpointMismatch: `out` holds checkpoints of another run.
         BatchSamplerError: batches cannot be drawn from the dataset as the settings say.
     """
     latents = open_latents(request.dataset, "train", request.config.batches.resolution)
     spec = _model_spec(request, latents)
+    frozen_names(parameter_names(request.flow), request.config.freeze)
     job = TrainJob(
         request.flow, request.text, latents.folder.location, Path(request.out), _factors(request)
     )
@@ -184,7 +190,7 @@ def check_run(request: TrainRequest) -> TrainingRun:
     description = describe(request.config, job, latents)
     if latest is not None:
         settled = settle_precision(request.config, latest)
-        check_fits(latest, describe(settled, job, latents))
+        check_fits(latest, {**describe(settled, job, latents), **frozen_of(latest)})
         if latest.step > request.config.steps:
             raise RunError(
                 f"{latest.path} is at step {latest.step}, past train.steps "
@@ -195,6 +201,12 @@ def check_run(request: TrainRequest) -> TrainingRun:
 
 def _factors(request: TrainRequest) -> CodecFactors:
     return WAN_FACTORS if request.codec is None else read_factors(request.codec)
+
+
+def parameter_names(flow: FlowConfig) -> list[str]:
+    """Names of all parameters of a model, without making it."""
+    with torch.device("meta"):
+        return [name for name, _ in FlowModel(flow).named_parameters()]
 
 
 def _model_spec(request: TrainRequest, latents: LatentDataset) -> ModelSpec:

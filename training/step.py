@@ -37,7 +37,7 @@ class StepMetrics:
         values: [flow loss, denoiser loss, flow norm, denoiser norm, skipped, skipped in a row,
             log-det of every block].
         has_denoiser: whether the denoiser was trained in this step.
-        learning_rate: the flow's.
+        learning_rate: the flow's; 0 where all of it is frozen.
     """
 
     step: int
@@ -85,14 +85,19 @@ class TrainStep:
         self.parallel = parallel
         optimizer = config.optimizer
         peaks = {"flow": optimizer.flow_learning_rate, "denoiser": optimizer.denoiser_learning_rate}
+        trained = {
+            name: [(key, p) for key, p in module.named_parameters() if p.requires_grad]
+            for name, module in networks(model).items()
+        }
         self.optimizers = {
             name: ShardedOptimizer(
-                module.named_parameters(),
+                parameters,
                 optimizer,
                 LearningRate.of(optimizer, peaks[name], config.steps),
                 torch.bfloat16 if config.precision == "bf16" else torch.float32,
             )
-            for name, module in networks(model).items()
+            for name, parameters in trained.items()
+            if parameters
         }
         self.skip_rule = SkipRule(optimizer, parallel.device)
 
@@ -155,7 +160,9 @@ class TrainStep:
         )
         averages, norms = shared[:-2], shared[-2:].sqrt()
         skip = self.skip_rule.decide(shared, norms)
-        rate = self.optimizers["flow"].step(step, norms[0], skip)
+        rate = 0.0
+        if "flow" in self.optimizers:
+            rate = self.optimizers["flow"].step(step, norms[0], skip)
         if with_denoiser:
             self.optimizers["denoiser"].step(step, norms[1], skip)
         in_a_row = self.skip_rule.counts[2].float()
@@ -183,9 +190,10 @@ class TrainStep:
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint holds, by name; of sharded tensors this worker's part."""
         state: dict[str, Tensor] = {}
-        for name, optimizer in self.optimizers.items():
-            for key, parameter in optimizer.parameters.items():
+        for name, module in networks(self.model).items():
+            for key, parameter in module.named_parameters():
                 state[f"model.{name}.{key}"] = parameter.detach()
+        for name, optimizer in self.optimizers.items():
             for key, tensor in optimizer.state().items():
                 state[f"optimizer.{name}.{key}"] = tensor
         for key, tensor in self.skip_rule.state().items():

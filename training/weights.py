@@ -21,12 +21,14 @@ from training.config import TrainConfig
 from training.memory import set_memory
 from training.optimizer.sharded import local_tensor, own_part
 from training.parallel import Parallel, shard_model
+from training.start.frozen import freeze
 
 
 def build_model(flow: FlowConfig, config: TrainConfig, parallel: Parallel) -> FlowModel:
     """A model with start weights, spread over the workers and run as `config.memory` says."""
     model = _unfilled(flow)
     set_memory(model, config.memory)
+    freeze(model, config.freeze)
     shard_model(model, parallel, config.workers.shard_granularity, config.precision)
     draw_weights(model, config.seed)
     return model

@@ -118,7 +118,6 @@ class ShardedOptimizer:
             [
                 {"params": group, "weight_decay": decay}
                 for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-                if group
             ],
             lr=learning_rate.peak,
             betas=config.adam_betas,
@@ -181,13 +180,16 @@ class ShardedOptimizer:
             moments = self.adam.state[self.locals[name]]
             out[f"exp_avg.{name}"] = like_parameter(moments["exp_avg"], parameter)
             out[f"exp_avg_sq.{name}"] = like_parameter(moments["exp_avg_sq"], parameter)
-        first = next(iter(self._adams.values()))
-        # All parameters are stepped together, so one count stands for all.
-        out["adam_step"] = self.adam.state[first]["step"]
+        if self._adams:
+            # All parameters are stepped together, so one count stands for all.
+            first = next(iter(self._adams.values()))
+            out["adam_step"] = self.adam.state[first]["step"]
         return out
 
     def after_load(self) -> None:
         """Spread the one loaded step count over all parameters."""
+        if not self._adams:
+            return
         first = next(iter(self._adams.values()))
         count = self.adam.state[first]["step"]
         for parameter in self._adams.values():

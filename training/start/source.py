@@ -36,6 +36,7 @@ from training.state.checkpoint import (
     CHECKPOINTS_NAME,
     MARKER_NAME,
     Checkpoint,
+    averaged_key,
     complete_checkpoints,
     latest_complete,
 )
@@ -139,9 +140,7 @@ def _checkpoint(checkpoint: Checkpoint) -> StartSource:
         kind, _, rest = key.partition(".")
         network, _, name = rest.partition(".")
         if kind == "model":
-            # What was frozen has no averaged copy: it is its own average.
-            averaged = f"optimizer.{network}.ema.{name}"
-            keys[f"{network}.{name}"] = averaged if averaged in stored else key
+            keys[f"{network}.{name}"] = averaged_key(network, name, stored)
 
     return _checked(
         StartSource(

@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,12 +226,22 @@ def load_checkpoint(checkpoint: Checkpoint, state: dict[str, Tensor], parallel: 
         )
 
 
+def averaged_key(network: str, name: str, stored: Container[str]) -> str:
+    """Where a checkpoint, whose keys are `stored`, has the averaged value of a parameter.
+
+    What was frozen has no averaged copy: it is its own average.
+    """
+    averaged = f"optimizer.{network}.ema.{name}"
+    return averaged if averaged in stored else f"model.{network}.{name}"
+
+
 def load_averaged(checkpoint: Checkpoint, model: FlowModel) -> None:
     """Fill an unsharded model with a checkpoint's averaged weights, in this process alone."""
+    stored = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
     state: dict[str, Tensor] = {}
     for name, module in networks(model).items():
         for key, parameter in module.named_parameters():
-            state[f"optimizer.{name}.ema.{key}"] = parameter.data
+            state[averaged_key(name, key, stored)] = parameter.data
     with _quiet_single_process():
         dcp.load(state, storage_reader=FileSystemReader(checkpoint.path), no_dist=True)
 

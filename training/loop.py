@@ -1,8 +1,7 @@
 """The training loop of one worker: batches in, checkpoints and history out.
 
 Starts from the newest complete checkpoint in `out/checkpoints` and goes on as if it had never
-stopped. Takes `report` as a callable, and MLflow as an object that takes records. Knows nothing of
-Ray.
+stopped. Takes `report` as a callable. Knows nothing of Ray or MLflow.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from training.held_out import HeldOut
 from training.parallel import Parallel, join_workers
 from training.record.history import HISTORY_NAME, History
 from training.record.metrics import step_cost
-from training.record.tracking import MetricsLogger, MlflowRun
 from training.start.frozen import Frozen, frozen_of
 from training.start.load import load_start
 from training.start.source import StartPoint
@@ -176,12 +174,11 @@ def settle_precision(
 class _Recorder:
     """Gathers a worker's step metrics and writes them out (worker 0) at reports."""
 
-    def __init__(self, job: TrainJob, step: TrainStep, start: int, run: MlflowRun | None) -> None:
+    def __init__(self, job: TrainJob, step: TrainStep, start: int) -> None:
         first = step.parallel.is_first
         self.step = step
         self.noise_floor = noise_floor(job.flow.noise_std)
         self.history = History(job.history, start) if first else None
-        self.logger = MetricsLogger(run if first else None)
         self.last: dict[str, Any] = {}
         self._pending: list[tuple[StepMetrics, dict[str, Any]]] = []
         self._notes: list[str] = []
@@ -214,7 +211,6 @@ class _Recorder:
             self.last = records[-1]
         if self.history is not None:
             self.history.append(records, durable=durable)
-            self.logger.log(records)
         for record in records:
             self.step.check_skips(record)
 
@@ -246,7 +242,6 @@ def train(
     job: TrainJob,
     *,
     report: Report = lambda record: None,
-    tracking: MlflowRun | None = None,
     ask: Ask = nothing,
 ) -> LoopResult:
     """Train as one of `config.workers.count` workers until `config.steps` steps are taken.
@@ -254,7 +249,6 @@ def train(
     Args:
         report: called on every worker alike with the last step's record after each checkpoint (it
             may be a barrier).
-        tracking: where worker 0 sends its metrics.
         ask: whether this worker was told to save, or to save and leave.
 
     Raises:
@@ -287,14 +281,11 @@ def train(
             frozen.check_loaded(latest)
         description = {**description, **frozen.described()}
         start = latest.step if latest else 0
-        recorder = _Recorder(job, step, start, tracking)
+        recorder = _Recorder(job, step, start)
         recorder.note(*choice.damage)
-        try:
-            vote = Vote(group, ask)
-            worker = _Worker(job, step, dataset, description, recorder, frozen, group, vote)
-            last = worker.take_steps(start, report)
-        finally:
-            recorder.logger.close()
+        vote = Vote(group, ask)
+        worker = _Worker(job, step, dataset, description, recorder, frozen, group, vote)
+        last = worker.take_steps(start, report)
         checkpoint = last or latest or latest_complete(job.checkpoints)
         assert checkpoint is not None, "a finished loop leaves a checkpoint"
         return LoopResult(
@@ -343,7 +334,8 @@ class _Worker:
             metrics = self.step.take(plan.step, batch.to(parallel.device))
             step_s = time.perf_counter() - began
             costs = _costs(self.step, plan, batch.x_noisy.shape, step_s)
-            self.recorder.add(metrics, {"step_s": step_s, "data_wait_s": data_wait_s, **costs})
+            times = {"time_s": time.time(), "step_s": step_s, "data_wait_s": data_wait_s}
+            self.recorder.add(metrics, {**times, **costs})
             count = plan.step + 1
             if held_out is not None and self._is_due(count, config.evaluation.every_steps):
                 self._evaluate(held_out)

@@ -17,7 +17,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ from training.config import TrainConfig, WorkerConfig
 from training.loop import TrainJob, train
 from training.parallel import choose_backend
 from training.record.history import HistoryTail
-from training.record.tracking import MlflowRun
 from training.run import (
     HistoryProgress,
+    Look,
     TrainingRun,
     TrainRequest,
     TrainResult,
@@ -73,13 +72,11 @@ class TrainingFailed(FlowreelError, RuntimeError):
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """What every worker does; its return value on worker 0 goes back to the driver."""
-    mlflow_run = settings["mlflow_run"]
     config, job = TrainConfig(**settings["config"]), TrainJob.from_dict(settings["job"])
     ending = train(
         config,
         job,
         report=lambda record: ray.train.report(record),
-        tracking=None if mlflow_run is None else MlflowRun(**mlflow_run),
         ask=_asked(config, job),
     )
     return {"resumed_from": ending.resumed_from, "stopped": ending.stopped}
@@ -99,13 +96,9 @@ def _asked(config: TrainConfig, job: TrainJob) -> Ask:
     return ask
 
 
-def _settings(job: TrainJob, config: TrainConfig, mlflow_run: MlflowRun | None) -> dict[str, Any]:
+def _settings(job: TrainJob, config: TrainConfig) -> dict[str, Any]:
     """What every worker is told, as plain values: they travel as JSON."""
-    return {
-        "config": config.model_dump(mode="json"),
-        "job": job.to_dict(),
-        "mlflow_run": None if mlflow_run is None else asdict(mlflow_run),
-    }
+    return {"config": config.model_dump(mode="json"), "job": job.to_dict()}
 
 
 @contextmanager
@@ -166,14 +159,12 @@ class _Trainer(TorchTrainer):
         """Leave ours (`stop_signals`) in place."""
 
 
-def _trainer(run: TrainingRun, mlflow_run: MlflowRun | None) -> TorchTrainer:
+def _trainer(run: TrainingRun) -> TorchTrainer:
     """The run as Ray Train sees it."""
     workers = _choose_backend(run.config.workers)
     return _Trainer(
         _work,
-        train_loop_config=_settings(
-            run.job, run.config.model_copy(update={"workers": workers}), mlflow_run
-        ),
+        train_loop_config=_settings(run.job, run.config.model_copy(update={"workers": workers})),
         torch_config=TorchConfig(backend=workers.backend),
         scaling_config=ScalingConfig(
             num_workers=workers.count,
@@ -190,7 +181,9 @@ def _trainer(run: TrainingRun, mlflow_run: MlflowRun | None) -> TorchTrainer:
     )
 
 
-def train_on_ray(request: TrainRequest, *, progress: HistoryProgress | None = None) -> TrainResult:
+def train_on_ray(
+    request: TrainRequest, *, progress: HistoryProgress | None = None, look: Look | None = None
+) -> TrainResult:
     """Train with `workers.count` Ray workers; or go on with the run in `out`, or find it finished.
 
     Uses the Ray cluster this process is connected to, or starts one that ends with this process.
@@ -198,6 +191,7 @@ def train_on_ray(request: TrainRequest, *, progress: HistoryProgress | None = No
     Args:
         request: what is to be trained, on what, how, and where to.
         progress: called in a thread of the driver with new history records, about twice a second.
+        look: called in the driver with the exported model; its files become artifacts in MLflow.
 
     Raises:
         RunError, VideoMismatch, CheckpointMismatch, ParallelError: before any worker is started.
@@ -216,8 +210,8 @@ def train_on_ray(request: TrainRequest, *, progress: HistoryProgress | None = No
         ray.init(
             num_cpus=workers.count * workers.threads, include_dashboard=False, log_to_driver=False
         )
-    with lock_run(run.out), mlflow_record(run) as mlflow_run:
-        trainer = _trainer(run, mlflow_run)
+    with lock_run(run.out), mlflow_record(run) as feed:
+        trainer = _trainer(run)
         try:
             with _show_history(run.job.history, progress), stop_signals(run.out) as signals:
                 result = trainer.fit()
@@ -226,4 +220,4 @@ def train_on_ray(request: TrainRequest, *, progress: HistoryProgress | None = No
         except TrainingFailedError as error:
             raise _first_failure(error) from error
         resumed_from = (result.return_value or {}).get("resumed_from")
-        return conclude(run, resumed_from, mlflow_run)
+        return conclude(run, resumed_from, feed, look)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,9 @@ from training.config import TrainConfig
 from training.data.batch_sampler import uneven
 from training.data.latents import open_latents
 from training.loop import TrainJob, describe, settle_precision, train
-from training.record.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
+from training.record.facts import dataset_input, model_version, tracking_of
+from training.record.feed import Feed
+from training.record.tracking import Tracking
 from training.start.frozen import frozen_names, frozen_of
 from training.start.source import start_point
 from training.state.checkpoint import (
@@ -54,6 +58,10 @@ FINISHED_NAME = "finished.json"
 CONFIG_NAME = "train.json"
 HistoryProgress = Callable[[list[dict[str, Any]]], None]
 """Takes the lines that are new in a run's history."""
+Look = Callable[[Path, Path], Sequence[Path]]
+"""Makes what people look at from a model folder, in a folder of its own; returns the files."""
+SAMPLES_NAME = "samples"
+_log = logging.getLogger(__name__)
 
 
 class RunError(FlowreelError, ValueError):
@@ -72,6 +80,7 @@ class TrainRequest:
         codec: folder or hub id of the codec that made the latents, copied beside the model; None:
             no codec.
         video: what is stated of the clips; the dataset decides the rest (`video_spec`).
+        name: of the recipe, which the run and its model are called by in MLflow.
     """
 
     config: TrainConfig
@@ -81,6 +90,7 @@ class TrainRequest:
     out: Path
     codec: Path | None = None
     video: StatedVideo = StatedVideo()  # noqa: RUF009 - frozen
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ class TrainResult:
         steps: steps taken in all.
         resumed_from: step this call went on from; None for a fresh run, `steps` where there was
             nothing to do.
-        mlflow_run_id: the run's record; None where tracking is off.
+        mlflow_run_id: the run's record; None where tracking is off, or the store never answered.
         history: JSON lines, one per step (`training.record.history.read_history`).
     """
 
@@ -149,18 +159,17 @@ class TrainingRun:
         latest = latest_complete(self.job.checkpoints)
         if values["digest"] != self.digest or latest is None or latest.step != values["steps"]:
             return None
-        return self.result(latest, latest.step, values["mlflow_run_id"])
+        return self.result(latest, latest.step)
 
-    def result(
-        self, checkpoint: Checkpoint, resumed_from: int | None, mlflow_run_id: str | None
-    ) -> TrainResult:
+    def result(self, checkpoint: Checkpoint, resumed_from: int | None) -> TrainResult:
         """The result, given the last checkpoint."""
+        tracking = Tracking.read(self.out) if self.config.tracking.enabled else None
         return TrainResult(
             self.out / MODEL_NAME,
             checkpoint.path,
             checkpoint.step,
             resumed_from,
-            mlflow_run_id,
+            None if tracking is None else tracking.run_id,
             self.job.history,
         )
 
@@ -242,53 +251,92 @@ def _model_spec(request: TrainRequest, latents: LatentDataset) -> ModelSpec:
 
 
 @contextmanager
-def mlflow_record(run: TrainingRun) -> Iterator[MlflowRun | None]:
-    """The MLflow run, open while the body trains; closed as failed where it raises."""
+def mlflow_record(run: TrainingRun) -> Iterator[Feed | None]:
+    """What MLflow is fed by while the body trains; closed as failed or killed where it raises.
+
+    A store that does not answer never stops a run. None where tracking is off.
+    """
     run.out.mkdir(parents=True, exist_ok=True)
     settings = {**run.description, "all": run.config.model_dump(mode="json")}
     write_json(run.out / CONFIG_NAME, settings)
-    record = open_mlflow_run(
-        run.config.tracking,
-        run.out,
-        params={**run.description, "train": run.config.model_dump()},
-        dataset=run.job.dataset,
-        dataset_digest=run.description["dataset"]["samples"],
-    )
+    if not run.config.tracking.enabled:
+        yield None
+        return
+    tracking = _tracking(run)
+    earlier = Tracking.read(run.out)
+    # Without a checkpoint, what the folder says may be of another run that was cleared away.
+    if earlier is not None and (
+        latest_complete(run.job.checkpoints) is not None
+        or earlier.tags["trajectory"] == tracking.tags["trajectory"]
+    ):
+        tracking = tracking.continuing(earlier)
+    feed = Feed(run.out, tracking)
     try:
-        yield record
-    except BaseException:
-        close_mlflow_run(record, ok=False)
+        yield feed
+    except BaseException as error:
+        feed.close("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
 
 
+def _tracking(run: TrainingRun) -> Tracking:
+    """What MLflow is told of a run before its first step."""
+    config, request = run.config, run.request
+    location, resolution = run.job.dataset, config.batches.resolution
+    train = open_latents(location, "train", resolution)
+    inputs = [dataset_input(train, run.description["dataset"]["samples"], "train")]
+    if config.evaluation.every_steps:
+        held_out = open_latents(location, "held_out", resolution)
+        inputs.append(dataset_input(held_out, held_out.ids_digest(), "held_out"))
+    return tracking_of(
+        config.tracking,
+        run.out,
+        recipe=request.name,
+        flow=request.flow,
+        trajectory=digest_of(run.description),
+        params={**run.description, "train": config.model_dump()},
+        inputs=inputs,
+    )
+
+
 def conclude(
-    run: TrainingRun, resumed_from: int | None, mlflow_run: MlflowRun | None
+    run: TrainingRun, resumed_from: int | None, feed: Feed | None, look: Look | None = None
 ) -> TrainResult:
     """Export the trained model and mark the run finished; in the driver, once no worker is left."""
     latest = latest_complete(run.job.checkpoints)
     assert latest is not None, "a finished loop leaves a checkpoint"
-    codec = run.request.codec
-    export_model(
-        latest, run.spec, None if codec is None else codec_folder(codec), run.out / MODEL_NAME
-    )
-    run_id = mlflow_run.run_id if mlflow_run else None
-    result = run.result(latest, resumed_from, run_id)
-    close_mlflow_run(
-        mlflow_run,
-        ok=True,
-        tags={"model_dir": str(result.model_dir), "steps": str(result.steps)},
-        artifacts=[run.out / CONFIG_NAME, run.job.history],
-    )
+    codec, model_dir = run.request.codec, run.out / MODEL_NAME
+    export_model(latest, run.spec, None if codec is None else codec_folder(codec), model_dir)
+    samples = [] if look is None else _samples(run, look)
+    if feed is not None:
+        tracking = feed.tracking
+        files = [run.out / CONFIG_NAME, run.job.history, *samples]
+        feed.close(
+            "FINISHED",
+            tags={**tracking.tags, "model_dir": str(model_dir), "steps": str(latest.step)},
+            artifacts=tuple(os.path.relpath(file, run.out) for file in files),
+            model=model_version(tracking, run.job.history, model_dir, latest.step),
+        )
+    result = run.result(latest, resumed_from)
     # Last of all, so that a run killed before is concluded again.
-    write_json(
-        run.out / FINISHED_NAME,
-        {"digest": run.digest, "steps": result.steps, "mlflow_run_id": run_id},
-    )
+    write_json(run.out / FINISHED_NAME, {"digest": run.digest, "steps": result.steps})
     return result
 
 
-def train_in_process(request: TrainRequest) -> TrainResult:
+def _samples(run: TrainingRun, look: Look) -> Sequence[Path]:
+    try:
+        return look(run.out / MODEL_NAME, run.out / SAMPLES_NAME)
+    except Exception as error:
+        # The model is there and whole; that nobody can look at it yet must not undo it.
+        _log.warning("no samples were made of %s: %s", run.out / MODEL_NAME, error)
+        return []
+
+
+def train_in_process(request: TrainRequest, look: Look | None = None) -> TrainResult:
     """A whole run in this process (strategy `single`); the same as on Ray but for the workers.
+
+    Args:
+        request: what is to be trained, on what, how, and where to.
+        look: called with the exported model; its files become artifacts in MLflow.
 
     Raises:
         RunError, VideoMismatch, CheckpointMismatch: see `check_run`.
@@ -303,9 +351,9 @@ def train_in_process(request: TrainRequest) -> TrainResult:
     earlier = run.finished()
     if earlier is not None:
         return earlier
-    with lock_run(run.out), mlflow_record(run) as record:
+    with lock_run(run.out), mlflow_record(run) as feed:
         with stop_signals(run.out) as signals:
-            ending = train(run.config, run.job, tracking=record, ask=signals.notice)
+            ending = train(run.config, run.job, ask=signals.notice)
             if ending.stopped:
                 signals.leave()
-        return conclude(run, ending.resumed_from, record)
+        return conclude(run, ending.resumed_from, feed, look)

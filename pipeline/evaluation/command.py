@@ -23,6 +23,7 @@ from pipeline.evaluation.run import evaluate
 from pipeline.evaluation.samples import Sampling
 from pipeline.evaluation.tables import markdown, say
 from serving.loading import load
+from training.record.feed import TrackingError
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,13 @@ def evaluate_model(
         write_files(out, evaluation, shown)
         reporter.outcome(f"page: {out / 'evaluation.html'}")
     if mlflow is not None:
-        run_id = _record(evaluation, shown, mlflow, out)
-        reporter.outcome(f"MLflow run {run_id}")
+        try:
+            run_id = _record(evaluation, shown, mlflow, out)
+        except TrackingError as error:
+            # Minutes of work are not lost to a store that is away.
+            reporter.outcome(f"not in MLflow: {error}")
+        else:
+            reporter.outcome(f"MLflow run {run_id}")
     reporter.document(evaluation.document())
     return evaluation
 

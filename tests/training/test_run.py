@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from tests.training.world import (
     write_dataset,
 )
 from training.record.history import History, HistoryTail, read_history
-from training.record.tracking import TRACKING_NAME
 from training.run import RunError, check_run, train_in_process
 from training.state.checkpoint import (
     MARKER_NAME,
@@ -82,32 +80,6 @@ def test_a_run_killed_between_its_last_step_and_its_export_is_exported(
     again = train_in_process(request)
     assert again.resumed_from == 6
     assert load_model(again.model_dir)[0].config == tiny()
-
-
-def test_a_resumed_run_goes_on_in_the_same_mlflow_run(dataset: Path, tmp_path: Path) -> None:
-    from mlflow.tracking import MlflowClient
-
-    def go(steps: int) -> str:
-        config = small_config(
-            steps=steps, optimizer={"schedule_steps": 6}, tracking={"enabled": True}
-        )
-        result = train_in_process(small_request(dataset, tmp_path, config))
-        assert result.mlflow_run_id is not None
-        return result.mlflow_run_id
-
-    run_id = go(3)
-    assert go(6) == run_id
-    note = json.loads((tmp_path / TRACKING_NAME).read_text())
-    assert note["run_id"] == run_id
-    client = MlflowClient(note["uri"])
-    run = client.get_run(run_id)
-    assert run.info.status == "FINISHED"
-    assert run.data.params["flow.deep_width"] == "32"
-    assert run.data.params["train.batches.batch_size"] == "4"
-    logged = client.get_metric_history(run_id, "loss_nats_per_dim")
-    assert [m.step for m in logged] == list(range(6))
-    history = read_history(tmp_path / "history.jsonl")
-    assert [m.value for m in logged] == [r["loss_nats_per_dim"] for r in history]
 
 
 def test_what_does_not_fit_is_said_before_anything_is_written(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,43 @@ class History:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class HistoryPlace:
+    """How far a history file was read: which file it was (its inode), and how many bytes."""
+
+    file: int = 0
+    size_bytes: int = 0
+
+
+def records_after(
+    path: Path, place: HistoryPlace, limit: int
+) -> tuple[list[dict[str, Any]], HistoryPlace]:
+    """Up to `limit` whole lines after a place, and the place behind them.
+
+    Nothing is remembered, so that who reads moves on only when it has made use of the lines. A
+    file that took the other's place is read from its beginning.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / HISTORY_NAME
+    >>> History(path, start_step=0).append([{"step": 0}, {"step": 1}])
+    >>> first, place = records_after(path, HistoryPlace(), limit=1)
+    >>> first, records_after(path, place, limit=9)[0]
+    ([{'step': 0}], [{'step': 1}])
+    """
+    if not path.is_file():
+        return [], HistoryPlace()
+    records: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        is_same = status.st_ino == place.file and status.st_size >= place.size_bytes
+        size_bytes = place.size_bytes if is_same else 0
+        file.seek(size_bytes)
+        while len(records) < limit and (line := file.readline()).endswith(b"\n"):
+            records.append(json.loads(line))
+            size_bytes += len(line)
+    return records, HistoryPlace(status.st_ino, size_bytes)
 
 
 class HistoryTail:

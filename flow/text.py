@@ -30,6 +30,18 @@ class TextEncoder(Protocol):
         ...
 
 
+def without_padding(text_JE: Tensor) -> Tensor:
+    """The vectors of a text up to its last token, copied: [N, E] of [J, E].
+
+    Encoders leave zeros where there is no token, so that zeros put back give the same tensor.
+
+    >>> without_padding(torch.tensor([[0.0, 1.0], [0.0, 0.0], [2.0, 0.0], [0.0, 0.0]])).shape
+    torch.Size([3, 2])
+    """
+    used = text_JE.any(dim=-1).nonzero()
+    return text_JE[: int(used[-1]) + 1 if len(used) else 0].clone()
+
+
 class HashedText:
     """Each word (or punctuation mark) is a fixed random vector, drawn from the word's own hash.
 

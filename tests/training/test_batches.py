@@ -10,7 +10,7 @@ import torch
 
 from data_prep.latents.dataset import LatentDataset
 from flow.config import tiny
-from flow.text import build_text_encoder
+from flow.text import HashedText, build_text_encoder
 from tests.training.world import SMALL, TEXT, write_dataset
 from training.config import BatchConfig
 from training.data.batch_sampler import BatchSampler
@@ -23,6 +23,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SEED = 0
+
+
+class CountingText(HashedText):
+    """The encoder, and what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(TEXT)
+        self.asked: list[str] = []
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        self.asked += texts
+        return super().encode(texts)
 
 
 def maker(
@@ -116,3 +128,40 @@ def test_a_cut_clip_is_the_beginning_of_the_whole_one(root: Path) -> None:
     assert long.prompts == short.prompts
     # The noise too: a stream's numbers come frame by frame.
     assert torch.equal(short.x_noisy, long.x_noisy[:, :2])
+
+
+def test_prompts_kept_without_padding_are_what_the_encoder_made() -> None:
+    encoder = build_text_encoder(TEXT)
+    prompts = Prompts(encoder, tiny(), 8.0)
+    texts = ["", "a red blob", "one two three four five six seven eight", "a red blob"]
+    for _ in range(2):
+        assert torch.equal(prompts.encode(texts), encoder.encode(texts))
+    # 0, 3 and 6 tokens (the most that the encoder gives) of 16 numbers of 4 bytes.
+    assert prompts.held_bytes == (0 + 3 + 6) * TEXT.dim * 4
+
+
+def test_prompts_are_kept_up_to_so_many_bytes() -> None:
+    encoder = CountingText()
+    prompts = Prompts(encoder, tiny(), 8.0, cache_bytes=4 * 2 * TEXT.dim * 4)
+    texts = [f"number {i}" for i in range(10)]
+    for text in texts:
+        assert torch.equal(prompts.encode([text]), build_text_encoder(TEXT).encode([text]))
+        assert prompts.held_bytes <= prompts.cache_bytes
+    encoder.asked.clear()
+    prompts.encode(texts[6:])
+    assert encoder.asked == []
+    # What was asked for last stays: 6 is asked for again, so 7 makes room.
+    prompts.encode([texts[6]])
+    prompts.encode(["number 10"])
+    prompts.encode([texts[6]])
+    assert encoder.asked == ["number 10"]
+    prompts.encode([texts[7]])
+    assert encoder.asked == ["number 10", "number 7"]
+
+
+def test_a_batch_larger_than_the_cache_is_whole() -> None:
+    encoder = build_text_encoder(TEXT)
+    prompts = Prompts(encoder, tiny(), 8.0, cache_bytes=1)
+    texts = [f"number {i}" for i in range(10)]
+    assert torch.equal(prompts.encode(texts), encoder.encode(texts))
+    assert prompts.held_bytes == 0

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Lock
 
 import numpy as np
 import torch
@@ -24,28 +25,40 @@ from flow.codec import LatentConvention
 from flow.codec_factors import WAN_FACTORS, CodecFactors
 from flow.config import FlowConfig
 from flow.prompt import EXTEND_PREFIX, prompt_for
-from flow.text import TextEncoder
+from flow.text import TextEncoder, without_padding
 from training.config import BatchConfig
 from training.data.batch_sampler import BatchSampler, Mode, StepPlan, random_stream
 
-PROMPT_CACHE_SIZE = 50_000
-"""Encoded prompts that stay in memory."""
+PROMPT_CACHE_BYTES = 1 << 30
+"""Bytes of encoded prompts that a worker keeps in memory."""
 
 
 class Prompts:
-    """Captions in, encoded prompts out, each encoded once.
+    """Captions in, encoded prompts out; those met last are kept, without their padding.
+
+    Several threads may call it: the one that makes the next batch, and the one that evaluates.
 
     Args:
         encoder: the text encoder that the model reads.
         flow: the model's structure; it says what a prompt mentions.
         fps: frames per second of the dataset's clips.
+        cache_bytes: of vectors that are kept; the prompts longest not asked for make room.
     """
 
-    def __init__(self, encoder: TextEncoder, flow: FlowConfig, fps: float) -> None:
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        flow: FlowConfig,
+        fps: float,
+        cache_bytes: int = PROMPT_CACHE_BYTES,
+    ) -> None:
         self.encoder = encoder
         self.flow = flow
         self.fps = fps
+        self.cache_bytes = cache_bytes
+        self.held_bytes = 0
         self._encoded: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = Lock()
 
     def format(self, caption: str, bucket: Bucket, mode: Mode, *, extend: bool = False) -> str:
         """The prompt of a clip of this bucket, or of one frame of it where the mode is image."""
@@ -61,14 +74,22 @@ class Prompts:
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """What the encoder makes of each prompt, fp32 [B, J, E]."""
-        missing = sorted({p for p in prompts if p not in self._encoded})
-        if missing:
-            for prompt, row in zip(missing, self.encoder.encode(missing), strict=True):
-                self._encoded[prompt] = row
-        out = torch.stack([self._encoded[p] for p in prompts])
-        while len(self._encoded) > PROMPT_CACHE_SIZE:
-            self._encoded.popitem(last=False)
-        return out
+        with self._lock:
+            missing = sorted({p for p in prompts if p not in self._encoded})
+            if missing:
+                for prompt, row_JE in zip(missing, self.encoder.encode(missing), strict=True):
+                    self._encoded[prompt] = without_padding(row_JE)
+                    self.held_bytes += self._encoded[prompt].nbytes
+            spec = self.encoder.spec
+            out_BJE = torch.zeros(len(prompts), spec.length, spec.dim)
+            for place, prompt in enumerate(prompts):
+                tokens_NE = self._encoded[prompt]
+                out_BJE[place, : len(tokens_NE)] = tokens_NE
+                self._encoded.move_to_end(prompt)
+            # Only now, so that a batch larger than the cache is whole when it is handed out.
+            while self.held_bytes > self.cache_bytes:
+                self.held_bytes -= self._encoded.popitem(last=False)[1].nbytes
+            return out_BJE
 
 
 class LatentStore:

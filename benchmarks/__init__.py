@@ -10,6 +10,7 @@
     training.py           training steps a second, against the plainest step and the machine's peak
     plain_step.py         that plainest step, written down as its equations
     training_step.py      a training step and attention's gradients, in fp32 and in bf16
+    ingest.py             batches of training made, against a step that takes them
     experiments/          the paper's experiments on the weights that ship; docs/experiments
     web.py                reading a file over HTTP against bare loops over the same bytes
     gpu/                  one command for the day a GPU is there; docs/gpu.md

@@ -61,7 +61,8 @@ def stage_requests(request: TrainRequest, stages: Sequence[Stage]) -> Iterator[T
         if before is not None:
             config = config.model_copy(update={"start_from": str(before.resolve() / MODEL_NAME)})
         folder = stage_folder(request.out, number, stage)
-        yield dataclasses.replace(request, config=config, flow=stage.flow, out=folder)
+        name = None if request.name is None else f"{request.name}/{stage.name}"
+        yield dataclasses.replace(request, config=config, flow=stage.flow, out=folder, name=name)
         before = folder
 
 

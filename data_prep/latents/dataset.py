@@ -6,8 +6,9 @@ Knows nothing of Ray, decoding or the flow. Torch is imported only when tensors 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -28,12 +29,16 @@ from data_prep.latents.records import (
     read_record,
 )
 from data_prep.storage.location import Location
-from data_prep.storage.store import open_folder
+from data_prep.storage.store import StoreFolder, open_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _OPEN_FILES = 16
+_REQUESTS = 16
+"""Files that are read at once from a store."""
+_MOMENT_COLUMNS = ("shape", "mean", "logvar")
+_TEXT_COLUMNS = ("caption", "synthetic")
 _NO_NOISE_LOGVAR = -30.0
 
 
@@ -164,6 +169,7 @@ class LatentDataset:
         if not ids:
             raise LatentDatasetError("no ids to load; give at least one")
         places = [self._place(name) for name in ids]
+        self._bring(places)
         rows = [self._row(place) for place in places]
         shapes = {tuple(row["shape"]) for row in rows}
         if len(shapes) > 1:
@@ -202,15 +208,51 @@ class LatentDataset:
         return self.split == "all" or is_held_out(key) == (self.split == "held_out")
 
     def _texts(self, place: Place) -> tuple[str, str]:
-        group = self._group(place.caption_path, place.caption_group, ("caption", "synthetic"))
+        group = self._group(place.caption_path, place.caption_group, _TEXT_COLUMNS)
         original, synthetic = (
             group[name][place.caption_row].as_py() for name in group.schema.names
         )
         return original, synthetic
 
     def _row(self, place: Place) -> dict[str, Any]:
-        group = self._group(place.path, place.group, ("shape", "mean", "logvar"))
+        group = self._group(place.path, place.group, _MOMENT_COLUMNS)
         return dict(group.slice(place.row, 1).to_pylist()[0])
+
+    def _bring(self, places: Sequence[Place]) -> None:
+        """Ask a store for all row groups that a batch needs at once, and not one after another.
+
+        A file is read by one thread; what a disk holds is not worth threads.
+        """
+        wanted: dict[str, dict[int, Sequence[str]]] = defaultdict(dict)
+        if isinstance(self.folder, StoreFolder):
+            for place in places:
+                for path, group, columns in (
+                    (place.path, place.group, _MOMENT_COLUMNS),
+                    (place.caption_path, place.caption_group, _TEXT_COLUMNS),
+                ):
+                    if (path, group) in self._groups:
+                        self._groups.move_to_end((path, group))
+                    else:
+                        wanted[path][group] = columns
+        if len(wanted) < 2:
+            return
+
+        def read(path: str) -> tuple[str, pq.ParquetFile, dict[int, pa.Table]]:
+            with self.folder.failing("read", path):
+                file = self._files.get(path) or pq.ParquetFile(self.folder.open(path))
+                groups = wanted[path].items()
+                return path, file, {g: file.read_row_group(g, columns=list(c)) for g, c in groups}
+
+        with ThreadPoolExecutor(min(_REQUESTS, len(wanted)), "latents") as pool:
+            found = [*pool.map(read, wanted)]
+        for path, file, tables in found:
+            self._files[path] = file
+            self._groups |= {(path, group): table for group, table in tables.items()}
+        # A batch stays whole, however little is kept.
+        while len(self._groups) > max(self.cached_groups, 2 * len(places)):
+            self._groups.popitem(last=False)
+        while len(self._files) > max(_OPEN_FILES, len(wanted)):
+            self._files.pop(next(iter(self._files))).close(force=True)
 
     def _group(self, path: str, group: int, columns: Sequence[str]) -> pa.Table:
         """Some columns of a row group, from the cache if they are there."""

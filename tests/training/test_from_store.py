@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_prep.latents.dataset import LatentDataset
 from flow.model_folder import load_model
 from tests.data_prep.s3_server import CREDENTIALS, running_store
 from tests.training.world import small_request, write_dataset
@@ -24,6 +25,15 @@ def test_training_from_a_store_gives_the_weights_of_training_from_a_disk(
         for path in data.rglob("*"):
             if path.is_file():
                 store.upload(path, f"latents/{path.relative_to(data)}")
+        # However little is kept from batch to batch.
+        disk, remote = (
+            LatentDataset(root, "all", cached_groups=1) for root in (data, store.uri("latents"))
+        )
+        for ids in disk.buckets.values():
+            for start in (5, 0, 9):
+                ours, theirs = (one.load(ids[start : start + 6]) for one in (disk, remote))
+                assert torch.equal(ours.mean_BTCHW, theirs.mean_BTCHW)
+                assert ours.captions == theirs.captions
         states = []
         for number, root in enumerate((data, store.uri("latents"))):
             out = tmp_path / f"out{number}"

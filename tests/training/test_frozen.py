@@ -14,7 +14,6 @@ from flow.config import tiny
 from flow.flow import FlowModel
 from tests.training import workers
 from tests.training.world import small_config, small_request, two_workers, write_dataset
-from training.loop import fresh_model
 from training.record.history import read_history
 from training.run import check_run, train_in_process
 from training.start.frozen import FreezeError, Frozen, FrozenChanged, freeze
@@ -24,6 +23,7 @@ from training.state.checkpoint import (
     latest_complete,
     load_averaged,
 )
+from training.weights import fresh_model
 
 PATTERNS = ("flow.shallow.*", "flow.deep.layers.0.*", "*.sos")
 SCHEDULE = {"optimizer": {"schedule_steps": 6}}

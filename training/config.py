@@ -175,7 +175,12 @@ class CheckpointConfig(Section):
     """When checkpoints are written, and how many stay."""
 
     every_steps: int = Field(default=100, ge=1, description="steps between checkpoints")
-    keep: int = Field(default=2, ge=1, description="checkpoints kept")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
+    keep_best: int = Field(
+        default=0,
+        ge=0,
+        description="older checkpoints kept besides: those of lowest held-out loss",
+    )
 
 
 class EvaluationConfig(Section):
@@ -300,6 +305,18 @@ class TrainConfig(Section):
         description="what is recorded, and how often",
         json_schema_extra=FREE_ON_RESUME,
     )
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> TrainConfig:
+        every, measured = self.checkpoints.every_steps, self.evaluation.every_steps
+        if self.checkpoints.keep_best and (not measured or every % measured):
+            raise ValueError(
+                f"checkpoints.keep_best is {self.checkpoints.keep_best}, but checkpoints come "
+                f"every {every} steps and evaluations every {measured} (0: never); every "
+                "checkpoint must be measured: make checkpoints.every_steps a multiple of "
+                "evaluation.every_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _workers_have_equal_shares(self) -> TrainConfig:

@@ -1,6 +1,7 @@
 """What a run goes on from.
 
     checkpoint.py       checkpoints that are complete or not there; export of a model
+    saver.py            checkpoints written by a thread while training goes on; room for them
     whole.py            digests: whether a file is what was written
     choice.py           the newest whole checkpoint, chosen alike by all workers
     run_lock.py         one run per folder

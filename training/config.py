@@ -268,6 +268,12 @@ class TrainConfig(Section):
         description="optimizer steps of the whole run",
         json_schema_extra=FREE_ON_RESUME,
     )
+    extend: bool = Field(
+        default=False,
+        description="resume with another length of the cosine than the run began with: from the "
+        "checkpoint on, the learning rate follows the new one",
+        json_schema_extra=FREE_ON_RESUME,
+    )
     precision: Precision = Field(
         default="fp32",
         description="compute dtype; masters, reductions and log-densities are always fp32; auto: "

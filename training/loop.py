@@ -39,10 +39,11 @@ from training.state.checkpoint import (
 )
 from training.state.choice import CheckpointWarning, Choice, choose_checkpoint
 from training.state.group import HostGroup
+from training.state.pins import changed_rate, pinned_data, pinned_schedule
 from training.state.run_lock import lock_writing
 from training.state.saver import Saver, want_of_room
 from training.state.stop import Ask, Notice, Vote, nothing
-from training.step import StepMetrics, TrainStep
+from training.step import StepMetrics, StepWarning, TrainStep
 
 CHECKPOINTS_NAME = "checkpoints"
 Report = Callable[[dict[str, Any]], None]
@@ -120,10 +121,11 @@ def describe(config: TrainConfig, job: TrainJob, dataset: LatentDataset) -> dict
         "flow": job.flow.to_dict(),
         "text": job.text.to_dict(),
         "train": config.trajectory(),
+        "schedule": pinned_schedule(config),
         "dataset": {
             "codec_digest": dataset.info.codec_digest,
             "convention": dataset.info.convention.to_dict(),
-            "samples": dataset.ids_digest(),
+            **pinned_data(dataset),
         },
     }
 
@@ -162,15 +164,15 @@ class _Recorder:
         self.history = History(job.history, start) if first else None
         self.logger = MetricsLogger(run if first else None)
         self.last: dict[str, Any] = {}
-        self._pending: list[tuple[StepMetrics, dict[str, Any]]] = []
+        self._pending: list[tuple[StepMetrics, dict[str, Any], tuple[str, ...]]] = []
         self._notes: list[str] = []
 
-    def add(self, metrics: StepMetrics, extra: dict[str, Any]) -> None:
-        """Take a step's metrics, without waiting for the device."""
+    def add(self, metrics: StepMetrics, extra: dict[str, Any], ids: tuple[str, ...]) -> None:
+        """Take a step's metrics, without waiting for the device, and the ids of its samples."""
         if self._notes:
             extra = {**extra, "warnings": self._notes}
             self._notes = []
-        self._pending.append((metrics, extra))
+        self._pending.append((metrics, extra, ids))
 
     def note(self, sentence: str | None, *, warn: bool = True) -> None:
         """Warn, and write it into the history beside the next step, in `warnings`."""
@@ -183,6 +185,14 @@ class _Recorder:
         """Add values to the newest step."""
         self._pending[-1][1].update(extra)
 
+    def _name_skipped(self, record: dict[str, Any], ids: tuple[str, ...]) -> None:
+        """Name the samples of a skipped step; of several in a row, the first warns."""
+        record["skipped_samples"] = list(ids)
+        if record["skipped_in_a_row"] == 1 and self.history is not None:
+            sentence = self.step.skip_sentence(record, ids)
+            record["warnings"] = [*record.get("warnings", []), sentence]
+            warnings.warn(sentence, StepWarning, stacklevel=2)
+
     def flush(self, *, durable: bool = False) -> OSError | None:
         """Write what was gathered; `durable` waits until it would outlive a power cut.
 
@@ -190,8 +200,11 @@ class _Recorder:
         from writing; the lines are written with the next ones then.
         """
         records = []
-        for metrics, extra in self._pending:
-            records.append({**metrics.record(), "noise_floor": self.noise_floor, **extra})
+        for metrics, extra, ids in self._pending:
+            record = {**metrics.record(), "noise_floor": self.noise_floor, **extra}
+            if record["skipped"]:
+                self._name_skipped(record, ids)
+            records.append(record)
         self._pending.clear()
         if records:
             self.last = records[-1]
@@ -259,12 +272,13 @@ def train(
         choice = _choose(job, group)
         latest = choice.checkpoint
         config = settle_precision(config, latest, parallel)
-        description = describe(config, job, dataset)
+        # Worker 0 alone reads every manifest.
+        description = group.of_first(describe(config, job, dataset) if group.is_first else {})
         model = fresh_model(job.flow, config.seed)
         shard_model(model, parallel, config.workers.shard_granularity, config.precision)
         step = TrainStep(model, config, parallel)
         if latest is not None:
-            check_fits(latest, description)
+            check_fits(latest, description, extend=config.extend)
             load_checkpoint(latest, step.state(), parallel)
             step.after_load()
         start = latest.step if latest else 0
@@ -272,6 +286,7 @@ def train(
         stack.callback(recorder.logger.close)
         for damage in choice.damage:
             recorder.note(damage, warn=False)  # said when it was found
+        recorder.note(changed_rate(config, latest))
         recorder.note(want_of_room(job.checkpoints, step.state(), config.checkpoints, group))
         saver = Saver(job.checkpoints, description, config.checkpoints, parallel)
         stack.callback(saver.close)
@@ -323,7 +338,8 @@ class _Worker:
             metrics = self.step.take(plan.step, batch.to(parallel.device))
             step_s = time.perf_counter() - began
             costs = _costs(self.step, plan, batch.x_noisy.shape, step_s)
-            self.recorder.add(metrics, {"step_s": step_s, "data_wait_s": data_wait_s, **costs})
+            times = {"step_s": step_s, "data_wait_s": data_wait_s}
+            self.recorder.add(metrics, {**times, **costs}, plan.ids)
             count = plan.step + 1
             nats: float | None = None
             if held_out is not None and self._is_due(count, config.evaluation.every_steps):

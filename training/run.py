@@ -169,13 +169,14 @@ def check_run(request: TrainRequest) -> TrainingRun:
     description = describe(request.config, job, latents)
     latest = latest_complete(job.checkpoints)
     if latest is not None:
-        settled = settle_precision(request.config, latest)
-        check_fits(latest, describe(settled, job, latents))
         if latest.step > request.config.steps:
             raise RunError(
                 f"{latest.path} is at step {latest.step}, past train.steps "
                 f"{request.config.steps}; raise train.steps, or train into another folder"
             )
+        settled = settle_precision(request.config, latest)
+        settled_description = {**description, "train": settled.trajectory()}
+        check_fits(latest, settled_description, extend=request.config.extend)
     return TrainingRun(request, job, spec, description)
 
 

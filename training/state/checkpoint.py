@@ -51,6 +51,8 @@ FORMAT_VERSION = 3
 """Raised with every change that an older version cannot read; 3 came with the files' digests."""
 OLDEST_FORMAT = 2
 """The oldest that can be resumed; 1 had flat settings."""
+PINNED_LATER = ("schedule.steps", "dataset.fps", "dataset.latents", "dataset.captions")
+"""Keys of a description that checkpoints of format 2 do not have."""
 CODEC_FOLDER = "codec"
 SINGLE_PROCESS = "torch.distributed is disabled"
 """How torch's warning of a single process begins."""
@@ -140,13 +142,21 @@ def latest_complete(root: Path) -> Checkpoint | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
+def check_fits(
+    checkpoint: Checkpoint, description: Mapping[str, Any], *, extend: bool = False
+) -> None:
     """Refuse a checkpoint of another run.
 
-    A setting that came after the checkpoint had its default there.
+    A setting that came after the checkpoint had its default there; of what a checkpoint of format
+    2 did not note (`PINNED_LATER`) nothing is asked.
+
+    Args:
+        checkpoint: what is to be resumed.
+        description: the run, as `describe` in the loop writes it.
+        extend: let the schedule be another.
 
     Raises:
-        CheckpointMismatch: naming every key that differs, with both values.
+        CheckpointMismatch: naming every key that differs, with both values, and the ways to go on.
 
     >>> checkpoint = Checkpoint(Path("step_00000001"), 1, {"train": {"seed": 0}})
     >>> check_fits(checkpoint, {"train": {"seed": 0}})
@@ -159,16 +169,41 @@ def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
     new = flattened(json.loads(json.dumps(description)))
     defaults = flattened(json.loads(json.dumps({"train": TrainConfig().trajectory()})))
     old = {key: value for key, value in defaults.items() if key in new} | old
-    differences = [
-        f"{key} is {new.get(key, 'not set')!r} but the checkpoint has {old.get(key, 'not set')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+    free = {key for key in PINNED_LATER if key not in old}
+    # Its resolved length is in `schedule.steps`, whichever setting said it.
+    free.add("train.optimizer.schedule_steps")
+    if extend:
+        free.add("schedule.steps")
+    differing = [
+        key for key in sorted((old.keys() | new.keys()) - free) if old.get(key) != new.get(key)
     ]
-    if differences:
+    if differing:
+        differences = (
+            f"{key} is {new.get(key, 'not set')!r} but the checkpoint has "
+            f"{old.get(key, 'not set')!r}"
+            for key in differing
+        )
         raise CheckpointMismatch(
             f"{checkpoint.path} does not fit this run: {'; '.join(differences)}. "
-            "Set these back to resume, or train into another folder"
+            + _ways_on(differing, old)
         )
+
+
+def _ways_on(differing: list[str], old: Mapping[str, Any]) -> str:
+    """What to do about keys that differ."""
+    if differing == ["schedule.steps"]:
+        steps = old["schedule.steps"]
+        return (
+            f"The learning rate would follow another cosine: set train.optimizer.schedule_steps to "
+            f"{steps} to end the one it began and hold its final rate, train.extend to true to "
+            "stretch it from here on, or train into another folder with train.start_from"
+        )
+    if all(key.startswith("dataset.") for key in differing):
+        return (
+            "The data are not those that it began with: put them back to resume, or train on these "
+            "into another folder with train.start_from"
+        )
+    return "Set these back to resume, or train into another folder"
 
 
 @contextmanager

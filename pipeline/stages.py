@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from data_prep.world.prompts import Prompt
 from data_prep.world.prompts import prompts as world_prompts
 from data_prep.world.shards import write_world
 from flow.codec_factors import read_factors
+from flowreel.errors import FlowreelWarning
 from flowreel.files import write_whole
 from media.frames import Frames
 from media.write import encode_mp4
@@ -397,6 +399,8 @@ def _steps(
     def show(records: list[dict[str, Any]]) -> None:
         nonlocal loss
         for record in records:
+            for sentence in record.get("warnings", ()):
+                warnings.warn(sentence, FlowreelWarning, stacklevel=2)
             # A step whose loss was not finite was skipped; its line keeps the loss before.
             if record["mode"] == "video" and record["loss_nats_per_dim"] is not None:
                 loss = f"{record['loss_nats_per_dim']:.3f} nats/dim"

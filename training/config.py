@@ -205,7 +205,12 @@ class CheckpointConfig(Section):
     """When checkpoints are written, and how many stay."""
 
     every_steps: int = Field(default=100, ge=1, description="steps between checkpoints")
-    keep: int = Field(default=2, ge=1, description="checkpoints kept")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept")
+    keep_best: int = Field(
+        default=0,
+        ge=0,
+        description="older checkpoints kept besides: those of lowest held-out loss",
+    )
 
 
 class EvaluationConfig(Section):
@@ -331,6 +336,12 @@ class TrainConfig(Section):
         description="optimizer steps of the whole run",
         json_schema_extra=FREE_ON_RESUME,
     )
+    extend: bool = Field(
+        default=False,
+        description="resume with another length of the cosine than the run began with: from the "
+        "checkpoint on, the learning rate follows the new one",
+        json_schema_extra=FREE_ON_RESUME,
+    )
     start_from: str | None = Field(
         default=None,
         min_length=1,
@@ -385,6 +396,18 @@ class TrainConfig(Section):
         description="what is recorded, and how often",
         json_schema_extra=FREE_ON_RESUME,
     )
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> TrainConfig:
+        every, measured = self.checkpoints.every_steps, self.evaluation.every_steps
+        if self.checkpoints.keep_best and (not measured or every % measured):
+            raise ValueError(
+                f"checkpoints.keep_best is {self.checkpoints.keep_best}, but checkpoints come "
+                f"every {every} steps and evaluations every {measured} (0: never); every "
+                "checkpoint must be measured: make checkpoints.every_steps a multiple of "
+                "evaluation.every_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _workers_have_equal_shares(self) -> TrainConfig:

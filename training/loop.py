@@ -7,6 +7,7 @@ stopped. Takes `report` as a callable. Knows nothing of Ray or MLflow.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -37,20 +38,19 @@ from training.state.checkpoint import (
     CHECKPOINTS_NAME,
     Checkpoint,
     check_fits,
-    latest_complete,
     load_checkpoint,
-    remove_old,
-    write_checkpoint,
 )
-from training.state.choice import Choice, choose_checkpoint
+from training.state.choice import CheckpointWarning, Choice, choose_checkpoint
 from training.state.group import HostGroup
+from training.state.pins import changed_rate, pinned_data, pinned_schedule
 from training.state.run_lock import lock_writing
+from training.state.saver import Saver, want_of_room
 from training.state.stop import Ask, Notice, Vote, nothing
-from training.step import StepMetrics, TrainStep
+from training.step import StepMetrics, StepWarning, TrainStep
 from training.weights import build_model
 
 Report = Callable[[dict[str, Any]], None]
-"""Takes the record of a step that a checkpoint was just written after."""
+"""Takes the record of a step after which a checkpoint was begun."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,11 @@ def describe(config: TrainConfig, job: TrainJob, dataset: LatentDataset) -> dict
         "text": job.text.to_dict(),
         "train": config.trajectory(),
         **start,
+        "schedule": pinned_schedule(config),
         "dataset": {
             "codec_digest": dataset.info.codec_digest,
             "convention": dataset.info.convention.to_dict(),
-            "samples": dataset.ids_digest(),
+            **pinned_data(dataset),
         },
     }
 
@@ -180,39 +181,59 @@ class _Recorder:
         self.noise_floor = noise_floor(job.flow.noise_std)
         self.history = History(job.history, start) if first else None
         self.last: dict[str, Any] = {}
-        self._pending: list[tuple[StepMetrics, dict[str, Any]]] = []
+        self._pending: list[tuple[StepMetrics, dict[str, Any], tuple[str, ...]]] = []
         self._notes: list[str] = []
 
-    def add(self, metrics: StepMetrics, extra: dict[str, Any]) -> None:
-        """Take a step's metrics, without waiting for the device."""
+    def add(self, metrics: StepMetrics, extra: dict[str, Any], ids: tuple[str, ...]) -> None:
+        """Take a step's metrics, without waiting for the device, and the ids of its samples."""
         if self._notes:
             extra = {**extra, "warnings": self._notes}
             self._notes = []
-        self._pending.append((metrics, extra))
+        self._pending.append((metrics, extra, ids))
 
-    def note(self, *sentences: str) -> None:
-        """Write these into the history beside the next step, as `warnings`."""
-        self._notes += sentences
+    def note(self, sentence: str | None, *, warn: bool = True) -> None:
+        """Warn, and write it into the history beside the next step, in `warnings`."""
+        if sentence is not None and self.history is not None:
+            self._notes.append(sentence)
+            if warn:
+                warnings.warn(sentence, CheckpointWarning, stacklevel=2)
 
     def annotate(self, extra: dict[str, Any]) -> None:
         """Add values to the newest step."""
         self._pending[-1][1].update(extra)
 
-    def flush(self, *, durable: bool = False) -> None:
+    def _name_skipped(self, record: dict[str, Any], ids: tuple[str, ...]) -> None:
+        """Name the samples of a skipped step; of several in a row, the first warns."""
+        record["skipped_samples"] = list(ids)
+        if record["skipped_in_a_row"] == 1 and self.history is not None:
+            sentence = self.step.skip_sentence(record, ids)
+            record["warnings"] = [*record.get("warnings", []), sentence]
+            warnings.warn(sentence, StepWarning, stacklevel=2)
+
+    def flush(self, *, durable: bool = False) -> OSError | None:
         """Write what was gathered; `durable` waits until it would outlive a power cut.
 
-        Every worker reads its metrics here, and so stops with the others.
+        Every worker reads its metrics here, and so stops with the others. Gives what kept this one
+        from writing; the lines are written with the next ones then.
         """
         records = []
-        for metrics, extra in self._pending:
-            records.append({**metrics.record(), "noise_floor": self.noise_floor, **extra})
+        for metrics, extra, ids in self._pending:
+            record = {**metrics.record(), "noise_floor": self.noise_floor, **extra}
+            if record["skipped"]:
+                self._name_skipped(record, ids)
+            records.append(record)
         self._pending.clear()
         if records:
             self.last = records[-1]
+        failure = None
         if self.history is not None:
-            self.history.append(records, durable=durable)
+            try:
+                self.history.append(records, durable=durable)
+            except OSError as error:
+                failure = error
         for record in records:
             self.step.check_skips(record)
+        return failure
 
 
 def _costs(step: TrainStep, plan: StepPlan, shape: torch.Size, seconds: float) -> dict[str, float]:
@@ -267,13 +288,15 @@ def train(
         choice = _choose(job, group)
         latest = choice.checkpoint
         config = settle_precision(config, latest, parallel)
-        description = describe(config, job, dataset)
+        # Worker 0 alone reads every manifest.
+        description = group.of_first(describe(config, job, dataset) if group.is_first else {})
         model = build_model(job.flow, config, parallel)
         if latest is None and job.start is not None:
             load_start(model, job.start)
         step = TrainStep(model, config, parallel)
         if latest is not None:
-            check_fits(latest, {**description, **frozen_of(latest)})
+            fitting = {**description, **frozen_of(latest)}
+            check_fits(latest, fitting, extend=config.extend)
             load_checkpoint(latest, step.state(), parallel)
             step.after_load()
         frozen = Frozen.of(model)
@@ -282,11 +305,16 @@ def train(
         description = {**description, **frozen.described()}
         start = latest.step if latest else 0
         recorder = _Recorder(job, step, start)
-        recorder.note(*choice.damage)
-        vote = Vote(group, ask)
-        worker = _Worker(job, step, dataset, description, recorder, frozen, group, vote)
-        last = worker.take_steps(start, report)
-        checkpoint = last or latest or latest_complete(job.checkpoints)
+        for damage in choice.damage:
+            recorder.note(damage, warn=False)  # said when it was found
+        recorder.note(changed_rate(config, latest))
+        recorder.note(want_of_room(job.checkpoints, step.state(), config.checkpoints, group))
+        saver = Saver(job.checkpoints, description, config.checkpoints, parallel)
+        stack.callback(saver.close)
+        worker = _Worker(job, step, dataset, recorder, frozen, saver, Vote(group, ask))
+        worker.take_steps(start, report)
+        saver.finish()
+        checkpoint = saver.last or latest
         assert checkpoint is not None, "a finished loop leaves a checkpoint"
         return LoopResult(
             checkpoint,
@@ -310,14 +338,13 @@ class _Worker:
     job: TrainJob
     step: TrainStep
     dataset: LatentDataset
-    description: dict[str, Any]
     recorder: _Recorder
     frozen: Frozen
-    group: HostGroup
+    saver: Saver
     vote: Vote
 
-    def take_steps(self, start: int, report: Report) -> Checkpoint | None:
-        """Take the steps start..steps-1; the last checkpoint, if one was written."""
+    def take_steps(self, start: int, report: Report) -> None:
+        """Take the steps start..steps-1, or fewer where it is asked to stop."""
         config, job, parallel = self.step.config, self.job, self.step.parallel
         encoder = build_text_encoder(job.text, parallel.device)
         prompts = Prompts(encoder, job.flow, self.dataset.info.fps)
@@ -325,7 +352,6 @@ class _Worker:
         maker = BatchMaker(store, prompts, config.batches, config.seed, job.factors)
         sampler = job.sampler(config, self.dataset.buckets)
         held_out = self._held_out(prompts) if config.evaluation.every_steps else None
-        checkpoint: Checkpoint | None = None
         began = time.perf_counter()
         for plan, batch in maker.batches(
             sampler, start, config.steps, parallel.rank, parallel.world
@@ -335,23 +361,21 @@ class _Worker:
             step_s = time.perf_counter() - began
             costs = _costs(self.step, plan, batch.x_noisy.shape, step_s)
             times = {"time_s": time.time(), "step_s": step_s, "data_wait_s": data_wait_s}
-            self.recorder.add(metrics, {**times, **costs})
+            self.recorder.add(metrics, {**times, **costs}, plan.ids)
             count = plan.step + 1
+            nats: float | None = None
             if held_out is not None and self._is_due(count, config.evaluation.every_steps):
-                self._evaluate(held_out)
-            if count % config.tracking.every_steps == 0:
-                self.recorder.flush()
+                nats = self._evaluate(held_out)
             notice = self.vote.at_step()
             if notice or self._is_due(count, config.checkpoints.every_steps):
-                # The history of these steps is on disk before the checkpoint that stands for them.
-                self.recorder.flush(durable=True)
-                checkpoint = self._save(count)
+                self._save(count, nats)
                 report(self.recorder.last)
+            elif count % config.tracking.every_steps == 0:
+                self.recorder.flush()
             if notice is Notice.STOP:
                 break
             began = time.perf_counter()
         self.vote.close()
-        return checkpoint
 
     def _is_due(self, count: int, every_steps: int) -> bool:
         return count % every_steps == 0 or count == self.step.config.steps
@@ -367,17 +391,22 @@ class _Worker:
             seed=config.seed,
         )
 
-    def _evaluate(self, held_out: HeldOut) -> None:
-        """Measure the averaged weights, and note the loss beside the newest step."""
+    def _evaluate(self, held_out: HeldOut) -> float:
+        """Measure the weights and the averaged weights, and note both beside the newest step."""
+        raw = held_out.mean_nats(self.step.run_flow, self.step.parallel)
         self.step.swap_ema()
         nats = held_out.mean_nats(self.step.run_flow, self.step.parallel)
         self.step.swap_ema()
-        self.recorder.annotate({"held_out_nats_per_dim": nats})
+        self.recorder.annotate({"held_out_nats_per_dim": nats, "held_out_raw_nats_per_dim": raw})
+        return nats
 
-    def _save(self, count: int) -> Checkpoint:
+    def _save(self, count: int, nats: float | None) -> None:
+        """Begin a checkpoint; training waits for the one before, and for a copy of the state."""
         self.frozen.check(self.step.model)
-        root = self.job.checkpoints
-        folder = write_checkpoint(root, count, self.step.state(), self.description, self.group)
-        if self.group.is_first:
-            remove_old(root, self.step.config.checkpoints.keep)
-        return Checkpoint(folder, count, self.description)
+        began = time.perf_counter()
+        self.recorder.note(self.saver.settle())
+        self.saver.stage(count, self.step.state())
+        self.recorder.annotate({"checkpoint_stall_s": time.perf_counter() - began})
+        # The history of these steps is on disk before the checkpoint that stands for them.
+        failure = self.recorder.flush(durable=True)
+        self.saver.begin(held_out=nats, error=failure)

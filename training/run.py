@@ -198,13 +198,18 @@ def check_run(request: TrainRequest) -> TrainingRun:
         job = dataclasses.replace(job, start=start)
     description = describe(request.config, job, latents)
     if latest is not None:
-        settled = settle_precision(request.config, latest)
-        check_fits(latest, {**describe(settled, job, latents), **frozen_of(latest)})
         if latest.step > request.config.steps:
             raise RunError(
                 f"{latest.path} is at step {latest.step}, past train.steps "
                 f"{request.config.steps}; raise train.steps, or train into another folder"
             )
+        settled = settle_precision(request.config, latest)
+        settled_description = {
+            **description,
+            "train": settled.trajectory(),
+            **frozen_of(latest),
+        }
+        check_fits(latest, settled_description, extend=request.config.extend)
     return TrainingRun(request, job, spec, description, tuple(uneven(views)))
 
 

@@ -8,19 +8,28 @@ still on the device. Knows nothing of data, schedules of checkpoints, logs or Ra
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flow.flow import FlowModel, FlowOutput
-from flowreel.errors import FlowreelError
+from flowreel.errors import FlowreelError, FlowreelWarning
 from training.config import TrainConfig
 from training.data.batches import TrainBatch
 from training.objective import denoiser_backward, flow_backward
 from training.optimizer.optim import LearningRate, ShardedOptimizer, SkipRule
 from training.optimizer.sharded import local_tensor
 from training.parallel import Parallel, forget_gathered, networks, share_gradients
+
+NAMED = 8
+"""So many samples of a skipped step stand in its warning; the history has all."""
+
+
+class StepWarning(FlowreelWarning):
+    """A step was skipped."""
 
 
 class SkippedTooOften(FlowreelError, RuntimeError):
@@ -170,6 +179,16 @@ class TrainStep:
         tokens = batch.x_noisy.numel() // batch.x_noisy.shape[-3] * world
         tokens //= self.model.config.patch_size**2
         return StepMetrics(step, batch.mode, tokens, values, with_denoiser, rate)
+
+    @staticmethod
+    def skip_sentence(record: Mapping[str, Any], ids: Sequence[str]) -> str:
+        """What is said of a skipped step; of many samples the first ones are named."""
+        named = ", ".join(ids[:NAMED]) + (f" and {len(ids) - NAMED} more" * (len(ids) > NAMED))
+        return (
+            f"step {record['step']} was skipped: loss {record['loss_nats_per_dim']}, gradient "
+            f"norms {record['flow_grad_norm']} and {record['denoiser_grad_norm']} (None: not "
+            f"finite); its samples: {named}"
+        )
 
     def check_skips(self, record: dict[str, float | int | str | None]) -> None:
         """Stop a run that only skips.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import pipeline.stages as stages
+from flowreel.errors import FlowreelWarning
 from pipeline.recipes import load_recipe
 
 
@@ -47,3 +48,13 @@ def test_the_service_listens_where_it_is_told(
 
 def test_the_shipped_recipes_leave_the_port_open() -> None:
     assert load_recipe("tiny").serve.port is None
+
+
+def test_what_a_worker_warned_of_is_said_by_the_driver() -> None:
+    shown: list[tuple[int, int, str]] = []
+    show = stages._steps(lambda *progress: shown.append(progress), 9)
+    record = {"step": 3, "mode": "video", "loss_nats_per_dim": 1.0}
+    show([record])
+    with pytest.warns(FlowreelWarning, match="^step_00000006 is damaged$"):
+        show([{**record, "step": 4, "warnings": ["step_00000006 is damaged"]}])
+    assert shown == [(4, 9, "1.000 nats/dim"), (5, 9, "1.000 nats/dim")]

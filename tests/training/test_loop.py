@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_prep.latents.dataset import LatentDataset
 from flow.config import tiny
 from flow.flow import FlowModel
 from tests.training import workers
 from tests.training.world import TEXT, small_config, two_workers, write_dataset
 from training.config import TrainConfig
+from training.data.batch_sampler import BatchSampler
 from training.loop import TrainJob, settle_precision, train
 from training.record.history import read_history
 from training.state.checkpoint import (
@@ -27,7 +29,7 @@ from training.state.checkpoint import (
     load_averaged,
 )
 from training.state.whole import read_marker, write_marker
-from training.step import SkippedTooOften
+from training.step import SkippedTooOften, StepWarning
 
 
 @pytest.fixture(scope="module")
@@ -213,22 +215,33 @@ def test_a_setting_that_came_after_a_checkpoint_has_its_default_there(
     written = read_marker(marker)
     del written["description"]["train"]["optimizer"]["kind"]
     write_marker(marker, written)
-    assert train(small_config(steps=8), earlier).resumed_from == 6
+    longer = {"schedule_steps": 6}
+    assert train(small_config(steps=8, optimizer=longer), earlier).resumed_from == 6
     with pytest.raises(CheckpointMismatch, match=r"optimizer\.kind is 'muon'"):
-        train(small_config(optimizer={"kind": "muon"}), earlier)
+        train(small_config(optimizer={"kind": "muon", **longer}), earlier)
 
 
 def test_broken_latents_are_skipped_and_then_stop_the_run_with_the_reason(tmp_path: Path) -> None:
     broken = write_dataset(tmp_path / "data", broken=float("inf"))
     work = job(broken, tmp_path / "out")
     before = FlowModel(work.flow)
-    with pytest.raises(SkippedTooOften, match="4 steps in a row were skipped up to step 3"):
-        train(small_config(optimizer={"max_consecutive_skips": 4}, steps=20), work)
+    config = small_config(optimizer={"max_consecutive_skips": 4}, steps=20)
+    with (
+        pytest.warns(StepWarning, match=r"step 0 was skipped: loss None, .* samples: 00000/clip"),
+        pytest.raises(SkippedTooOften, match="4 steps in a row were skipped up to step 3"),
+    ):
+        train(config, work)
     checkpoint = latest_complete(work.checkpoints)
     assert checkpoint is not None
     load_averaged(checkpoint, before)
     assert all(torch.isfinite(p).all() for p in before.parameters())
-    assert all(r["skipped"] == 1 for r in read_history(work.history))
+    history = read_history(work.history)
+    assert all(r["skipped"] == 1 for r in history)
+    assert [len(r.get("warnings", [])) for r in history] == [1, 0, 0, 0], "said once in a row"
+    sampler = BatchSampler(LatentDataset(broken).buckets, config.batches, config.seed)
+    assert [r["skipped_samples"] for r in history] == [
+        list(sampler.plan(step).ids) for step in range(4)
+    ]
 
 
 def test_all_workers_skip_when_one_of_them_sees_a_broken_sample(tmp_path: Path) -> None:

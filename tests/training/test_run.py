@@ -58,7 +58,8 @@ def test_a_finished_run_is_not_repeated_and_can_be_lengthened(
     dataset: Path, tmp_path: Path
 ) -> None:
     def go(steps: int) -> tuple[int, int | None, int]:
-        r = train_in_process(small_request(dataset, tmp_path, small_config(steps=steps)))
+        config = small_config(steps=steps, optimizer={"schedule_steps": 4})
+        r = train_in_process(small_request(dataset, tmp_path, config))
         return r.steps, r.resumed_from, (r.model_dir / "model.safetensors").stat().st_mtime_ns
 
     first, again, longer = go(4), go(4), go(6)

@@ -52,14 +52,27 @@ class History:
         self.path = path
         before = [r for r in read_history(path) if int(r["step"]) < start_step]
         write_whole(path, "".join(json.dumps(r) + "\n" for r in before))
+        self._size = path.stat().st_size
+        self._unwritten = b""
 
     def append(self, records: Sequence[Mapping[str, Any]], *, durable: bool = False) -> None:
-        """Add lines; `durable` waits until they would outlive a power cut."""
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(r) + "\n" for r in records))
+        """Add lines; `durable` waits until they would outlive a power cut.
+
+        Lines that find no room are written by a later call.
+
+        Raises:
+            OSError: they, or lines before them, could not be written.
+        """
+        self._unwritten += "".join(json.dumps(r) + "\n" for r in records).encode()
+        with self.path.open("r+b") as file:
+            # Half a line that an earlier call left is written over.
+            file.seek(self._size)
+            file.write(self._unwritten)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+        self._size += len(self._unwritten)
+        self._unwritten = b""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,15 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    FileSystemReader,
+    FileSystemWriter,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from flow.flow import FlowModel
 from flow.model_folder import ModelSpec, save_model
@@ -44,7 +52,11 @@ FORMAT_VERSION = 3
 """Raised with every change that an older version cannot read; 3 came with the files' digests."""
 OLDEST_FORMAT = 2
 """The oldest that can be resumed; 1 had flat settings."""
+PINNED_LATER = ("schedule.steps", "dataset.fps", "dataset.latents", "dataset.captions")
+"""Keys of a description that checkpoints of format 2 do not have."""
 CODEC_FOLDER = "codec"
+SINGLE_PROCESS = "torch.distributed is disabled"
+"""How torch's warning of a single process begins."""
 
 
 class CheckpointMismatch(FlowreelError, ValueError):
@@ -60,12 +72,14 @@ class Checkpoint:
         step: steps taken.
         description: what was trained, as `describe` in the loop wrote it.
         files: size and digest of every file; empty in a checkpoint of format 2.
+        held_out: loss of its averaged weights, nats per dimension; None where it was not measured.
     """
 
     path: Path
     step: int
     description: dict[str, Any]
     files: dict[str, FileDigest] = field(default_factory=dict)
+    held_out: float | None = None
 
 
 def complete_checkpoints(root: Path) -> list[Checkpoint]:
@@ -119,7 +133,8 @@ def read_checkpoint(marker: Path) -> Checkpoint:
             f"{values.get('flowreel', 'of a later version')}, which wrote it"
         )
     files = {name: FileDigest(*about) for name, about in values.get("files", {}).items()}
-    return Checkpoint(marker.parent, int(values["step"]), values["description"], files)
+    held_out = values.get("held_out_nats_per_dim")
+    return Checkpoint(marker.parent, int(values["step"]), values["description"], files, held_out)
 
 
 def latest_complete(root: Path) -> Checkpoint | None:
@@ -128,13 +143,21 @@ def latest_complete(root: Path) -> Checkpoint | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
+def check_fits(
+    checkpoint: Checkpoint, description: Mapping[str, Any], *, extend: bool = False
+) -> None:
     """Refuse a checkpoint of another run.
 
-    A setting that came after the checkpoint had its default there.
+    A setting that came after the checkpoint had its default there; of what a checkpoint of format
+    2 did not note (`PINNED_LATER`) nothing is asked.
+
+    Args:
+        checkpoint: what is to be resumed.
+        description: the run, as `describe` in the loop writes it.
+        extend: let the schedule be another.
 
     Raises:
-        CheckpointMismatch: naming every key that differs, with both values.
+        CheckpointMismatch: naming every key that differs, with both values, and the ways to go on.
 
     >>> checkpoint = Checkpoint(Path("step_00000001"), 1, {"train": {"seed": 0}})
     >>> check_fits(checkpoint, {"train": {"seed": 0}})
@@ -147,24 +170,71 @@ def check_fits(checkpoint: Checkpoint, description: Mapping[str, Any]) -> None:
     new = flattened(json.loads(json.dumps(description)))
     defaults = flattened(json.loads(json.dumps({"train": TrainConfig().trajectory()})))
     old = {key: value for key, value in defaults.items() if key in new} | old
-    differences = [
-        f"{key} is {new.get(key, 'not set')!r} but the checkpoint has {old.get(key, 'not set')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+    free = {key for key in PINNED_LATER if key not in old}
+    # Its resolved length is in `schedule.steps`, whichever setting said it.
+    free.add("train.optimizer.schedule_steps")
+    if extend:
+        free.add("schedule.steps")
+    differing = [
+        key for key in sorted((old.keys() | new.keys()) - free) if old.get(key) != new.get(key)
     ]
-    if differences:
+    if differing:
+        differences = (
+            f"{key} is {new.get(key, 'not set')!r} but the checkpoint has "
+            f"{old.get(key, 'not set')!r}"
+            for key in differing
+        )
         raise CheckpointMismatch(
             f"{checkpoint.path} does not fit this run: {'; '.join(differences)}. "
-            "Set these back to resume, or train into another folder"
+            + _ways_on(differing, old)
         )
+
+
+def _ways_on(differing: list[str], old: Mapping[str, Any]) -> str:
+    """What to do about keys that differ."""
+    if differing == ["schedule.steps"]:
+        steps = old["schedule.steps"]
+        return (
+            f"The learning rate would follow another cosine: set train.optimizer.schedule_steps to "
+            f"{steps} to end the one it began and hold its final rate, train.extend to true to "
+            "stretch it from here on, or train into another folder with train.start_from"
+        )
+    if all(key.startswith("dataset.") for key in differing):
+        return (
+            "The data are not those that it began with: put them back to resume, or train on these "
+            "into another folder with train.start_from"
+        )
+    return "Set these back to resume, or train into another folder"
 
 
 @contextmanager
 def _quiet_single_process() -> Iterator[None]:
     """Keep torch from warning of a single process, which is what was asked for."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message=SINGLE_PROCESS)
         yield
+
+
+class _Writer(FileSystemWriter):
+    """Torch's writer, with a disk's own error in place of the one that torch's archive makes of it.
+
+    What an exception was caused by does not travel to other workers.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this worker's file. Raises OSError."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            link: BaseException | None = error
+            while link is not None and not isinstance(link, OSError):
+                link = link.__cause__ or link.__context__
+            raise link or error from error
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps is."""
+    return root / f"step_{step:08d}"
 
 
 def write_checkpoint(
@@ -173,44 +243,60 @@ def write_checkpoint(
     state: Mapping[str, Tensor],
     description: Mapping[str, Any],
     group: HostGroup,
-) -> Path:
-    """Write `root/step_N`, all workers together; one that is complete already stays."""
-    folder = root / f"step_{step:08d}"
-    if group.of_first((folder / MARKER_NAME).is_file()):
-        return folder
-    if group.is_first and folder.exists():
-        shutil.rmtree(folder)
-    group.of_first(None)  # nobody writes before the old folder is gone
-    with _quiet_single_process():
+    held_out: float | None = None,
+) -> Checkpoint:
+    """Write `root/step_N`, all workers together; one that is complete already stays.
+
+    Raises:
+        OSError: on all workers alike, where the disk failed one of them.
+    """
+    folder = folder_of(root, step)
+    complete = group.of_first((folder / MARKER_NAME).is_file())
+    if complete:
+        return read_checkpoint(folder / MARKER_NAME)
+    group.together(lambda: shutil.rmtree(folder) if group.is_first and folder.exists() else None)
+    try:
         dcp.save(
             dict(state),
-            storage_writer=FileSystemWriter(folder, single_file_per_rank=True),
+            storage_writer=_Writer(folder, single_file_per_rank=True),
             process_group=group.handle,
             no_dist=group.handle is None,
         )
+    except CheckpointException as error:
+        # Its base is BaseException: nothing would catch it as what it mostly is, a full disk.
+        failures = [failure for failure, _trace in error.failures.values()]
+        raise next((f for f in failures if isinstance(f, OSError)), failures[0]) from error
     # Each worker looks at the files that it wrote itself; worker 0 at the list of all as well.
     own = [path.name for path in folder.glob(f"__{group.rank}_*")]
     if group.is_first:
         own.append(".metadata")
-    parts = group.of_all(digests_of(folder, own))
-    if group.is_first:
-        values = {
-            "format": FORMAT_VERSION,
-            "flowreel": __version__,
-            "step": step,
-            "world": group.world,
-            "digest": digest_of(description),
-            "description": description,
-            "files": {name: list(about) for part in parts for name, about in part.items()},
-        }
-        write_marker(folder / MARKER_NAME, values)
-    group.of_first(None)
-    return folder
+    parts = group.of_all(group.together(lambda: digests_of(folder, own)))
+    files = {name: about for part in parts for name, about in part.items()}
+    values = {
+        "format": FORMAT_VERSION,
+        "flowreel": __version__,
+        "step": step,
+        "world": group.world,
+        "digest": digest_of(description),
+        "description": description,
+        "held_out_nats_per_dim": held_out,
+        "files": {name: list(about) for name, about in files.items()},
+    }
+    group.together(lambda: write_marker(folder / MARKER_NAME, values) if group.is_first else None)
+    return Checkpoint(folder, step, dict(description), files, held_out)
 
 
-def remove_old(root: Path, keep: int) -> None:
-    """Remove all but the `keep` newest complete checkpoints; worker 0 alone calls it."""
-    for old in complete_checkpoints(root)[:-keep]:
+def remove_old(root: Path, keep: int, keep_best: int = 0) -> None:
+    """Remove all complete checkpoints but the newest, and of the older ones those of lowest loss.
+
+    Worker 0 alone calls it.
+    """
+    complete = complete_checkpoints(root)
+    measured = [c for c in complete if c.held_out is not None]
+    best = sorted(measured, key=lambda c: (c.held_out, -c.step))[:keep_best]
+    for old in complete[:-keep]:
+        if old in best:
+            continue
         # The marker goes first: a folder that a kill leaves half deleted is then no checkpoint.
         (old.path / MARKER_NAME).unlink()
         shutil.rmtree(old.path)

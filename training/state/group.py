@@ -7,9 +7,10 @@ on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -63,3 +64,19 @@ class HostGroup:
         values: list[_T] = [value] * self.world
         dist.all_gather_object(values, value, group=self.handle)
         return values
+
+    def together(self, action: Callable[[], _T]) -> _T:
+        """Do something on every worker, and go on when all have; gives this worker's result.
+
+        Raises:
+            OSError: on all workers, where the disk failed one of them: that one's error.
+        """
+        result, error = None, None
+        try:
+            result = action()
+        except OSError as failure:
+            error = failure
+        for failed in self.of_all(error):
+            if failed is not None:
+                raise failed
+        return cast(_T, result)

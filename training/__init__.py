@@ -16,6 +16,7 @@ The files, in the order to read them:
     state/              what a run goes on from: checkpoints, and export of a model
     held_out.py         held-out loss, and a Gaussian to hold it against
     record/             what is written down of a run: history, MLflow, costs
+    hardware.py         the kinds of GPU that a plan knows
     footprint.py        bytes that a step takes on one GPU, by kind
     plan.py             what a run takes before it is begun: memory, operations, hours
     on_ray.py           the same run with the workers of Ray Train

@@ -6,13 +6,10 @@ another forward pass (a third), or of its products with weights where attention 
 operations over what all GPUs do at the assumed share of their peak: traffic between them, and the
 pauses of data, evaluations and checkpoints, are in no figure. Every video step counts as the
 largest kind. Knows nothing of recipes, files or Ray.
-
-    PlanError(FlowreelError, ValueError)    hardware that is unknown, or a batch it cannot share
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -21,66 +18,13 @@ import torch
 
 from flow.config import FlowConfig
 from flow.flow import FlowModel
-from flowreel.errors import FlowreelError
 from training.config import Checkpointing, TrainConfig, WorkerConfig
 from training.footprint import Memory, StepShape, activation_bytes, count_of, memory_of
+from training.hardware import USABLE, Hardware, PlanError
 from training.record.metrics import step_cost
 
-USABLE = 0.9
-"""Share of a GPU's memory to plan with: the allocator and the kernels take some."""
 ASSUMED_MFU = 0.4
 """Share of the peak that steps are assumed to reach; an H200 reached 0.35 to 0.48 (docs/gpu.md)."""
-
-
-class PlanError(FlowreelError, ValueError):
-    """Hardware that is unknown, or a batch that it cannot share."""
-
-
-class Gpu(NamedTuple):
-    """A kind of GPU: its memory, and its dense products in bf16 without sparsity."""
-
-    memory_bytes: float
-    peak_flops: float
-
-
-GPUS = {
-    "h100": Gpu(80e9, 989e12),
-    "h200": Gpu(141e9, 989e12),
-    "b200": Gpu(180e9, 2250e12),
-    "a100": Gpu(80e9, 312e12),
-    "a100-40": Gpu(40e9, 312e12),
-    "l40s": Gpu(48e9, 362e12),
-    "rtx4090": Gpu(24e9, 165e12),
-}
-"""By the makers' data sheets."""
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """So many GPUs of a kind.
-
-    >>> Hardware.of("h200x8")
-    Hardware(name='h200', count=8)
-    """
-
-    name: str
-    count: int
-
-    @classmethod
-    def of(cls, words: str) -> Hardware:
-        """From `h200x8`, or `h200` for one."""
-        match = re.fullmatch(r"(.+?)(?:x([1-9]\d*))?", words.strip().lower())
-        if match is None or match[1] not in GPUS:
-            raise PlanError(
-                f"hardware {words!r}: write a kind and a number, such as h200x8; known kinds: "
-                f"{', '.join(GPUS)}"
-            )
-        return cls(match[1], int(match[2] or 1))
-
-    @property
-    def gpu(self) -> Gpu:
-        """The kind."""
-        return GPUS[self.name]
 
 
 @dataclass(frozen=True)
@@ -113,7 +57,7 @@ class Plan:
     tokens: float
     hours: float
     mfu: float
-    latent_bytes: float
+    latent_bytes: int
     fits: bool
     advice: tuple[str, ...]
 

@@ -15,9 +15,10 @@ from tests.training.test_memory import KeptBytes
 from tests.training.world import small_config
 from training.config import MemoryConfig
 from training.footprint import StepShape, activation_bytes, memory_of
+from training.hardware import Hardware, PlanError
 from training.memory import set_memory
 from training.parallel import Parallel
-from training.plan import Hardware, Job, PlanError, make_plan
+from training.plan import Job, make_plan
 from training.step import TrainStep
 
 CLIP = StepShape(frames=21, rows=30, columns=53, batch=1)
@@ -137,6 +138,8 @@ def test_what_no_setting_makes_fit_asks_for_more_gpus() -> None:
 def test_hardware_is_named_and_batches_must_divide() -> None:
     assert Hardware.of("a100-40x16") == Hardware("a100-40", 16)
     assert Hardware.of("H200") == Hardware("h200", 1)
+    assert Hardware.of("rtx4090") == Hardware("rtx4090", 1)
+    assert Hardware.of("rtx4090x2") == Hardware("rtx4090", 2)
     with pytest.raises(PlanError, match="known kinds: h100, h200"):
         Hardware.of("abacusx3")
     with pytest.raises(PlanError, match="a batch of 96 is no multiple of 7 GPUs"):

@@ -296,7 +296,7 @@ class TransformerLayer(nn.Module):
             return self._whole(h_BLM, rope, reach)
         if self.recompute == "full":
             return _recomputed(self._whole, h_BLM, rope, reach, False)
-        q, k, v = _recomputed(self.attention.project, h_BLM, rope)
+        q, k, v = _recomputed(self._project, h_BLM, rope)
         return _recomputed(self._after, h_BLM, self.attention.mix(q, k, v, reach))
 
     def _whole(
@@ -304,6 +304,11 @@ class TransformerLayer(nn.Module):
     ) -> Tensor:
         h_BLM = h_BLM + self.attention(h_BLM, rope, reach, rejoin=rejoin)
         return h_BLM + self.mlp(h_BLM)
+
+    def _project(self, h_BLM: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.attention.project(h_BLM, rope)
+        # As a view, it would keep the queries and keys before they were turned as well.
+        return q, k, v.clone()
 
     def _after(self, h_BLM: Tensor, out_BHLD: Tensor) -> Tensor:
         """The layer from what its attention gave."""

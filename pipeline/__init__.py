@@ -15,6 +15,7 @@ Read in this order:
     import_released.py    `flowreel import-weights`
     sample_look.py        `flowreel look`
     dataset_page.py       `flowreel inspect`
+    training_plan.py      `flowreel plan`
     doctor.py             `flowreel doctor`
     settings.py           `flowreel settings` and docs/settings.md
     schema_fields.py      what a schema says of its fields

@@ -12,11 +12,16 @@ The files, in the order to read them:
     step.py             one step: two backwards, one decision, two updates
     objective.py        the two losses and their backwards
     optimizer/          how a step changes the weights, over shards
-    parallel.py         this process among the workers; FSDP2
+    parallel.py         this process among the workers; FSDP2, HSDP, DDP
+    memory.py           how layers are run so that a step fits: checkpointed, compiled
+    weights.py          start weights from a seed, each worker its part
     state/              what a run goes on from: checkpoints, and export of a model
     held_out.py         held-out loss, and a Gaussian to hold it against
     record/             what is written down of a run: history, MLflow, costs
     curriculum.py       walks the stages: each a run, from the weights of the one before
+    hardware.py         the kinds of GPU that a plan knows
+    footprint.py        bytes that a step takes on one GPU, by kind
+    plan.py             what a run takes before it is begun: memory, operations, hours
     on_ray.py           the same run with the workers of Ray Train
     codec/              a small codec's training: `flowreel train-codec`
 

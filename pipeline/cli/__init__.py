@@ -4,7 +4,7 @@
     data.py        around a dataset: prepare, look, inspect, export, merge-latents
     model.py       around a model: train, sample, likelihood, serve, import-weights, train-codec
     evaluation.py  evaluate: every figure of a model
-    about.py       doctor and settings
+    about.py       doctor, settings and plan
     options.py     the app, the options that several commands have, and `command`
     arguments.py   checks of arguments and paths before anything heavy is imported
     failures.py    how a failure is said: one line and an exit code

@@ -1,4 +1,4 @@
-"""Commands about this machine and these settings: doctor, settings."""
+"""Commands about this machine and these settings: doctor, settings, plan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.arguments import complete_section
+from pipeline.cli.arguments import complete_recipe, complete_section
 from pipeline.cli.options import JsonOption, RecipeOption, SetOption, command, reporter
 
 
@@ -63,3 +63,42 @@ def settings(
         title = f"{part.name}: {part.summary}"
         said.table(title, ["setting", "default", "allowed", "what it is"], rows, left=True)
     said.document([setting.values() for part in chosen for setting in part.settings])
+
+
+@command(
+    examples=(
+        "flowreel plan panda-480p --hardware h200x8",
+        "flowreel plan my.yaml --hardware a100 --set train.memory.checkpointing=full --json",
+    )
+)
+def plan(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe's name or YAML file.",
+            autocompletion=complete_recipe,
+        ),
+    ],
+    hardware: Annotated[
+        str,
+        typer.Option("--hardware", help="The GPUs that would train: a kind and how many of them."),
+    ],
+    set_: SetOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """What training a recipe would take: memory of a GPU by kind, operations, hours, latents.
+
+    From formulas, without a GPU or data. The exit code is 1 where it would not fit.
+    """
+    from pipeline.recipes import load_recipe
+    from training.hardware import Hardware
+
+    loaded, gpus = load_recipe(recipe, set_), Hardware.of(hardware)
+    from pipeline.training_plan import plan_training, show_plan
+
+    made = plan_training(loaded, gpus)
+    said = reporter(json_)
+    show_plan(made, said)
+    said.document(made.to_dict())
+    raise typer.Exit(0 if made.fits else 1)

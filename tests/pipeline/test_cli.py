@@ -17,6 +17,7 @@ from tests.places import ROOT, TINY_CODEC
 COMMANDS = (
     "demo", "submit", "prepare", "look", "inspect", "export", "merge-latents", "train", "sample",
     "likelihood", "evaluate", "serve", "import-weights", "train-codec", "doctor", "settings",
+    "plan",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers", "mlflow", "fastapi", "matplotlib"}
 
@@ -126,6 +127,7 @@ def test_every_option_has_a_help_text_and_every_command_an_example(command: str)
         (["demo", "--out", "OUT", "--address", "127.0.0.1:1"], "nothing answers there"),
         (["demo", "--out", "README.md"], "--out README.md is a file"),
         (["doctor", "--recipe", "no-recipe"], "no-recipe"),
+        (["plan", "tiny", "--hardware", "abacusx3"], "known kinds: h100, h200"),
         (["demo", "-q", "-v"], "--quiet and --verbose are both given"),
         (["-q", "demo", "--verbose"], "--quiet and --verbose are both given"),
         (["sampel"], "Did you mean 'sample'?"),

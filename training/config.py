@@ -171,6 +171,24 @@ class OptimizerConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Adapters: W + (alpha / rank)·B A in the place of W, of which only A and B are trained.
+
+    There is no dropout: a resumed run could not draw the same again.
+
+    >>> LoraConfig(rank=8, alpha=16).targets[0]
+    'flow.deep.layers.*'
+    """
+
+    rank: int = Field(default=16, ge=1, description="rows of A and columns of B")
+    alpha: float = Field(default=16.0, gt=0, description="strength; the product is over the rank")
+    targets: tuple[str, ...] = Field(
+        default=("flow.deep.layers.*", "denoiser.layers.*"),
+        min_length=1,
+        description="name patterns of the products that get an adapter",
+    )
+
+
 class CheckpointConfig(Section):
     """When checkpoints are written, and how many stay."""
 
@@ -275,6 +293,11 @@ class TrainConfig(Section):
         description="name patterns of parameters that stay as they are, such as 'flow.shallow.*'; "
         "they have no optimizer state",
     )
+    lora: LoraConfig | None = Field(
+        default=None,
+        description="train adapters (LoRA) on the model folder in start_from, and nothing else; "
+        "null: train all that is not frozen",
+    )
     precision: Precision = Field(
         default="fp32",
         description="compute dtype; masters, reductions and log-densities are always fp32; auto: "
@@ -312,6 +335,19 @@ class TrainConfig(Section):
         description="what is recorded, and how often",
         json_schema_extra=FREE_ON_RESUME,
     )
+
+    @model_validator(mode="after")
+    def _adapters_have_a_base(self) -> TrainConfig:
+        if self.lora is not None and self.start_from is None:
+            raise ValueError(
+                "train.lora trains adapters of a model; name its folder in train.start_from"
+            )
+        if self.lora is not None and self.freeze:
+            raise ValueError(
+                f"train.freeze is {list(self.freeze)} but train.lora freezes all but the adapters; "
+                "leave train.freeze empty, and choose by train.lora.targets"
+            )
+        return self
 
     @model_validator(mode="after")
     def _workers_have_equal_shares(self) -> TrainConfig:

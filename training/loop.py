@@ -32,6 +32,7 @@ from training.record.metrics import step_cost
 from training.record.tracking import MetricsLogger, MlflowRun
 from training.start.frozen import Frozen, freeze, frozen_of
 from training.start.load import load_start
+from training.start.lora import add_adapters
 from training.start.source import StartPoint
 from training.state.checkpoint import (
     CHECKPOINTS_NAME,
@@ -243,6 +244,8 @@ def train(
         config = settle_precision(config, latest, parallel)
         description = describe(config, job, dataset)
         model = fresh_model(job.flow, config.seed)
+        if config.lora is not None:
+            add_adapters(model, config.lora, config.seed)
         freeze(model, config.freeze)
         shard_model(model, parallel, config.workers.shard_granularity, config.precision)
         if latest is None and job.start is not None:

@@ -36,6 +36,7 @@ from training.data.latents import open_latents
 from training.loop import TrainJob, describe, settle_precision, train
 from training.record.tracking import MlflowRun, close_mlflow_run, open_mlflow_run
 from training.start.frozen import frozen_names, frozen_of
+from training.start.lora import adapter_targets, export_adapted
 from training.start.source import start_point
 from training.state.checkpoint import (
     CODEC_FOLDER,
@@ -47,6 +48,7 @@ from training.state.checkpoint import (
 from training.stated_video import StatedVideo, video_spec
 
 MODEL_NAME = "model"
+ADAPTER_NAME = "adapter"
 FINISHED_NAME = "finished.json"
 CONFIG_NAME = "train.json"
 HistoryProgress = Callable[[list[dict[str, Any]]], None]
@@ -92,6 +94,7 @@ class TrainResult:
             nothing to do.
         mlflow_run_id: the run's record; None where tracking is off.
         history: JSON lines, one per step (`training.record.history.read_history`).
+        adapter_dir: the averaged adapters by themselves; None for a run without `train.lora`.
     """
 
     model_dir: Path
@@ -100,6 +103,7 @@ class TrainResult:
     resumed_from: int | None
     mlflow_run_id: str | None
     history: Path
+    adapter_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,7 @@ class TrainingRun:
             resumed_from,
             mlflow_run_id,
             self.job.history,
+            None if self.config.lora is None else self.out / ADAPTER_NAME,
         )
 
 
@@ -165,17 +170,18 @@ def check_run(request: TrainRequest) -> TrainingRun:
     Raises:
         RunError: naming the two things that do not fit, with both values.
         VideoMismatch: the videos that are stated are not those of the dataset.
-        FreezeError: a pattern of `train.freeze` matches nothing, or nothing is left to train.
+        FreezeError, LoraError: a pattern matches nothing, or nothing is left to train.
         StartError: what `train.start_from` names does not fit.
         CheckpointMismatch: `out` holds checkpoints of another run.
     """
     latents = open_latents(request.dataset, "train", request.config.batches.resolution)
     spec = _model_spec(request, latents)
-    frozen_names(parameter_names(request.flow), request.config.freeze)
+    _check_names(request)
     job = TrainJob(request.flow, request.text, latents.folder.location, Path(request.out))
     latest = latest_complete(job.checkpoints)
     if (path := request.config.start_from) is not None:
-        start = start_point(path, request.flow, request.text, latents, latest)
+        has_adapters = request.config.lora is not None
+        start = start_point(path, request.flow, request.text, latents, latest, as_base=has_adapters)
         job = dataclasses.replace(job, start=start)
     description = describe(request.config, job, latents)
     if latest is not None:
@@ -189,10 +195,13 @@ def check_run(request: TrainRequest) -> TrainingRun:
     return TrainingRun(request, job, spec, description)
 
 
-def parameter_names(flow: FlowConfig) -> list[str]:
-    """Names of all parameters of a model, without making it."""
+def _check_names(request: TrainRequest) -> None:
+    """Refuse patterns that match nothing of the model."""
     with torch.device("meta"):
-        return [name for name, _ in FlowModel(flow).named_parameters()]
+        model = FlowModel(request.flow)
+    frozen_names((name for name, _ in model.named_parameters()), request.config.freeze)
+    if request.config.lora is not None:
+        adapter_targets(model, request.config.lora.targets)
 
 
 def _model_spec(request: TrainRequest, latents: LatentDataset) -> ModelSpec:
@@ -254,9 +263,20 @@ def conclude(
     latest = latest_complete(run.job.checkpoints)
     assert latest is not None, "a finished loop leaves a checkpoint"
     codec = run.request.codec
-    export_model(
-        latest, run.spec, None if codec is None else codec_folder(codec), run.out / MODEL_NAME
-    )
+    folder = None if codec is None else codec_folder(codec)
+    if run.config.lora is None:
+        export_model(latest, run.spec, folder, run.out / MODEL_NAME)
+    else:
+        assert run.job.start is not None, "adapters have a base"
+        export_adapted(
+            latest,
+            run.spec,
+            folder,
+            run.out / MODEL_NAME,
+            run.out / ADAPTER_NAME,
+            run.config.lora,
+            run.job.start,
+        )
     run_id = mlflow_run.run_id if mlflow_run else None
     result = run.result(latest, resumed_from, run_id)
     close_mlflow_run(

@@ -16,7 +16,8 @@ from tests.places import ROOT, TINY_CODEC
 
 COMMANDS = (
     "demo", "submit", "prepare", "look", "inspect", "export", "merge-latents", "train", "sample",
-    "likelihood", "evaluate", "serve", "import-weights", "train-codec", "doctor", "settings",
+    "likelihood", "evaluate", "serve", "import-weights", "train-codec", "merge-adapter", "doctor",
+    "settings",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers", "mlflow", "fastapi", "matplotlib"}
 

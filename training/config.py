@@ -180,8 +180,13 @@ class LoraConfig(Section):
     'flow.deep.layers.*'
     """
 
-    rank: int = Field(default=16, ge=1, description="rows of A and columns of B")
-    alpha: float = Field(default=16.0, gt=0, description="strength; the product is over the rank")
+    rank: int = Field(
+        default=0,
+        ge=0,
+        description="rows of A and columns of B; adapters are trained on the model folder in "
+        "start_from, and nothing else is; 0: no adapters",
+    )
+    alpha: float = Field(default=16.0, gt=0, description="strength: B·A counts alpha / rank times")
     targets: tuple[str, ...] = Field(
         default=("flow.deep.layers.*", "denoiser.layers.*"),
         min_length=1,
@@ -293,10 +298,8 @@ class TrainConfig(Section):
         description="name patterns of parameters that stay as they are, such as 'flow.shallow.*'; "
         "they have no optimizer state",
     )
-    lora: LoraConfig | None = Field(
-        default=None,
-        description="train adapters (LoRA) on the model folder in start_from, and nothing else; "
-        "null: train all that is not frozen",
+    lora: LoraConfig = Field(
+        default=LoraConfig(), description="adapters (LoRA) that are trained instead of the weights"
     )
     precision: Precision = Field(
         default="fp32",
@@ -338,11 +341,11 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _adapters_have_a_base(self) -> TrainConfig:
-        if self.lora is not None and self.start_from is None:
+        if self.lora.rank and self.start_from is None:
             raise ValueError(
                 "train.lora trains adapters of a model; name its folder in train.start_from"
             )
-        if self.lora is not None and self.freeze:
+        if self.lora.rank and self.freeze:
             raise ValueError(
                 f"train.freeze is {list(self.freeze)} but train.lora freezes all but the adapters; "
                 "leave train.freeze empty, and choose by train.lora.targets"

@@ -244,7 +244,7 @@ def train(
         config = settle_precision(config, latest, parallel)
         description = describe(config, job, dataset)
         model = fresh_model(job.flow, config.seed)
-        if config.lora is not None:
+        if config.lora.rank:
             add_adapters(model, config.lora, config.seed)
         freeze(model, config.freeze)
         shard_model(model, parallel, config.workers.shard_granularity, config.precision)

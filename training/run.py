@@ -160,7 +160,7 @@ class TrainingRun:
             resumed_from,
             mlflow_run_id,
             self.job.history,
-            None if self.config.lora is None else self.out / ADAPTER_NAME,
+            self.out / ADAPTER_NAME if self.config.lora.rank else None,
         )
 
 
@@ -180,7 +180,7 @@ def check_run(request: TrainRequest) -> TrainingRun:
     job = TrainJob(request.flow, request.text, latents.folder.location, Path(request.out))
     latest = latest_complete(job.checkpoints)
     if (path := request.config.start_from) is not None:
-        has_adapters = request.config.lora is not None
+        has_adapters = request.config.lora.rank > 0
         start = start_point(path, request.flow, request.text, latents, latest, as_base=has_adapters)
         job = dataclasses.replace(job, start=start)
     description = describe(request.config, job, latents)
@@ -200,7 +200,7 @@ def _check_names(request: TrainRequest) -> None:
     with torch.device("meta"):
         model = FlowModel(request.flow)
     frozen_names((name for name, _ in model.named_parameters()), request.config.freeze)
-    if request.config.lora is not None:
+    if request.config.lora.rank:
         adapter_targets(model, request.config.lora.targets)
 
 
@@ -264,7 +264,7 @@ def conclude(
     assert latest is not None, "a finished loop leaves a checkpoint"
     codec = run.request.codec
     folder = None if codec is None else codec_folder(codec)
-    if run.config.lora is None:
+    if not run.config.lora.rank:
         export_model(latest, run.spec, folder, run.out / MODEL_NAME)
     else:
         assert run.job.start is not None, "adapters have a base"

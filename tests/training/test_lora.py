@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from flow.adapter import FIRST, SECOND, AdapterSpec
-from flow.config import tiny
+from flow.config import tiny, video_7b
 from flow.flow import FlowModel
 from flow.model_folder import load_model, open_weights, read_spec, save_model, write_model
 from flow.packed_weights import can_pack
@@ -28,7 +28,7 @@ from tests.training import workers
 from tests.training.world import small_config, small_request, two_workers, write_dataset
 from training.config import LoraConfig, TrainConfig
 from training.run import TrainResult, check_run, train_in_process
-from training.start.lora import LoraError, add_adapters, merged_tensors
+from training.start.lora import LoraError, adapter_tensors, add_adapters, merged_tensors
 from training.start.source import StartError
 from training.state.checkpoint import latest_complete
 
@@ -93,6 +93,18 @@ def test_merged_is_unmerged() -> None:
     assert model.denoiser is not None
     assert plain.denoiser is not None
     assert (model.denoiser(x, text) - plain.denoiser(x, text)).abs().max() < 1e-9
+
+
+def test_an_adapter_of_the_released_model_has_the_size_that_the_page_says() -> None:
+    with torch.device("meta"):
+        model = FlowModel(video_7b())
+        add_adapters(model, LoraConfig(rank=2), seed=0)
+    config = model.config
+    layers = config.layers_per_block[-1] * config.deep_width
+    layers += config.denoiser_layers * config.shallow_width
+    numbers = sum(tensor.numel() for tensor in adapter_tensors(model).values())
+    assert numbers == 16 * 2 * layers
+    assert 4 * numbers / 2 / 1e6 == pytest.approx(7.9, abs=0.05)
 
 
 def test_weights_are_packed_only_where_no_adapter_would_be_lost() -> None:

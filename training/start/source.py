@@ -134,7 +134,7 @@ def _model_folder(folder: Path) -> StartSource:
 
 def _checkpoint(checkpoint: Checkpoint) -> StartSource:
     described = checkpoint.description
-    if described["train"].get("lora") is not None:
+    if described["train"].get("lora", {}).get("rank"):
         raise StartError(
             f"train.start_from: {checkpoint.path} holds adapters: start from that run's model "
             f"folder, {checkpoint.path.parent.parent / 'model'}"

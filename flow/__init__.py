@@ -47,6 +47,7 @@ What stands around the flow, and what lies on disk:
     codec_layers.py         the VAE's norms in fewer passes over memory
     codec.py                the frozen VAE between frames and latents
     tensor_files.py         named tensors in safetensors files
+    adapter.py              LoRA adapters, merged into their base as it is read
     model_folder.py         model folders, written whole and loaded file by file
     released_checkpoint.py  released `.pth` files, mapped rather than read
 """

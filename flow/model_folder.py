@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flow.adapter import AdapterSpec, MergedFolder, base_folder
 from flow.config import FlowConfig
 from flow.flow import FlowModel
 from flow.latent_convention import LatentConvention
@@ -62,9 +63,12 @@ class ModelSpec:
     """How codec moments become its latents."""
     video: VideoSpec | None = None
     """The videos that it was trained on."""
+    adapter: AdapterSpec | None = None
+    """Where the folder holds an adapter's tensors: which model they change."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types."""
+        adapter = None if self.adapter is None else dataclasses.asdict(self.adapter)
         return {
             "format": FORMAT,
             "flow": self.flow.to_dict(),
@@ -73,6 +77,7 @@ class ModelSpec:
             "codec_digest": self.codec_digest,
             "latents": None if self.latents is None else dataclasses.asdict(self.latents),
             "video": None if self.video is None else dataclasses.asdict(self.video),
+            **({} if adapter is None else {"adapter": adapter}),
         }
 
     @classmethod
@@ -91,7 +96,7 @@ class ModelSpec:
         unknown = sorted(set(fields) - known)
         if unknown:
             raise CheckpointError(f"unknown key {unknown[0]!r} in a model's {CONFIG_FILE}")
-        latents, video = fields.get("latents"), fields.get("video")
+        latents, video, adapter = (fields.get(key) for key in ("latents", "video", "adapter"))
         try:
             return cls(
                 flow=FlowConfig.from_dict(fields["flow"]),
@@ -100,6 +105,7 @@ class ModelSpec:
                 codec_digest=fields.get("codec_digest"),
                 latents=None if latents is None else LatentConvention.from_dict(latents),
                 video=None if video is None else VideoSpec(**video),
+                adapter=None if adapter is None else AdapterSpec(**adapter),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{CONFIG_FILE} does not describe a model: {error}") from error
@@ -225,7 +231,7 @@ def _put_in_place(staging: Path, folder: Path) -> None:
 
 
 def read_spec(folder: str | Path) -> ModelSpec:
-    """The spec of a model folder, without its weights.
+    """The spec of a model folder, without its weights; an adapter's codec is that of its base.
 
     Raises:
         CheckpointError: not a model folder, or a `config.json` that is not one.
@@ -239,7 +245,28 @@ def read_spec(folder: str | Path) -> ModelSpec:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} holds {type(fields).__name__}, not a map")
-    return ModelSpec.from_dict(fields)
+    spec = ModelSpec.from_dict(fields)
+    if spec.adapter is None or spec.codec is None:
+        return spec
+    of_base = base_folder(Path(folder), spec.adapter) / spec.codec
+    return dataclasses.replace(spec, codec=str(of_base)) if of_base.is_dir() else spec
+
+
+def open_weights(
+    folder: str | Path, spec: ModelSpec, base: Path | None = None
+) -> TensorFolder | MergedFolder:
+    """A model folder's tensors; an adapter's are its base's with the adapter merged in.
+
+    Args:
+        folder, spec: the folder, and what `read_spec` says of it.
+        base: where the base of an adapter is, if not where the adapter says.
+
+    Raises:
+        CheckpointError: see `TensorFolder.open` and `MergedFolder.open`.
+    """
+    if spec.adapter is None:
+        return TensorFolder.open(folder)
+    return MergedFolder.open(Path(folder), spec.adapter, base)
 
 
 def load_model(
@@ -252,7 +279,7 @@ def load_model(
     """The model of a folder, in eval mode on `device` in `dtype`, and its spec.
 
     Weights go straight from their files, one after another, to where the model keeps them: there is
-    no second copy.
+    no second copy. Of an adapter folder, they are those of its base with the adapter merged in.
 
     Args:
         folder: the model folder.
@@ -265,7 +292,7 @@ def load_model(
             read.
     """
     spec = read_spec(folder)
-    files = TensorFolder.open(folder)
+    files = open_weights(folder, spec)
     with torch.device("meta"):
         model = FlowModel(spec.flow)
     needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}

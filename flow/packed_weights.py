@@ -36,15 +36,22 @@ traffic decides and the fused kernel wins.
 
 
 def can_pack(block: AffineBlock) -> bool:
-    """Whether this build of torch has the packed product for this block: fp32 on a CPU."""
+    """Whether this build of torch has the packed product for this block: plain fp32 on a CPU."""
     weight = block.proj_in.weight
-    return (
+    # An adapter that is not merged is a layer of its own around a product.
+    products = (block.proj_in, *(p for a in block.layers for p in _products(a)), block.proj_out)
+    return all(type(product) is nn.Linear for product in products) and (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
+
+
+def _products(layer: nn.Module) -> tuple[nn.Module, ...]:
+    assert isinstance(layer, TransformerLayer)
+    return layer.attention.qkv, layer.attention.proj, layer.mlp.up, layer.mlp.down
 
 
 class _Linear:

@@ -182,6 +182,10 @@ class TensorFolder:
                 with safe_open(self.path / name, framework="pt", device=str(device)) as file:
                     yield {key: _cast(file.get_tensor(key), dtype) for key in keys}
 
+    def digest(self) -> str:
+        """Digest of all weights (`weights_digest`); reads them once."""
+        return weights_digest(pair for tensors in self.read() for pair in tensors.items())
+
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name, as it lies on disk."""
         file_name = next(file_name for file_name, keys in self.files.items() if name in keys)

@@ -13,6 +13,7 @@ Read in this order:
     evaluation/           `flowreel evaluate`
     shipped.py            the weights that ship
     import_released.py    `flowreel import-weights`
+    merge_adapter.py      `flowreel merge-adapter`
     sample_look.py        `flowreel look`
     dataset_page.py       `flowreel inspect`
     training_plan.py      `flowreel plan`

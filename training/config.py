@@ -201,6 +201,29 @@ class OptimizerConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Adapters: W + (alpha / rank)·B A in the place of W, of which only A and B are trained.
+
+    There is no dropout: a resumed run could not draw the same again.
+
+    >>> LoraConfig(rank=8, alpha=16).targets[0]
+    'flow.deep.layers.*'
+    """
+
+    rank: int = Field(
+        default=0,
+        ge=0,
+        description="rows of A and columns of B; adapters are trained on the model folder in "
+        "start_from, and nothing else is; 0: no adapters",
+    )
+    alpha: float = Field(default=16.0, gt=0, description="strength: B·A counts alpha / rank times")
+    targets: tuple[str, ...] = Field(
+        default=("flow.deep.layers.*", "denoiser.layers.*"),
+        min_length=1,
+        description="name patterns of the products that get an adapter",
+    )
+
+
 class CheckpointConfig(Section):
     """When checkpoints are written, and how many stay."""
 
@@ -354,6 +377,9 @@ class TrainConfig(Section):
         description="name patterns of parameters that stay as they are, such as 'flow.shallow.*'; "
         "they have no optimizer state",
     )
+    lora: LoraConfig = Field(
+        default=LoraConfig(), description="adapters (LoRA) that are trained instead of the weights"
+    )
     precision: Precision = Field(
         default="fp32",
         description="compute dtype; masters, reductions and log-densities are always fp32; auto: "
@@ -406,6 +432,19 @@ class TrainConfig(Section):
                 f"every {every} steps and evaluations every {measured} (0: never); every "
                 "checkpoint must be measured: make checkpoints.every_steps a multiple of "
                 "evaluation.every_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_a_base(self) -> TrainConfig:
+        if self.lora.rank and self.start_from is None:
+            raise ValueError(
+                "train.lora trains adapters of a model; name its folder in train.start_from"
+            )
+        if self.lora.rank and self.freeze:
+            raise ValueError(
+                f"train.freeze is {list(self.freeze)} but train.lora freezes all but the adapters; "
+                "leave train.freeze empty, and choose by train.lora.targets"
             )
         return self
 

@@ -41,6 +41,7 @@ from training.record.facts import dataset_input, model_version, tracking_of
 from training.record.feed import Feed
 from training.record.tracking import Tracking
 from training.start.frozen import frozen_names, frozen_of
+from training.start.lora import adapter_targets, export_adapted
 from training.start.source import start_point
 from training.state.checkpoint import (
     CODEC_FOLDER,
@@ -54,6 +55,7 @@ from training.state.stop import stop_signals
 from training.stated_video import StatedVideo, video_spec
 
 MODEL_NAME = "model"
+ADAPTER_NAME = "adapter"
 FINISHED_NAME = "finished.json"
 CONFIG_NAME = "train.json"
 HistoryProgress = Callable[[list[dict[str, Any]]], None]
@@ -105,6 +107,7 @@ class TrainResult:
             nothing to do.
         mlflow_run_id: the run's record; None where tracking is off, or the store never answered.
         history: JSON lines, one per step (`training.record.history.read_history`).
+        adapter_dir: the averaged adapters by themselves; None for a run without `train.lora`.
     """
 
     model_dir: Path
@@ -113,6 +116,7 @@ class TrainResult:
     resumed_from: int | None
     mlflow_run_id: str | None
     history: Path
+    adapter_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ class TrainingRun:
             resumed_from,
             None if tracking is None else tracking.run_id,
             self.job.history,
+            self.out / ADAPTER_NAME if self.config.lora.rank else None,
         )
 
 
@@ -180,21 +185,22 @@ def check_run(request: TrainRequest) -> TrainingRun:
     Raises:
         RunError: naming the two things that do not fit, with both values.
         VideoMismatch: the videos that are stated are not those of the dataset.
-        FreezeError: a pattern of `train.freeze` matches nothing, or nothing is left to train.
+        FreezeError, LoraError: a pattern matches nothing, or nothing is left to train.
         StartError: what `train.start_from` names does not fit.
         CheckpointMismatch: `out` holds checkpoints of another run.
         BatchSamplerError: batches cannot be drawn from the dataset as the settings say.
     """
     latents = open_latents(request.dataset, "train", request.config.batches.resolution)
     spec = _model_spec(request, latents)
-    frozen_names(parameter_names(request.flow), request.config.freeze)
+    _check_names(request)
     job = TrainJob(
         request.flow, request.text, latents.folder.location, Path(request.out), _factors(request)
     )
     views = job.sampler(request.config, latents.buckets).views(request.config.steps)
     latest = latest_complete(job.checkpoints)
     if (path := request.config.start_from) is not None:
-        start = start_point(path, request.flow, request.text, latents, latest)
+        has_adapters = request.config.lora.rank > 0
+        start = start_point(path, request.flow, request.text, latents, latest, as_base=has_adapters)
         job = dataclasses.replace(job, start=start)
     description = describe(request.config, job, latents)
     if latest is not None:
@@ -217,10 +223,13 @@ def _factors(request: TrainRequest) -> CodecFactors:
     return WAN_FACTORS if request.codec is None else read_factors(request.codec)
 
 
-def parameter_names(flow: FlowConfig) -> list[str]:
-    """Names of all parameters of a model, without making it."""
+def _check_names(request: TrainRequest) -> None:
+    """Refuse patterns that match nothing of the model."""
     with torch.device("meta"):
-        return [name for name, _ in FlowModel(flow).named_parameters()]
+        model = FlowModel(request.flow)
+    frozen_names((name for name, _ in model.named_parameters()), request.config.freeze)
+    if request.config.lora.rank:
+        adapter_targets(model, request.config.lora.targets)
 
 
 def _model_spec(request: TrainRequest, latents: LatentDataset) -> ModelSpec:
@@ -309,8 +318,8 @@ def conclude(
     """Export the trained model and mark the run finished; in the driver, once no worker is left."""
     latest = latest_complete(run.job.checkpoints)
     assert latest is not None, "a finished loop leaves a checkpoint"
-    codec, model_dir = run.request.codec, run.out / MODEL_NAME
-    export_model(latest, run.spec, None if codec is None else codec_folder(codec), model_dir)
+    model_dir = run.out / MODEL_NAME
+    _export(run, latest, model_dir)
     samples = [] if look is None else _samples(run, look)
     if feed is not None:
         tracking = feed.tracking
@@ -325,6 +334,19 @@ def conclude(
     # Last of all, so that a run killed before is concluded again.
     write_json(run.out / FINISHED_NAME, {"digest": run.digest, "steps": result.steps})
     return result
+
+
+def _export(run: TrainingRun, latest: Checkpoint, model_dir: Path) -> None:
+    """The model of a run's last checkpoint; of a run with adapters, these by themselves too."""
+    codec = run.request.codec
+    folder = None if codec is None else codec_folder(codec)
+    if not run.config.lora.rank:
+        export_model(latest, run.spec, folder, model_dir)
+        return
+    assert run.job.start is not None, "adapters have a base"
+    adapter_dir = run.out / ADAPTER_NAME
+    lora, start = run.config.lora, run.job.start
+    export_adapted(latest, run.spec, folder, model_dir, adapter_dir, lora, start)
 
 
 def _samples(run: TrainingRun, look: Look) -> Sequence[Path]:

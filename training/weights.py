@@ -22,15 +22,20 @@ from training.memory import set_memory
 from training.optimizer.sharded import local_tensor, own_part
 from training.parallel import Parallel, shard_model
 from training.start.frozen import freeze
+from training.start.lora import add_adapters, silence_adapters
 
 
 def build_model(flow: FlowConfig, config: TrainConfig, parallel: Parallel) -> FlowModel:
     """A model with start weights, spread over the workers and run as `config.memory` says."""
     model = _unfilled(flow)
+    if config.lora.rank:
+        with torch.device("meta"):
+            add_adapters(model, config.lora, config.seed)
     set_memory(model, config.memory)
     freeze(model, config.freeze)
     shard_model(model, parallel, config.workers.shard_granularity, config.precision)
     draw_weights(model, config.seed)
+    silence_adapters(model)
     return model
 
 

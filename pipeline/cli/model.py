@@ -78,6 +78,8 @@ def train(
         result = run_train(loaded, data, out, said)
     save_recipe(loaded, out, bucket_as_given=True)
     said.outcome(f"model  {result.model_dir}")
+    if result.adapter_dir is not None:
+        said.outcome(f"adapter  {result.adapter_dir}")
     said.document(result)
 
 

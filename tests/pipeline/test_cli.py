@@ -16,8 +16,8 @@ from tests.places import ROOT, TINY_CODEC
 
 COMMANDS = (
     "demo", "submit", "prepare", "look", "inspect", "export", "merge-latents", "train", "sample",
-    "likelihood", "evaluate", "serve", "import-weights", "train-codec", "doctor", "settings",
-    "plan",
+    "likelihood", "evaluate", "serve", "import-weights", "train-codec", "merge-adapter", "doctor",
+    "settings", "plan",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers", "mlflow", "fastapi", "matplotlib"}
 

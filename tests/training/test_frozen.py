@@ -170,6 +170,6 @@ def test_a_checkpoint_whose_frozen_values_are_others_is_refused(run: Path) -> No
     freeze(model, PATTERNS)
     Frozen.of(model).check_loaded(newest(run))
     with torch.no_grad():
-        model.flow.deep.sos += 1
+        model.flow.deep.sos.add_(1)
     with pytest.raises(FrozenChanged, match=r"holds frozen parameters of digest .* began with"):
         Frozen.of(model).check_loaded(newest(run))

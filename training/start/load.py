@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from flow.flow import FlowModel
 from flow.growth import Growth
 from training.optimizer.sharded import local_tensor
+from training.start.lora import plain_name
 from training.start.source import StartPoint, open_start
 
 
@@ -20,14 +21,16 @@ from training.start.source import StartPoint, open_start
 def load_start(model: FlowModel, start: StartPoint) -> None:
     """Overwrite a fresh model, sharded or not, with the weights of a smaller or equal one.
 
+    Adapters stay as they are.
+
     All workers call it together: the start values that new parts keep are gathered from their
     shards.
     """
     source = open_start(start.path)
     growth = Growth(source.flow, model.config)
     for name, parameter in model.named_parameters():
-        whole = growth.tensor(name, source.read, _Fresh(parameter))
-        _fill(parameter, whole)
+        if (plain := plain_name(name)) is not None:
+            _fill(parameter, growth.tensor(plain, source.read, _Fresh(parameter)))
 
 
 class _Fresh:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ def open_start(path: str | Path) -> StartSource:
     """
     folder = Path(path)
     if (folder / CONFIG_FILE).is_file():
+        if read_spec(folder).adapter is not None:
+            raise StartError(
+                f"train.start_from {path} is an adapter: start from the model beside it, or make "
+                "one by `flowreel merge-adapter`"
+            )
         return _model_folder(folder)
     if (folder / CHECKPOINTS_NAME).is_dir():
         latest = latest_complete(folder / CHECKPOINTS_NAME)
@@ -129,6 +134,11 @@ def _model_folder(folder: Path) -> StartSource:
 
 def _checkpoint(checkpoint: Checkpoint) -> StartSource:
     described = checkpoint.description
+    if described["train"].get("lora", {}).get("rank"):
+        raise StartError(
+            f"train.start_from: {checkpoint.path} holds adapters: start from that run's model "
+            f"folder, {checkpoint.path.parent.parent / 'model'}"
+        )
     reader = FileSystemReader(checkpoint.path)
     stored = {
         key: about
@@ -207,11 +217,14 @@ def start_point(
     text: TextSpec,
     dataset: LatentDataset,
     latest: Checkpoint | None,
+    *,
+    as_base: bool = False,
 ) -> StartPoint:
     """What a run of this model on these latents starts from, checked before a worker is started.
 
-    A run that has a checkpoint goes on from that; what it started from long ago need not be there
-    any more, and is not looked at.
+    With `as_base` it stays as it is, as the base of adapters: it must be a model folder, and of the
+    very size. A run that has a checkpoint goes on from that; what it started from long ago need not
+    be there any more, and is not looked at.
 
     Raises:
         StartError: every setting that does not fit, in one message. Others as `open_start`.
@@ -221,6 +234,8 @@ def start_point(
         return StartPoint(str(absolute), latest.description.get("start", {}).get("digest", ""))
     source = open_start(absolute)
     problems = [f"model.{problem}" for problem in growth_problems(source.flow, flow)]
+    if as_base:
+        problems += _not_a_base(source, flow, is_larger=not problems)
     if (source.text.kind, source.text.dim) != (text.kind, text.dim):
         problems.append(
             f"text is {text.kind} of width {text.dim} but that model reads {source.text.kind} of "
@@ -238,6 +253,19 @@ def start_point(
         )
     _warn_of_convention(source, dataset)
     return StartPoint(str(absolute), source.digest())
+
+
+def _not_a_base(source: StartSource, flow: FlowConfig, *, is_larger: bool) -> Iterator[str]:
+    """What keeps a model from being the base of adapters."""
+    if not (source.path / CONFIG_FILE).is_file():
+        yield (
+            "train.lora needs a model folder, which its adapter names: give "
+            f"{source.path.parent.parent / 'model'}"
+        )
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in FlowModel(flow).state_dict().items()}
+    if is_larger and shapes != source.shapes:
+        yield "the model is larger than that one: train.lora trains on a model as it is"
 
 
 def _warn_of_convention(source: StartSource, dataset: LatentDataset) -> None:

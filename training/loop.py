@@ -26,8 +26,9 @@ from training.data.batches import BatchMaker, LatentStore, Prompts
 from training.data.latents import open_latents
 from training.held_out import HeldOut
 from training.parallel import Parallel, join_workers, shard_model
+from training.record.device import StepClock, StepTime, memory_of
 from training.record.history import HISTORY_NAME, History
-from training.record.metrics import step_cost
+from training.record.metrics import StepCost, step_cost
 from training.state.checkpoint import (
     Checkpoint,
     check_fits,
@@ -151,38 +152,56 @@ class _Recorder:
         self.step = step
         self.noise_floor = noise_floor(job.flow.noise_std)
         self.history = History(job.history, start) if first else None
+        self.clock = StepClock(step.parallel.device)
         self.last: dict[str, Any] = {}
-        self._pending: list[tuple[StepMetrics, dict[str, Any]]] = []
+        self._pending: list[tuple[StepMetrics, StepTime, StepCost, dict[str, Any]]] = []
 
-    def add(self, metrics: StepMetrics, extra: dict[str, Any]) -> None:
+    def add(self, metrics: StepMetrics, when: StepTime, cost: StepCost) -> None:
         """Take a step's metrics, without waiting for the device."""
-        self._pending.append((metrics, extra))
+        self._pending.append((metrics, when, cost, {}))
 
     def annotate(self, extra: dict[str, Any]) -> None:
         """Add values to the newest step."""
-        self._pending[-1][1].update(extra)
+        self._pending[-1][-1].update(extra)
 
     def flush(self, *, durable: bool = False) -> None:
         """Write what was gathered; `durable` waits until it would outlive a power cut.
 
         Every worker reads its metrics here, and so stops with the others.
         """
-        records = []
-        for metrics, extra in self._pending:
-            records.append({**metrics.record(), "noise_floor": self.noise_floor, **extra})
+        records: list[dict[str, Any]] = []
+        for metrics, when, cost, extra in self._pending:
+            record = {**metrics.record(), "noise_floor": self.noise_floor}
+            records.append({**record, **self._speed(when, cost), **extra})
         self._pending.clear()
         if records:
+            records[-1].update(memory_of(self.clock.device))
             self.last = records[-1]
         if self.history is not None:
             self.history.append(records, durable=durable)
         for record in records:
             self.step.check_skips(record)
 
+    def _speed(self, when: StepTime, cost: StepCost) -> dict[str, float]:
+        """Times of a step, tokens per second, and MFU where the peak is known."""
+        step_s = self.clock.seconds(when.start, when.end)
+        speed = {
+            "time_s": when.time_s,
+            "step_s": step_s,
+            "data_wait_s": when.data_wait_s,
+            "tokens_per_s": cost.tokens / step_s,
+            "flops_per_s": (cost.matmul_flops + cost.attention_flops) / step_s,
+        }
+        peak = self.step.config.tracking.peak_flops_per_device
+        if peak is not None:
+            speed.update(cost.utilisation(step_s, peak * self.step.parallel.world))
+        return speed
 
-def _costs(step: TrainStep, plan: StepPlan, shape: torch.Size, seconds: float) -> dict[str, float]:
-    """Speed of a step: tokens per second, and MFU where the peak is known."""
+
+def _cost(step: TrainStep, plan: StepPlan, shape: torch.Size) -> StepCost:
+    """What a step on a share of this shape costs all workers."""
     frames = shape[1] if len(shape) == 5 else 1
-    cost = step_cost(
+    return step_cost(
         step.model,
         step.model.config,
         batch=len(plan.ids),
@@ -191,14 +210,6 @@ def _costs(step: TrainStep, plan: StepPlan, shape: torch.Size, seconds: float) -
         width=shape[-1],
         with_denoiser=step.trains_denoiser(plan.step),
     )
-    out = {
-        "tokens_per_s": cost.tokens / seconds,
-        "flops_per_s": (cost.matmul_flops + cost.attention_flops) / seconds,
-    }
-    peak = step.config.tracking.peak_flops_per_device
-    if peak is not None:
-        out.update(cost.utilisation(seconds, peak * step.parallel.world))
-    return out
 
 
 def train(
@@ -269,16 +280,15 @@ class _Worker:
         sampler = BatchSampler(self.dataset.buckets, config.batches, config.seed)
         held_out = self._held_out(prompts) if config.evaluation.every_steps else None
         checkpoint: Checkpoint | None = None
-        began = time.perf_counter()
+        clock = self.recorder.clock
+        mark, began_s = clock.mark(), time.perf_counter()
         for plan, batch in maker.batches(
             sampler, start, config.steps, parallel.rank, parallel.world
         ):
-            data_wait_s = time.perf_counter() - began
+            data_wait_s = time.perf_counter() - began_s
             metrics = self.step.take(plan.step, batch.to(parallel.device))
-            step_s = time.perf_counter() - began
-            costs = _costs(self.step, plan, batch.x_noisy.shape, step_s)
-            times = {"time_s": time.time(), "step_s": step_s, "data_wait_s": data_wait_s}
-            self.recorder.add(metrics, {**times, **costs})
+            when = StepTime(mark, clock.mark(), data_wait_s, time.time())
+            self.recorder.add(metrics, when, _cost(self.step, plan, batch.x_noisy.shape))
             count = plan.step + 1
             if held_out is not None and self._is_due(count, config.evaluation.every_steps):
                 self._evaluate(held_out)
@@ -289,7 +299,7 @@ class _Worker:
                 self.recorder.flush(durable=True)
                 checkpoint = self._save(count)
                 report(self.recorder.last)
-            began = time.perf_counter()
+            mark, began_s = clock.mark(), time.perf_counter()
         return checkpoint
 
     def _is_due(self, count: int, every_steps: int) -> bool:
@@ -309,9 +319,11 @@ class _Worker:
     def _evaluate(self, held_out: HeldOut) -> None:
         """Measure the averaged weights, and note the loss beside the newest step."""
         self.step.swap_ema()
-        nats = held_out.mean_nats(self.step.model.flow, self.step.parallel)
+        nats = held_out.nats_by_bucket(self.step.model.flow, self.step.parallel)
         self.step.swap_ema()
-        self.recorder.annotate({"held_out_nats_per_dim": nats})
+        by_bucket = {f"held_out/{bucket}": value for bucket, value in nats.items()}
+        headline = nats[held_out.headline]
+        self.recorder.annotate({"held_out_nats_per_dim": headline, **by_bucket})
 
     def _save(self, count: int) -> Checkpoint:
         folder = save_checkpoint(

@@ -27,7 +27,10 @@ from pipeline.cli.options import (
 
 @command(
     resumes=True,
-    examples=["flowreel train --data /data/latents --out runs/mine --set train.steps=2000"],
+    examples=(
+        "flowreel train --data /data/latents --out runs/mine --set train.steps=2000",
+        "flowreel train --data /data/latents --out runs/mine --watch",
+    ),
 )
 def train(
     data: DataOption,
@@ -38,6 +41,14 @@ def train(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps; default: the recipe's train.steps.")
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Losses, speed, memory and time left instead of one line, where there is a "
+            "terminal; `flowreel watch` shows the same from another one.",
+        ),
+    ] = False,
     set_: SetOption = None,
     address: AddressOption = None,
     json_: JsonOption = False,
@@ -58,7 +69,7 @@ def train(
 
     said = reporter(json_)
     with local_or_given(loaded.cluster, address, needed=training_to_do(loaded, data, out)):
-        result = run_train(loaded, data, out, said)
+        result = run_train(loaded, data, out, said, watch=watch)
     save_recipe(loaded, out, bucket_as_given=True)
     said.outcome(f"model  {result.model_dir}")
     said.document(result)

@@ -7,6 +7,8 @@ Read in this order:
     cluster.py            a Ray of its own, or a cluster that a run is submitted to
     demo_figures.py       what a model has learnt, in numbers
     demo_beside.py        what the report shows beside the model's own videos
+    watch.py              `flowreel watch`: what a run does just now
+    run_samples.py        videos of a trained model at fixed seeds, for MLflow
     make_video.py         `flowreel sample`
     video_likelihood.py   `flowreel likelihood`
     run_service.py        `flowreel serve`

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -121,6 +122,19 @@ class Reporter:
         else:
             with self._live(name, timed=timed) as update:
                 yield update
+
+    @contextmanager
+    def live(self, picture: Callable[[], RenderableType]) -> Iterator[bool]:
+        """Show a picture on standard error, drawn anew twice a second while the body runs.
+
+        Yields False and shows nothing where standard error is no terminal, or where only outcomes
+        are wanted.
+        """
+        if self.quiet or self._words.quiet or not self._errors.is_terminal:
+            yield False
+            return
+        with Live(get_renderable=picture, console=self._errors, refresh_per_second=2):
+            yield True
 
     @contextmanager
     def _live(self, name: str, *, timed: bool) -> Iterator[Update]:

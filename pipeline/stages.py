@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,16 @@ from pipeline.demo_figures import (
 )
 from pipeline.recipes import Recipe, save_recipe
 from pipeline.report import Sample, write_report
+from pipeline.run_samples import samples_of
 from pipeline.tables import progress_words, say_captioned, say_prepared, say_summary
+from pipeline.watch import RunView
 from serving.config import ServiceSpec
 from serving.on_ray import ServedApp, serve_model
 from training.curriculum import check_stages, stage_requests, walk
 from training.on_ray import train_on_ray
+from training.record.feed import add_to_record
 from training.record.history import read_history
-from training.run import TrainRequest, TrainResult, check_run
+from training.run import HistoryProgress, TrainRequest, TrainResult, check_run
 from training.stage import Stage
 
 
@@ -114,8 +118,15 @@ def demo(
         statuses=summary["statuses"],
     )
     write_whole(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    pages = [page, out / "summary.json", out / "contact_sheet.png"]
+    add_to_record(out / "train", _numbers(figures), pages)
     say_summary(out, page, summary, reporter)
     return summary
+
+
+def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    """What of a demo's evaluation is a number, by its name in MLflow."""
+    return {f"evaluation/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
 
 
 SHOWN = 4
@@ -182,34 +193,42 @@ def train_request(recipe: Recipe, latents: str | Path, out: Path) -> TrainReques
         out=out,
         codec=Path(recipe.codec_source),
         video=recipe.stated_video,
+        name=recipe.name,
     )
 
 
-def train(recipe: Recipe, latents: str | Path, out: Path, reporter: Reporter) -> TrainResult:
-    """Latent shards → checkpoint and model folder, on Ray Train; stage by stage where there are."""
-    request, stages = train_request(recipe, latents, out), recipe.curriculum
-    if not stages:
-        return _train_one(request, reporter, "training")
+def train(
+    recipe: Recipe, latents: str | Path, out: Path, reporter: Reporter, *, watch: bool = False
+) -> TrainResult:
+    """Latent shards → checkpoint and model folder, on Ray Train; stage by stage where there are.
 
-    def one(stage: Stage, asked: TrainRequest) -> TrainResult:
+    watch: show the whole of `pipeline.watch` instead of a line, where there is a terminal.
+    """
+    request, stages = train_request(recipe, latents, out), recipe.curriculum
+    look = samples_of(recipe, latents)
+
+    def one(request: TrainRequest, title: str) -> TrainResult:
+        for note in check_run(request).notes:
+            reporter.say(f"  {note}")
+        with _training_shown(request, reporter, title, watch) as progress, interrupts_kept():
+            result = train_on_ray(request, progress=progress, look=look)
+        _say_resumed(result, reporter)
+        return result
+
+    def one_stage(stage: Stage, request: TrainRequest) -> TrainResult:
         number = 1 + [other.name for other in stages].index(stage.name)
         title = f"stage {number} of {len(stages)}, {stage.name}"
         reporter.say(f"  {title}: {stage.train.steps:,} steps")
-        return _train_one(asked, reporter, title)
+        return one(request, title)
 
-    return walk(request, stages, one)
+    return walk(request, stages, one_stage) if stages else one(request, "training")
 
 
-def _train_one(request: TrainRequest, reporter: Reporter, title: str) -> TrainResult:
-    for note in check_run(request).notes:
-        reporter.say(f"  {note}")
-    with reporter.progress(title) as update, interrupts_kept():
-        result = train_on_ray(request, progress=_steps(update, request.config.steps))
+def _say_resumed(result: TrainResult, reporter: Reporter) -> None:
     if result.resumed_from == result.steps:
         reporter.outcome("  nothing to do: this run was finished before")
     elif result.resumed_from:
         reporter.say(f"  resumed from step {result.resumed_from}")
-    return result
 
 
 def evaluate(recipe: Recipe, model: Path, latents: str | Path) -> dict[str, float]:
@@ -376,7 +395,22 @@ def training_to_do(recipe: Recipe, latents: str | Path, out: Path) -> bool:
     )
 
 
-# How the stages' own progress becomes one line.
+# How the stages' own progress is shown.
+
+
+@contextmanager
+def _training_shown(
+    request: TrainRequest, reporter: Reporter, title: str, watch: bool
+) -> Iterator[HistoryProgress | None]:
+    """A panel of the run, which reads its history itself, or one line that takes new records."""
+    steps = request.config.steps
+    if watch:
+        with reporter.live(RunView(request.out, steps).panel) as is_live:
+            if is_live:
+                yield None
+                return
+    with reporter.progress(title) as update:
+        yield _steps(update, steps)
 
 
 def _samples(update: Callable[[int, int, str], None]) -> RunProgress:
@@ -390,9 +424,7 @@ def _samples(update: Callable[[int, int, str], None]) -> RunProgress:
     return show
 
 
-def _steps(
-    update: Callable[[int, int, str], None], steps: int
-) -> Callable[[list[dict[str, Any]]], None]:
+def _steps(update: Callable[[int, int, str], None], steps: int) -> HistoryProgress:
     """The progress of training: steps of steps, and the loss of the last video step."""
     loss = ""
 

@@ -242,7 +242,12 @@ class EvaluationConfig(Section):
     every_steps: int = Field(
         default=0, ge=0, description="steps between held-out evaluations; 0: none"
     )
-    clips: int = Field(default=64, ge=1, description="held-out clips of an evaluation")
+    clips: int = Field(
+        default=64,
+        ge=1,
+        description="held-out clips of an evaluation, of the bucket that has most; other buckets "
+        "share as many again",
+    )
     draws: int = Field(default=1, ge=1, description="noise draws per clip of an evaluation")
 
 
@@ -328,6 +333,14 @@ class TrackingConfig(Section):
     experiment: str = Field(default="flowreel", min_length=1, description="MLflow experiment")
     every_steps: int = Field(
         default=10, ge=1, description="steps between reports to the history and to MLflow"
+    )
+    samples: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="videos that the driver makes of the finished model, at seeds 0, 1, ... and "
+        "for held-out captions, and sends with a contact sheet; 0: none (minutes each for a large "
+        "model without a GPU)",
     )
     peak_flops_per_device: float | None = Field(
         default=None,

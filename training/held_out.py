@@ -137,13 +137,19 @@ class PromptedClips:
         max_clips: int,
         seed: int,
         captions: Captions = "true",
+        bucket: Bucket | None = None,
     ) -> PromptedClips:
-        """The clips of `evaluation_ids` with their own, with shuffled or with empty captions.
+        """The first clips of a bucket with their own, with shuffled or with empty captions.
+
+        By default the bucket is that of `evaluation_ids`.
 
         Raises:
             EvaluationError: the split is empty, or `captions` is of an unknown kind.
         """
-        bucket, ids = evaluation_ids(store.dataset, max_clips)
+        if bucket is None:
+            bucket, ids = evaluation_ids(store.dataset, max_clips)
+        else:
+            ids = list(store.dataset.buckets[bucket][:max_clips])
         mode: Mode = "image" if bucket.frames == 1 else "video"
         texts = _captions(store.dataset, ids, captions, seed)
         return cls(
@@ -309,12 +315,19 @@ def gaussian_nats_per_dim(
 class HeldOut:
     """Held-out loss during training, shared out among the workers.
 
+    The bucket of `evaluation_ids` is the headline and has all of the clips; the others, images too,
+    share as many again, at least one each.
+
     Args:
         store: the held-out split.
         prompts: the encoder, and what the model says in a prompt.
         config: how many clips and draws.
         batch_size: clips in one pass, over all workers.
         seed: of the noise.
+
+    Attributes:
+        headline: the bucket whose mean is the run's held-out loss.
+        clips: those of every bucket, the headline first.
     """
 
     def __init__(
@@ -326,18 +339,33 @@ class HeldOut:
         batch_size: int,
         seed: int,
     ) -> None:
-        self.clips = PromptedClips.of(store, prompts, max_clips=config.clips, seed=seed)
+        self.headline, _ids = evaluation_ids(store.dataset, config.clips)
+        others = [bucket for bucket in store.dataset.buckets if bucket != self.headline]
+        share = max(1, config.clips // max(1, len(others)))
+        counts = {self.headline: config.clips, **dict.fromkeys(others, share)}
+        self.clips = {
+            bucket: PromptedClips.of(store, prompts, max_clips=count, seed=seed, bucket=bucket)
+            for bucket, count in counts.items()
+        }
         self.config = config
         self.batch_size = batch_size
 
     def mean_nats(self, flow: RunFlow, parallel: Parallel) -> float:
+        """The headline: mean nats per dimension of its clips; the same number on every worker."""
+        return self._mean_nats(self.clips[self.headline], flow, parallel)
+
+    def nats_by_bucket(self, flow: RunFlow, parallel: Parallel) -> dict[Bucket, float]:
+        """Mean nats per dimension of every bucket; the same numbers on every worker."""
+        return {b: self._mean_nats(clips, flow, parallel) for b, clips in self.clips.items()}
+
+    def _mean_nats(self, clips: PromptedClips, flow: RunFlow, parallel: Parallel) -> float:
         """Mean nats per dimension over clips and draws; every worker gets the same number.
 
         All workers run the flow equally often, as sharded weights ask of them: short shares are
         padded, and the padding is not counted. The first worker warns where the mean is clearly
         under the noise floor.
         """
-        num_clips, draws = len(self.clips.ids), self.config.draws
+        num_clips, draws = len(clips.ids), self.config.draws
         share = -(-num_clips // parallel.world)
         places = [parallel.rank * share + i for i in range(share)]
         counted = np.array([p < num_clips for p in places], dtype=float)
@@ -347,7 +375,7 @@ class HeldOut:
         for draw in range(draws):
             for start in range(0, share, size):
                 part = slice(start, start + size)
-                nats = self.clips.nats(flow, places[part], draw, parallel.device)
+                nats = clips.nats(flow, places[part], draw, parallel.device)
                 total += float((nats * counted[part]).sum())
         values = torch.tensor([total, counted.sum()], dtype=torch.float64, device=parallel.device)
         total, count = parallel.sum(values).tolist()
@@ -356,8 +384,8 @@ class HeldOut:
             check_noise_floor(
                 mean,
                 math.nan,
-                self.clips.prompts.flow.noise_std,
-                num_elements=round(count) * draws * self.clips.numbers_per_clip(),
+                clips.prompts.flow.noise_std,
+                num_elements=round(count) * draws * clips.numbers_per_clip(),
                 what=f"{round(count)} held-out clips",
             )
         return float(mean)

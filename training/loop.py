@@ -29,8 +29,9 @@ from training.data.batches import BatchMaker, LatentStore, Prompts
 from training.data.latents import open_latents
 from training.held_out import HeldOut
 from training.parallel import Parallel, join_workers
+from training.record.device import StepClock, StepTime, memory_of
 from training.record.history import HISTORY_NAME, History
-from training.record.metrics import step_cost
+from training.record.metrics import StepCost, step_cost
 from training.start.frozen import Frozen, frozen_of
 from training.start.load import load_start
 from training.start.source import StartPoint
@@ -172,6 +173,17 @@ def settle_precision(
     return config.model_copy(update={"precision": "bf16" if is_quick else "fp32"})
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A step that was taken, and not written down yet."""
+
+    metrics: StepMetrics
+    when: StepTime
+    cost: StepCost
+    ids: tuple[str, ...]
+    extra: dict[str, Any]
+
+
 class _Recorder:
     """Gathers a worker's step metrics and writes them out (worker 0) at reports."""
 
@@ -180,16 +192,18 @@ class _Recorder:
         self.step = step
         self.noise_floor = noise_floor(job.flow.noise_std)
         self.history = History(job.history, start) if first else None
+        self.clock = StepClock(step.parallel.device)
         self.last: dict[str, Any] = {}
-        self._pending: list[tuple[StepMetrics, dict[str, Any], tuple[str, ...]]] = []
+        self._pending: list[_Pending] = []
         self._notes: list[str] = []
 
-    def add(self, metrics: StepMetrics, extra: dict[str, Any], ids: tuple[str, ...]) -> None:
+    def add(
+        self, metrics: StepMetrics, when: StepTime, cost: StepCost, ids: tuple[str, ...]
+    ) -> None:
         """Take a step's metrics, without waiting for the device, and the ids of its samples."""
-        if self._notes:
-            extra = {**extra, "warnings": self._notes}
-            self._notes = []
-        self._pending.append((metrics, extra, ids))
+        extra: dict[str, Any] = {"warnings": self._notes} if self._notes else {}
+        self._notes = []
+        self._pending.append(_Pending(metrics, when, cost, ids, extra))
 
     def note(self, sentence: str | None, *, warn: bool = True) -> None:
         """Warn, and write it into the history beside the next step, in `warnings`."""
@@ -200,7 +214,7 @@ class _Recorder:
 
     def annotate(self, extra: dict[str, Any]) -> None:
         """Add values to the newest step."""
-        self._pending[-1][1].update(extra)
+        self._pending[-1].extra.update(extra)
 
     def _name_skipped(self, record: dict[str, Any], ids: tuple[str, ...]) -> None:
         """Name the samples of a skipped step; of several in a row, the first warns."""
@@ -216,14 +230,16 @@ class _Recorder:
         Every worker reads its metrics here, and so stops with the others. Gives what kept this one
         from writing; the lines are written with the next ones then.
         """
-        records = []
-        for metrics, extra, ids in self._pending:
-            record = {**metrics.record(), "noise_floor": self.noise_floor, **extra}
+        records: list[dict[str, Any]] = []
+        for one in self._pending:
+            record = {**one.metrics.record(), "noise_floor": self.noise_floor}
+            record |= {**self._speed(one.when, one.cost), **one.extra}
             if record["skipped"]:
-                self._name_skipped(record, ids)
+                self._name_skipped(record, one.ids)
             records.append(record)
         self._pending.clear()
         if records:
+            records[-1].update(memory_of(self.clock.device))
             self.last = records[-1]
         failure = None
         if self.history is not None:
@@ -235,11 +251,26 @@ class _Recorder:
             self.step.check_skips(record)
         return failure
 
+    def _speed(self, when: StepTime, cost: StepCost) -> dict[str, float]:
+        """Times of a step, tokens per second, and MFU where the peak is known."""
+        step_s = self.clock.seconds(when.start, when.end)
+        speed = {
+            "time_s": when.time_s,
+            "step_s": step_s,
+            "data_wait_s": when.data_wait_s,
+            "tokens_per_s": cost.tokens / step_s,
+            "flops_per_s": (cost.matmul_flops + cost.attention_flops) / step_s,
+        }
+        peak = self.step.config.tracking.peak_flops_per_device
+        if peak is not None:
+            speed.update(cost.utilisation(step_s, peak * self.step.parallel.world))
+        return speed
 
-def _costs(step: TrainStep, plan: StepPlan, shape: torch.Size, seconds: float) -> dict[str, float]:
-    """Speed of a step: tokens per second, and MFU where the peak is known."""
+
+def _cost(step: TrainStep, plan: StepPlan, shape: torch.Size) -> StepCost:
+    """What a step on a share of this shape costs all workers."""
     frames = shape[1] if len(shape) == 5 else 1
-    cost = step_cost(
+    return step_cost(
         step.model,
         step.model.config,
         batch=len(plan.ids),
@@ -248,14 +279,6 @@ def _costs(step: TrainStep, plan: StepPlan, shape: torch.Size, seconds: float) -
         width=shape[-1],
         with_denoiser=step.trains_denoiser(plan.step),
     )
-    out = {
-        "tokens_per_s": cost.tokens / seconds,
-        "flops_per_s": (cost.matmul_flops + cost.attention_flops) / seconds,
-    }
-    peak = step.config.tracking.peak_flops_per_device
-    if peak is not None:
-        out.update(cost.utilisation(seconds, peak * step.parallel.world))
-    return out
 
 
 def train(
@@ -352,16 +375,16 @@ class _Worker:
         maker = BatchMaker(store, prompts, config.batches, config.seed, job.factors)
         sampler = job.sampler(config, self.dataset.buckets)
         held_out = self._held_out(prompts) if config.evaluation.every_steps else None
-        began = time.perf_counter()
+        clock = self.recorder.clock
+        mark, began_s = clock.mark(), time.perf_counter()
         for plan, batch in maker.batches(
             sampler, start, config.steps, parallel.rank, parallel.world
         ):
-            data_wait_s = time.perf_counter() - began
+            data_wait_s = time.perf_counter() - began_s
             metrics = self.step.take(plan.step, batch.to(parallel.device))
-            step_s = time.perf_counter() - began
-            costs = _costs(self.step, plan, batch.x_noisy.shape, step_s)
-            times = {"time_s": time.time(), "step_s": step_s, "data_wait_s": data_wait_s}
-            self.recorder.add(metrics, {**times, **costs}, plan.ids)
+            when = StepTime(mark, clock.mark(), data_wait_s, time.time())
+            cost = _cost(self.step, plan, batch.x_noisy.shape)
+            self.recorder.add(metrics, when, cost, plan.ids)
             count = plan.step + 1
             nats: float | None = None
             if held_out is not None and self._is_due(count, config.evaluation.every_steps):
@@ -374,7 +397,7 @@ class _Worker:
                 self.recorder.flush()
             if notice is Notice.STOP:
                 break
-            began = time.perf_counter()
+            mark, began_s = clock.mark(), time.perf_counter()
         self.vote.close()
 
     def _is_due(self, count: int, every_steps: int) -> bool:
@@ -395,9 +418,12 @@ class _Worker:
         """Measure the weights and the averaged weights, and note both beside the newest step."""
         raw = held_out.mean_nats(self.step.run_flow, self.step.parallel)
         self.step.swap_ema()
-        nats = held_out.mean_nats(self.step.run_flow, self.step.parallel)
+        by_bucket = held_out.nats_by_bucket(self.step.run_flow, self.step.parallel)
         self.step.swap_ema()
-        self.recorder.annotate({"held_out_nats_per_dim": nats, "held_out_raw_nats_per_dim": raw})
+        nats = by_bucket[held_out.headline]
+        named = {f"held_out/{bucket}": value for bucket, value in by_bucket.items()}
+        means = {"held_out_nats_per_dim": nats, "held_out_raw_nats_per_dim": raw}
+        self.recorder.annotate({**means, **named})
         return nats
 
     def _save(self, count: int, nats: float | None) -> None:

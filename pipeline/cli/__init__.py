@@ -3,6 +3,7 @@
     demo.py        the whole in one command: demo, here, and submit, on a cluster
     data.py        around a dataset: prepare, look, inspect, export, merge-latents
     model.py       around a model: train, sample, likelihood, serve, import-weights, train-codec
+    runs.py        around a training run: watch, track
     adapters.py    merge-adapter
     evaluation.py  evaluate: every figure of a model
     about.py       doctor, settings and plan
@@ -77,7 +78,7 @@ def _run() -> int:
 
 def _register_commands() -> None:
     """Import the files of commands, in the order in which the help lists them."""
-    for name in ("demo", "data", "model", "adapters", "evaluation", "about"):
+    for name in ("demo", "data", "model", "runs", "adapters", "evaluation", "about"):
         importlib.import_module(f"pipeline.cli.{name}")
 
 

@@ -118,6 +118,17 @@ def model_or_shipped(path: str | None) -> Path:
     return shipped_model() if path is None else model_folder(path)
 
 
+def run_folder(path: Path) -> Path:
+    """The folder of a training run: it has a history, or has begun to have one."""
+    if not path.is_dir():
+        raise ArgumentError(f"{path}: no such folder; give the --out of a `flowreel train`")
+    if not any((path / name).is_file() for name in ("history.jsonl", "train.json")):
+        inside = (path / "train" / "train.json").is_file()
+        hint = f"; did you mean {path / 'train'}?" if inside else ""
+        raise ArgumentError(f"{path} is no training run: it has no history.jsonl{hint}")
+    return path
+
+
 def input_file(path: Path, what: str) -> Path:
     """A file that is there and can be read."""
     if path.is_dir():

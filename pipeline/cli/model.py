@@ -28,7 +28,10 @@ from pipeline.cli.options import (
 
 @command(
     resumes=True,
-    examples=["flowreel train --data /data/latents --out runs/mine --set train.steps=2000"],
+    examples=(
+        "flowreel train --data /data/latents --out runs/mine --set train.steps=2000",
+        "flowreel train --data /data/latents --out runs/mine --watch",
+    ),
 )
 def train(
     data: DataOption,
@@ -47,6 +50,14 @@ def train(
             "begins with; a smaller model is grown.",
         ),
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Losses, speed, memory and time left instead of one line, where there is a "
+            "terminal; `flowreel watch` shows the same from another one.",
+        ),
+    ] = False,
     set_: SetOption = None,
     address: AddressOption = None,
     json_: JsonOption = False,
@@ -75,7 +86,7 @@ def train(
 
     said = reporter(json_)
     with local_or_given(loaded.cluster, address, needed=training_to_do(loaded, data, out)):
-        result = run_train(loaded, data, out, said)
+        result = run_train(loaded, data, out, said, watch=watch)
     save_recipe(loaded, out, bucket_as_given=True)
     said.outcome(f"model  {result.model_dir}")
     if result.adapter_dir is not None:

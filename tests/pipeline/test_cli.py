@@ -16,8 +16,8 @@ from tests.places import ROOT, TINY_CODEC
 
 COMMANDS = (
     "demo", "submit", "prepare", "look", "inspect", "export", "merge-latents", "train", "sample",
-    "likelihood", "evaluate", "serve", "import-weights", "train-codec", "merge-adapter", "doctor",
-    "settings", "plan",
+    "watch", "track", "likelihood", "evaluate", "serve", "import-weights", "train-codec",
+    "merge-adapter", "doctor", "settings", "plan",
 )  # fmt: skip
 HEAVY = {"torch", "ray", "diffusers", "transformers", "mlflow", "fastapi", "matplotlib"}
 
@@ -114,6 +114,8 @@ def test_every_option_has_a_help_text_and_every_command_an_example(command: str)
         (["prepare", "--out", "OUT", "--shards", "https://me:pw@h/0.tar"], "into ~/.netrc"),
         (["prepare", "--out", "OUT", "--shards", "hf://o/n/0.tar"], "hf://datasets/OWNER/NAME"),
         (["prepare", "--out", "https://h/o", "--shards", "docs"], "from the web only shards"),
+        (["watch", "no-run"], "no-run: no such folder"),
+        (["track", "docs"], "docs is no training run"),
         (["look", "no.mp4"], "no.mp4: no such file"),
         (["look", "README.md", "--recipe", "no.yaml"], "no.yaml"),
         (["inspect", "docs"], "no latent dataset in docs"),

@@ -82,6 +82,25 @@ def test_unknown_captions_and_empty_splits_are_refused(root: Path, tmp_path: Pat
         evaluate_nats(flow, LatentDataset(few, "train"), encoder)
 
 
+def test_every_bucket_has_a_share_of_the_clips(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", clips=400, images=200, more_buckets={(48, 80): 100})
+    held_out = LatentDataset(data, "held_out")
+    prompts = Prompts(build_text_encoder(TEXT), tiny(), 8.0)
+    store = LatentStore(held_out, cache_bytes=1 << 30)
+    during = HeldOut(store, prompts, EvaluationConfig(clips=6), batch_size=4, seed=0)
+    assert {str(b): len(c.ids) for b, c in during.clips.items()} == {
+        "9x64x64": 6, "1x64x64": 3, "9x48x80": 3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    flow, one = FlowModel(tiny()).flow, Parallel(0, 1, torch.device("cpu"), None)
+    nats = during.nats_by_bucket(flow, one)
+    assert nats[during.headline] == during.mean_nats(flow, one)
+    # The headline is what `evaluate_nats` finds on the same clips.
+    how = Measurement(max_clips=6, draws=1)
+    alone = evaluate_nats(flow, held_out, build_text_encoder(TEXT), measurement=how)
+    assert nats[during.headline] == pytest.approx(alone.mean, abs=1e-6)
+
+
 def leaky_flow() -> DeepShallowFlow:
     """A flow whose deep block sees the token it predicts and has learnt to copy it."""
     flow = FlowModel(tiny()).flow

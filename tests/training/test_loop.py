@@ -252,8 +252,9 @@ def test_all_workers_skip_when_one_of_them_sees_a_broken_sample(tmp_path: Path) 
     assert all(torch.isfinite(t).all() for t in state.values())
 
 
-def test_held_out_loss_is_the_same_on_two_workers(dataset: Path, tmp_path: Path) -> None:
-    losses = []
+def test_held_out_loss_is_the_same_on_two_workers_in_every_bucket(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data", more_buckets={(48, 80): 40})
+    losses: list[list[dict[str, float]]] = []
     for name, config in (
         ("one", small_config(evaluation={"every_steps": 3, "clips": 3})),
         ("two", many(evaluation={"every_steps": 3, "clips": 3})),
@@ -264,10 +265,24 @@ def test_held_out_loss_is_the_same_on_two_workers(dataset: Path, tmp_path: Path)
         else:
             workers.run(config, work)
         history = read_history(work.history)
-        losses.append([r.get("held_out_nats_per_dim") for r in history])
-    assert losses[0][0] is None
-    assert losses[0][2] == pytest.approx(losses[1][2], abs=1e-5)
-    assert losses[0][5] == pytest.approx(losses[1][5], abs=1e-5)
+        losses.append([{k: v for k, v in r.items() if "held_out" in k} for r in history])
+    assert not losses[0][0]
+    buckets = ("1x64x64", "9x48x80", "9x64x64")
+    for one, two in ((losses[0][step], losses[1][step]) for step in (2, 5)):
+        assert one.keys() == {"held_out_nats_per_dim", *(f"held_out/{b}" for b in buckets)}
+        assert one == pytest.approx(two, abs=1e-5)
+        assert one["held_out_nats_per_dim"] == one["held_out/9x64x64"]
+
+
+def test_a_report_says_times_and_memory(single: TrainJob) -> None:
+    history = read_history(single.history)
+    # A report each two steps and with each checkpoint, here of three; its newest line has it.
+    memory = {record["step"]: record["rss_bytes"] for record in history if "rss_bytes" in record}
+    assert memory.keys() == {1, 2, 3, 5}
+    assert all(value > 1 << 20 for value in memory.values())
+    assert all(0 <= record["data_wait_s"] <= record["step_s"] for record in history)
+    times = [record["time_s"] for record in history]
+    assert times == sorted(times)
 
 
 def test_evaluating_does_not_change_what_is_learnt(

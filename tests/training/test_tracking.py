@@ -227,7 +227,7 @@ def test_a_dead_server_costs_a_run_nothing_and_it_is_sent_later(
         result = train_in_process(small_request(dataset, out, config))
     assert (result.steps, result.mlflow_run_id) == (6, None)
     assert (result.model_dir / "config.json").is_file()
-    started, ended = (record.getMessage() for record in caplog.records)
+    started, ended = said(caplog)
     assert f"MLflow at {dead} does not take this run" in started
     assert f"`flowreel track {out}` sends the rest" in ended
     assert "\n" not in started + ended
@@ -245,6 +245,11 @@ def test_a_folder_that_was_not_tracked_is_said(tmp_path: Path) -> None:
         send_folder(tmp_path)
 
 
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the feed has said so far."""
+    return [r.getMessage() for r in caplog.records if r.name == "training.record.feed"]
+
+
 @contextmanager
 def server(port: int, folder: Path) -> Iterator[Callable[[], None]]:
     """A real MLflow server over a store in `folder`; call what is yielded to kill it."""
@@ -253,8 +258,12 @@ def server(port: int, folder: Path) -> Iterator[Callable[[], None]]:
         *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
         *("--artifacts-destination", str(folder / "artifacts")),
     ]
+    # Its queue of jobs would be more processes.
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "server.txt").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
 
     def kill() -> None:
         if process.poll() is None:
@@ -284,26 +293,36 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_server_that_is_killed_and_started_again_has_every_step_once(
     empty_store: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(empty_store, tmp_path / "mlflow.db")
-    port, out = free_port(), tmp_path / "out"
+    port, out, real = free_port(), tmp_path / "out", tmp_path / "real"
     uri = f"http://127.0.0.1:{port}"
+
+    def go(steps: int) -> TrainResult:
+        tracking = {"enabled": True, "uri": uri}
+        config = small_config(steps=steps, tracking=tracking, optimizer={"schedule_steps": 6})
+        return train_in_process(small_request(dataset, real, config, name="tiny"))
+
     out.mkdir()
     history = History(out / HISTORY_NAME, 0)
     # Nobody answers when the run starts.
     feed = Feed(out, Tracking(uri, "tests", "a run"), retry_s=0.2)
     history.append(lines(*range(20)))
-    wait_until(lambda: len(caplog.records) == 1)
+    wait_until(lambda: len(said(caplog)) == 1)
     with server(port, tmp_path) as kill:
         wait_until(lambda: steps_of(feed) == 20)
+        begun = go(3)
         kill()
         history.append(lines(*range(20, 40)))
-        wait_until(lambda: len(caplog.records) == 3)
+        wait_until(lambda: len(said(caplog)) == 3)
         assert steps_of(feed) == 20
-    with server(port, tmp_path) as kill:
+        # Gone on with, and finished, while nobody answers.
+        assert go(6).mlflow_run_id == begun.mlflow_run_id
+        assert "sends the rest" in said(caplog)[-1]
+    with server(port, tmp_path):
         wait_until(lambda: steps_of(feed) == 40)
         history.append(lines(*range(40, 60)))
         feed.close("FINISHED", artifacts=(HISTORY_NAME,))
@@ -312,26 +331,15 @@ def test_a_server_that_is_killed_and_started_again_has_every_step_once(
         assert logged(uri, run_id) == list(range(60))
         assert client.get_run(run_id).info.status == "FINISHED"
         assert [file.path for file in client.list_artifacts(run_id)] == [HISTORY_NAME]
-
-        def go(steps: int) -> TrainResult:
-            tracking = {"enabled": True, "uri": uri}
-            optimizer = {"schedule_steps": 6}
-            config = small_config(steps=steps, tracking=tracking, optimizer=optimizer)
-            return train_in_process(small_request(dataset, tmp_path / "real", config, name="tiny"))
-
-        # A whole run: a server takes no path of another machine, so the model is an artifact.
-        assert go(3).mlflow_run_id is not None
-        (version,) = client.search_model_versions("name = 'tiny'")
-        files = client.list_artifacts(version.run_id, "model")
-        assert "model/config.json" in {file.path for file in files}
-        kill()
-        ended = go(6)
-        assert "sends the rest" in caplog.records[-1].getMessage()
-    with server(port, tmp_path):
-        sent = send_folder(tmp_path / "real")
-        assert sent.tracking.run_id == ended.mlflow_run_id
+        sent = send_folder(real)
+        assert sent.tracking.run_id == begun.mlflow_run_id
         assert logged(uri, sent.tracking.run_id, "step_s") == list(range(6))
         assert client.get_run(sent.tracking.run_id).info.status == "FINISHED"
+        # A server takes no path of another machine, so the model is an artifact.
+        versions = client.search_model_versions("name = 'tiny'")
+        assert sorted(version.tags["steps"] for version in versions) == ["3", "6"]
+        files = client.list_artifacts(sent.tracking.run_id, "model")
+        assert "model/config.json" in {file.path for file in files}
 
 
 def steps_of(feed: Feed) -> int:

@@ -5,6 +5,7 @@
     tracking.py         what is sent, and to which store
     facts.py            what MLflow is told beside the history: names, words, inputs, the model
     registry.py         the exported model as a version in MLflow, and which is the best
+    device.py           how long a step took on its device, and memory
     metrics.py          what a step costs: tokens, FLOPs, MFU
 
 Know nothing of how a step is taken.

@@ -2,7 +2,7 @@
 
 The history file is the truth. A thread of the driver reads what is new in it and sends that; when
 the store does not answer, training does not notice, and the thread begins again where the store
-says it stopped. Knows nothing of training; `tracking.py` knows what is sent.
+says it stopped. `tracking.py` knows what is sent. Knows nothing of torch.
 
     FlowreelError, RuntimeError
     └── TrackingError    a folder that was not tracked, or a store that does not take it

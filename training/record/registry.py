@@ -2,7 +2,7 @@
 
 A version names the run and the data that it comes from. The alias `best` points at the version of
 least held-out loss on its data; losses on other data do not compare, so a first version on new data
-takes the alias over. Knows nothing of training or of histories.
+takes the alias over. Knows nothing of torch.
 """
 
 from __future__ import annotations

@@ -22,11 +22,12 @@ from flow.config import FlowConfig
 from flow.device import has_quick_bf16
 from flow.flow import FlowModel
 from flow.likelihood import noise_floor
-from flow.text import TextSpec, build_text_encoder
+from flow.text import TextSpec
 from training.config import TrainConfig
 from training.data.batch_sampler import BatchSampler, StepPlan
 from training.data.batches import BatchMaker, LatentStore, Prompts
 from training.data.latents import open_latents
+from training.data.texts import open_text
 from training.held_out import HeldOut
 from training.parallel import Parallel, join_workers, shard_model
 from training.record.history import HISTORY_NAME, History
@@ -287,7 +288,7 @@ class _Worker:
     def take_steps(self, start: int, report: Report) -> Checkpoint | None:
         """Take the steps start..steps-1; the last checkpoint, if one was written."""
         config, job, parallel = self.step.config, self.job, self.step.parallel
-        encoder = build_text_encoder(job.text, parallel.device)
+        encoder = open_text(job.text, job.flow, config.batches, job.dataset, parallel)
         prompts = Prompts(encoder, job.flow, self.dataset.info.fps)
         store = LatentStore(self.dataset, config.batches.cache_bytes)
         maker = BatchMaker(store, prompts, config.batches, config.seed, job.factors)

@@ -13,6 +13,7 @@ Read in this order:
     evaluation/           `flowreel evaluate`
     shipped.py            the weights that ship
     import_released.py    `flowreel import-weights`
+    encode_texts.py       `flowreel prepare --only text`
     sample_look.py        `flowreel look`
     dataset_page.py       `flowreel inspect`
     doctor.py             `flowreel doctor`

@@ -25,6 +25,9 @@ from data_prep.texts.records import SETTINGS_NAME, TextSettings
 from data_prep.texts.write import ShardTexts, TextWriter
 from flowreel.errors import FlowreelError
 
+_ENDING_S = 10.0
+"""How long the actors of a run that failed may take to end what they are writing, in seconds."""
+
 
 class TextActor:
     """`TextWriter` in a process of its own; it holds the right to write itself.
@@ -75,9 +78,14 @@ def written_on_ray(out: str, settings: TextSettings, shards: list[str]) -> Itera
     try:
         yield from pool.map_unordered(lambda actor, shard: actor.write.remote(shard), shards)
         ray.get([actor.close.remote() for actor in actors])
-    except RayTaskError as error:
-        # What went wrong in an actor comes out as it was raised there.
-        raise error.cause from None
+    except BaseException as error:
+        # Let go of first: in a store the right to write would outlive a killed process for a while.
+        ends = [actor.close.remote() for actor in actors]
+        ray.wait(ends, num_returns=len(ends), timeout=_ENDING_S)
+        if isinstance(error, RayTaskError):
+            # What went wrong in an actor comes out as it was raised there.
+            raise error.cause from None
+        raise
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from flow.growth import growth_problems
 
 from data_prep.latents.records import Bucket
 from flow.codec_factors import SD_FACTORS, WAN_FACTORS, CodecFactors
 from flow.flow import FlowModel
-from flow.growth import growth_problems
 from pipeline.recipes import RECIPES, Recipe, RecipeError, load_recipe
 from training.data.batch_sampler import BatchSampler
 from training.loop import TrainJob

@@ -23,6 +23,7 @@ and the wings, in the order in which a sample passes them:
     clips/        a sample becomes frames
     captions/     who says what is seen
     latents/      what comes out: records, the dataset that training reads, its index
+    texts/        prompts encoded before training
     ledger/       what is done: manifests, staged samples, commits, resuming
     storage/      where files lie: a disk or an object store
     world/        a synthetic world of moving shapes, where no video is at hand

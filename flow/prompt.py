@@ -45,6 +45,19 @@ def format_prompt(
     return text
 
 
+CAPTION = "{caption}"
+"""Stands for the caption in the form of a prompt."""
+
+
+def fill_form(form: str, caption: str) -> str:
+    r"""A prompt from its form, which is the prompt of the caption `CAPTION`.
+
+    >>> fill_form(format_prompt(CAPTION, fps=0), "a {caption}")
+    'An image:\na {caption}\n'
+    """
+    return form.replace(CAPTION, caption)
+
+
 def prompt_for(
     caption: str,
     config: FlowConfig,

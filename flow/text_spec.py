@@ -6,10 +6,13 @@ encoder.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from flowreel.errors import FlowreelError
+from flowreel.values import sha256_of
 
 
 class TextError(FlowreelError, ValueError):
@@ -46,3 +49,47 @@ class TextSpec:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+HASHED_WEIGHTS = "words-1"
+"""Stands for the weights of `hashed`, which has none; it changes if its vectors ever do."""
+
+
+def weights_digest(spec: TextSpec) -> str:
+    """What tells an encoder's weights from others: 16 hex digits of their SHA-256.
+
+    All files of a folder of weights are read, tokenizer and configuration too. Of an id of a hub it
+    is the copy on this machine; nothing is fetched.
+
+    Returns:
+        The digest; empty where the weights are not on this machine.
+    """
+    if spec.kind == "hashed":
+        return HASHED_WEIGHTS
+    folder = _weights_folder(spec)
+    if folder is None:
+        return ""
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    # Beside safetensors, the older form of the same weights is not read by anybody.
+    weights = ".safetensors" if any(p.suffix == ".safetensors" for p in paths) else ".bin"
+    digest = hashlib.sha256()
+    for path in paths:
+        if path.suffix in (".json", ".model", ".txt", weights):
+            digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _weights_folder(spec: TextSpec) -> Path | None:
+    assert spec.path is not None
+    if Path(spec.path).is_dir():
+        return Path(spec.path)
+    # Here, because recipes are read without it.
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(spec.path, "config.json")
+    except HFValidationError:
+        # A path of a folder that is not on this machine.
+        return None
+    return Path(config).parent if isinstance(config, str) else None

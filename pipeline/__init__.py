@@ -16,6 +16,7 @@ Read in this order:
     shipped.py            the weights that ship
     import_released.py    `flowreel import-weights`
     merge_adapter.py      `flowreel merge-adapter`
+    encode_texts.py       `flowreel prepare --only text`
     sample_look.py        `flowreel look`
     dataset_page.py       `flowreel inspect`
     training_plan.py      `flowreel plan`

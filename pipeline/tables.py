@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from data_prep.ledger.problems import ShardProblem
     from data_prep.progress import Pace, RunState
     from data_prep.run import PrepareReport
+    from data_prep.texts.run import TextReport
     from serving.messages import GeneratedVideo
 
 CLOSING_FIGURES = (
@@ -76,6 +77,31 @@ def say_prepared(report: PrepareReport, reporter: Reporter) -> None:
     for line in unjudged_lines(report.unjudged):
         reporter.outcome(f"  {line}")
     say_shard_problems(report.shard_problems, report.shards, reporter)
+
+
+def say_encoded(report: TextReport, reporter: Reporter) -> None:
+    """How many prompts are encoded, and what they weigh."""
+    if report.shards_now:
+        over = f", {report.taken_over:,} taken over" if report.taken_over else ""
+        reporter.say(f"  {report.encoded_now:,} encoded now{over}, in {report.shards_now} shards")
+    else:
+        reporter.say("  nothing to do: every prompt was encoded before")
+    reporter.outcome(f"  {text_line(report)}")
+
+
+def text_line(report: TextReport) -> str:
+    """The encoded prompts of a dataset in one line.
+
+    >>> from data_prep.texts.run import TextReport
+    >>> text_line(TextReport("d", 2, 2, 1000, 6000, 6000, 0, 3_700_000_000, 60.0))
+    '6,000 prompts of 1,000 clips and images: 3.7 GB, 3.7 MB each (1M of them: 3.7 TB)  d'
+    """
+    each = report.size_bytes / max(1, report.clips)
+    return (
+        f"{report.prompts:,} prompts of {report.clips:,} clips and images: "
+        f"{size(report.size_bytes)}, {size(round(each))} each (1M of them: "
+        f"{size(round(each * 1_000_000))})  {report.out}"
+    )
 
 
 def say_shard_problems(

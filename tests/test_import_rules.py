@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flow": ("flow",),
     "media": ("media",),
     "data_prep": ("data_prep", "flow", "media"),
-    "training": ("training", "flow", "media", "data_prep.latents"),
+    "training": ("training", "flow", "media", "data_prep.latents", "data_prep.texts"),
     "serving": ("serving", "flow", "media", "training.state.checkpoint"),
     "pipeline": OURS,
     "benchmarks": ("benchmarks", "flow", "media", "data_prep", "training", "serving", "pipeline"),

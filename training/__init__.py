@@ -26,5 +26,5 @@ The files, in the order to read them:
     codec/              a small codec's training: `flowreel train-codec`
 
 A latent's way: `LatentDataset` → `LatentStore` → `BatchMaker` → `TrainStep` → `write_checkpoint` →
-`export_model`. From `data_prep` only `data_prep.latents` is used.
+`export_model`. From `data_prep` only `data_prep.latents` and `data_prep.texts` are used.
 """

@@ -22,11 +22,12 @@ from flow.codec_factors import WAN_FACTORS, CodecFactors
 from flow.config import FlowConfig
 from flow.device import has_quick_bf16
 from flow.likelihood import noise_floor
-from flow.text import TextSpec, build_text_encoder
+from flow.text import TextSpec
 from training.config import TrainConfig
 from training.data.batch_sampler import BatchSampler, StepPlan
 from training.data.batches import BatchMaker, LatentStore, Prompts
 from training.data.latents import open_latents
+from training.data.texts import open_text
 from training.held_out import HeldOut
 from training.parallel import Parallel, join_workers
 from training.record.device import StepClock, StepTime, memory_of
@@ -369,7 +370,7 @@ class _Worker:
     def take_steps(self, start: int, report: Report) -> None:
         """Take the steps start..steps-1, or fewer where it is asked to stop."""
         config, job, parallel = self.step.config, self.job, self.step.parallel
-        encoder = build_text_encoder(job.text, parallel.device)
+        encoder = open_text(job.text, job.flow, config.batches, job.dataset, parallel)
         prompts = Prompts(encoder, job.flow, self.dataset.info.fps)
         store = LatentStore(self.dataset, config.batches.cache_bytes)
         maker = BatchMaker(store, prompts, config.batches, config.seed, job.factors)

@@ -36,6 +36,7 @@ from flowreel.values import digest_of
 from training.config import TrainConfig
 from training.data.batch_sampler import uneven
 from training.data.latents import open_latents
+from training.data.texts import find_texts
 from training.loop import TrainJob, describe, settle_precision, train
 from training.record.facts import dataset_input, model_version, tracking_of
 from training.record.feed import Feed
@@ -129,7 +130,7 @@ class TrainingRun:
         spec: what the exported model says of itself.
         description: what a checkpoint must agree with.
         notes: what a user should know before a long run, a line each: buckets that are too small,
-            samples that are seen far more often than others.
+            samples that are seen far more often than others, where text is encoded.
     """
 
     request: TrainRequest
@@ -216,7 +217,9 @@ def check_run(request: TrainRequest) -> TrainingRun:
             **frozen_of(latest),
         }
         check_fits(latest, settled_description, extend=request.config.extend)
-    return TrainingRun(request, job, spec, description, tuple(uneven(views)))
+    _texts, line = find_texts(job.text, job.flow, request.config.batches, job.dataset)
+    notes = (*uneven(views), *([line] if line else []))
+    return TrainingRun(request, job, spec, description, notes)
 
 
 def _factors(request: TrainRequest) -> CodecFactors:

@@ -49,7 +49,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("flowreel.prepare")
 
 Floats = npt.NDArray[np.float64]
-KINDS = ("latents", "captions", "status", MANIFESTS, MANIFEST_FILE, STAGING, INDEX_NAME, MASK_NAME)
+KINDS = (
+    "latents", "captions", "texts", "status", MANIFESTS, MANIFEST_FILE, STAGING, INDEX_NAME,
+    MASK_NAME,
+)  # fmt: skip
 _DECODED_PIXELS = 17 * 256 * 256
 """Clips of up to so many pixels are decoded whole."""
 _SHARDS_OPENED = 8

@@ -44,6 +44,7 @@ from data_prep.storage.folder import Folder, map_at_once
 from data_prep.storage.location import Location, absolute
 from data_prep.storage.store import open_folder
 from data_prep.storage.transfer import Way, counted, transfer
+from data_prep.texts.records import SETTINGS_NAME
 from flowreel.errors import FlowreelError
 from flowreel.values import flattened, sha256_of
 
@@ -235,7 +236,8 @@ def _begin(first: Folder, target: Folder, shards: Sequence[_Shard]) -> None:
             f"{target.where()} holds shards that none of the datasets has, such as "
             f"{min(others)!r}; merge into an empty folder, with it as one more dataset"
         )
-    for name, data in ((n, first.read(n)) for n in (*_RECIPES, INFO_NAME) if first.exists(n)):
+    names = (*_RECIPES, SETTINGS_NAME, INFO_NAME)
+    for name, data in ((n, first.read(n)) for n in names if first.exists(n)):
         if not target.exists(name) or target.read(name) != data:
             target.write(name, data)
 

@@ -35,11 +35,13 @@ from data_prep.ledger.staging import Place, StagedSample, Staging
 from data_prep.row import Row
 from data_prep.storage.folder import Folder
 from data_prep.storage.uris import recorded
+from data_prep.texts.records import TEXT_SCHEMA
 
 _SCHEMAS: dict[Kind, pa.Schema] = {
     "status": STATUS_SCHEMA,
     "latents": LATENT_SCHEMA,
     "captions": CAPTION_SCHEMA,
+    "texts": TEXT_SCHEMA,
 }
 
 

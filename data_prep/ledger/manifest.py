@@ -35,7 +35,7 @@ _PART = 1024
 """So many manifests are held in memory at once."""
 _REMOVED = b'{"removed": true}'
 
-Kind = Literal["status", "latents", "captions"]
+Kind = Literal["status", "latents", "captions", "texts"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class FileEntry:
     """FRAMESxHEIGHTxWIDTH of a file of latents; empty for other kinds."""
     failures: dict[str, int] | None = None
     """Clips without a synthetic caption, by code, in a file of captions; None for other kinds."""
+    made_by: str = ""
+    """Digest of settings and captions, of a file of texts (`data_prep.texts.write`); else empty."""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; what other kinds have is left out."""
@@ -64,6 +66,8 @@ class FileEntry:
             values["bucket"] = self.bucket
         if self.failures is not None:
             values["failed"] = self.failures
+        if self.made_by:
+            values["made_by"] = self.made_by
         return values
 
     @classmethod
@@ -76,6 +80,7 @@ class FileEntry:
             sha256=values["sha256"],
             bucket=values.get("bucket", ""),
             failures=values.get("failed"),
+            made_by=values.get("made_by", ""),
         )
 
 
@@ -137,7 +142,7 @@ class Manifest:
     @property
     def head(self) -> Head:
         """What opening the dataset needs of it."""
-        files = [entry.to_dict() for entry in self.files if entry.kind != "status"]
+        files = [e.to_dict() for e in self.files if e.kind in ("latents", "captions")]
         text = json.dumps([self.shard, files], sort_keys=True)
         return Head(self.shard, self.latent_digest, hashlib.sha256(text.encode()).hexdigest())
 
@@ -150,6 +155,11 @@ class Manifest:
     def captions(self) -> FileEntry:
         """The file of captions."""
         return self._only("captions")
+
+    @property
+    def texts(self) -> FileEntry | None:
+        """The file of encoded prompts, once there is one."""
+        return next((entry for entry in self.files if entry.kind == "texts"), None)
 
     @property
     def latents(self) -> tuple[FileEntry, ...]:

@@ -18,6 +18,8 @@ from pipeline.cli.options import (
     reporter,
 )
 
+_ONLY = ("captions", "text")
+
 
 @command(
     resumes=True,
@@ -28,6 +30,7 @@ from pipeline.cli.options import (
         "flowreel prepare --shards hf://datasets/OWNER/NAME/train --out /data/latents",
         "flowreel prepare --only captions --out /data/latents "
         "--set prepare.captioner.backend=vlm --set prepare.captioner.model=NAME",
+        "flowreel prepare --only text --out /data/latents --recipe video-7b",
     ),
 )
 def prepare(
@@ -49,8 +52,10 @@ def prepare(
         str | None,
         typer.Option(
             help="'captions': write captions for the latents that stand, where they are missing "
-            "or the recipe names another captioner; latents are not touched. Default: everything.",
-            autocompletion=lambda: ["captions"],
+            "or the recipe names another captioner; latents are not touched. 'text': encode the "
+            "prompts that the recipe trains on, so that training loads no text encoder. Default: "
+            "everything but 'text'.",
+            autocompletion=lambda: list(_ONLY),
         ),
     ] = None,
     redo: Annotated[
@@ -69,18 +74,22 @@ def prepare(
     address: AddressOption = None,
     json_: JsonOption = False,
 ) -> None:
-    """Video shards → latent shards: decode, filter, caption, encode.
+    """Video shards → latent shards: decode, filter, caption, encode; captions → encoded prompts.
 
     Run again, it does only what is left.
     """
     if only is not None:
-        arguments.one_of("--only", only, ["captions"])
+        arguments.one_of("--only", only, list(_ONLY))
     elif shards is None:
         raise arguments.ArgumentError("--shards is missing; give the shards to prepare")
     arguments.output_folder(out)
     arguments.cluster_address(address)
-    if only == "captions":
+    if only is not None:
         arguments.latents(out)
+    if only == "text" and shards is not None:
+        raise arguments.ArgumentError(
+            "--shards: prompts are made of the captions in --out; leave it out with --only text"
+        )
     from pipeline.recipes import load_recipe, save_recipe
 
     loaded = load_recipe(recipe, [*(set_ or []), *([f"codec={codec}"] if codec else [])])
@@ -89,6 +98,14 @@ def prepare(
     from pipeline.stages import caption_again, captions_to_do, prepare_latents, shards_to_do
 
     said = reporter(json_)
+    if only == "text":
+        from pipeline.encode_texts import encode_texts, runs_on_ray, texts_to_do
+
+        settings, left = texts_to_do(loaded, out)
+        with local_or_given(loaded.cluster, address, needed=left > 0 and runs_on_ray(settings)):
+            said.document(encode_texts(settings, out, said))
+        # The recipe beside the latents stays the one that they were prepared with.
+        return
     if only == "captions":
         left = captions_to_do(loaded, paths, out)
         with local_or_given(loaded.cluster, address, needed=left > 0):

@@ -109,6 +109,8 @@ def test_every_option_has_a_help_text_and_every_command_an_example(command: str)
         (["prepare", "--out", "OUT", "--shards", "no-shards"], "no-shards"),
         (["prepare", "--out", "OUT", "--only", "latents"], "must be one of captions"),
         (["prepare", "--out", "OUT", "--only", "captions"], "OUT: no such folder"),
+        (["prepare", "--out", "OUT", "--only", "text"], "OUT: no such folder"),
+        (["prepare", "--out", "DATA", "--only", "text", "--shards", "docs"], "leave it out with"),
         (["prepare", "--out", "README.md/x", "--shards", "docs"], "README.md is a file"),
         (["prepare", "--out", "OUT", "--shards", "ftp://h/0.tar"], "ftp:// is not read; give"),
         (["prepare", "--out", "OUT", "--shards", "https://me:pw@h/0.tar"], "into ~/.netrc"),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from flow.config import tiny
 from flow.flow import FlowModel
-from flow.model_folder import load_model, read_spec, save_model
+from flow.model_folder import load_model, read_spec, save_model, write_model
 from flow.text import TextSpec
 from flowreel.errors import FlowreelWarning
+from tests.flow.models import shaken
 from tests.training import workers
 from tests.training.world import small_config, small_request, two_workers, write_dataset
 from training.run import check_run, train_in_process
@@ -106,6 +107,34 @@ def test_two_workers_start_where_one_does_grown_or_not(
     x, text = torch.randn(2, 3, 4, 2, 3), torch.randn(2, 6, 16)
     before, after = small.flow(x, text).loss(), large.flow(x, text).loss()
     assert after.item() == pytest.approx(before.item(), abs=1e-6)
+
+
+def test_half_precision_on_disk_is_grown_without_rounding(
+    run: Path, dataset: Path, tmp_path: Path
+) -> None:
+    model, spec = load_model(run / "model")
+    shaken(model)
+    write_model(tmp_path / "half", model.state_dict(), spec, dtype=torch.bfloat16)
+    half, _ = load_model(tmp_path / "half")
+    flow = tiny(deep_width=64)
+    request = small_request(dataset, tmp_path / "out", from_(tmp_path / "half"), flow=flow)
+    start = check_run(request).job.start
+    assert start is not None
+    large = FlowModel(flow)
+    load_start(large, start)
+    x, text = torch.randn(2, 3, 4, 2, 3), torch.randn(2, 6, 16)
+    before, after = half.flow(x, text).nats(), large.flow(x, text).nats()
+    assert (after - before).abs().max() < 1e-4
+
+
+def test_the_workers_read_the_checkpoint_that_was_looked_at(
+    run: Path, dataset: Path, tmp_path: Path
+) -> None:
+    start = check_run(small_request(dataset, tmp_path, from_(run))).job.start
+    newest = latest_complete(run / "checkpoints")
+    assert start is not None
+    assert newest is not None
+    assert Path(start.path) == newest.path
 
 
 def test_a_run_goes_on_without_a_look_at_what_it_started_from(

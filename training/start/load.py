@@ -28,9 +28,15 @@ def load_start(model: FlowModel, start: StartPoint) -> None:
     """
     source = open_start(start.path)
     growth = Growth(source.flow, model.config)
+
+    def read(name: str) -> Tensor:
+        # Half precision on disk must not round what growth makes of it.
+        value = source.read(name)
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+
     for name, parameter in model.named_parameters():
         if (plain := plain_name(name)) is not None:
-            _fill(parameter, growth.tensor(plain, source.read, _Fresh(parameter)))
+            _fill(parameter, growth.tensor(plain, read, _Fresh(parameter)))
 
 
 class _Fresh:

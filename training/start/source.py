@@ -15,6 +15,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class StartPoint:
     """What a run starts from, as its workers are told.
 
     Attributes:
-        path: the folder, absolute.
+        path: the model's or the checkpoint's folder, absolute.
         digest: of the weights in it (`flow.tensor_files.weights_digest`).
     """
 
@@ -252,7 +253,20 @@ def start_point(
             "the recipe to what that model has, or start from another"
         )
     _warn_of_convention(source, dataset)
-    return StartPoint(str(absolute), source.digest())
+    # The checkpoint, not its run, which may write another before the workers read.
+    return StartPoint(str(source.path), _digest(source.path, _stamp(source.path)))
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of a folder's files."""
+    found = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+
+
+@lru_cache(maxsize=4)
+def _digest(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
+    """Digest of the weights in a folder; a driver that asks twice does not read them twice."""
+    return open_start(folder).digest()
 
 
 def _not_a_base(source: StartSource, flow: FlowConfig, *, is_larger: bool) -> Iterator[str]:

@@ -4,7 +4,7 @@ The model is made on `meta`, spread over the workers, and only then given memory
 holds it whole. Values come from the modules' own `reset_parameters`, under a seed of the run's seed
 and the module's name: they are the same on any number of workers. A worker draws the parameters of
 one module at a time (at most a few hundred megabytes) and keeps its part of them. Knows nothing of
-checkpoints, losses or Ray.
+files, losses or Ray.
 """
 
 from __future__ import annotations

@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 from data_prep.latents.index_file import as_arrow, as_numpy
 from data_prep.ledger.manifest import FileEntry
 from data_prep.storage.cache import local_copy
-from data_prep.storage.folder import Folder, LockHeld, map_at_once
+from data_prep.storage.folder import Folder, map_at_once
 from data_prep.storage.location import StorageError
 from data_prep.texts.records import TEXTS
+from flowreel.locks import LockHeld
 
 log = logging.getLogger("flowreel.prepare")
 

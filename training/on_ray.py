@@ -152,10 +152,17 @@ def _first_failure(error: TrainingFailedError) -> TrainingFailed:
     return TrainingFailed(f"training worker {ranks[0]} failed: {reason}", ranks[0])
 
 
+def _number(workers: WorkerConfig) -> int | tuple[int, int]:
+    """The number of processes, or the fewest and the most of an elastic run."""
+    return workers.count if workers.min_count is None else (workers.min_count, workers.count)
+
+
 def _choose_backend(workers: WorkerConfig) -> WorkerConfig:
     """`backend: auto` decided by what the cluster has, so that driver and workers agree."""
     gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = workers.backend == "nccl" or (workers.backend == "auto" and gpus >= workers.count)
+    use_gpu = workers.backend == "nccl" or (
+        workers.backend == "auto" and gpus >= workers.counts.start
+    )
     return workers.model_copy(update={"backend": "nccl" if use_gpu else "gloo"})
 
 
@@ -176,7 +183,7 @@ def _trainer(run: TrainingRun, mlflow_run: MlflowRun | None) -> TorchTrainer:
         ),
         torch_config=TorchConfig(backend=workers.backend),
         scaling_config=ScalingConfig(
-            num_workers=workers.count,
+            num_workers=_number(workers),
             use_gpu=workers.backend == "nccl",
             resources_per_worker={"CPU": workers.threads},
         ),

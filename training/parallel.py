@@ -122,10 +122,11 @@ def join_workers(config: WorkerConfig) -> Iterator[Parallel]:
         dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     try:
         world = dist.get_world_size()
-        if world != config.count:
+        if world not in config.counts:
+            fewest = "" if config.min_count is None else f"{config.min_count} to "
             raise ParallelError(
-                f"{world} processes were started, but train.workers.count is {config.count}; "
-                "start as many as that"
+                f"{world} processes were started, but train.workers.count is {fewest}"
+                f"{config.count}; start as many as that"
             )
         mesh = init_device_mesh(device.type, (world,))
         yield Parallel(dist.get_rank(), world, device, mesh)

@@ -17,6 +17,7 @@ from training.config import FREE_ON_RESUME, Section, TrainConfig
 # What a resumed run may change: where and how long it computes, and what is recorded of it.
 FREE = {
     "steps",
+    "extend",
     "batches.cache_bytes",
     "batches.prefetch",
     "optimizer.max_consecutive_skips",

@@ -17,7 +17,8 @@ from training.state.stop import stop_signals
 TIMEOUT_S = 280
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on just now."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
@@ -26,7 +27,7 @@ def _free_port() -> int:
 def start(config: TrainConfig, job: TrainJob) -> list[subprocess.Popen[str]]:
     """`config.workers.count` processes that run the training loop."""
     settings = {"config": config.model_dump(mode="json"), "job": job.to_dict()}
-    port = _free_port()
+    port = free_port()
     processes = []
     for rank in range(config.workers.count):
         env = {

@@ -24,8 +24,10 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start(config: TrainConfig, job: TrainJob) -> list[subprocess.Popen[str]]:
-    """`config.workers.count` processes that run the training loop."""
+def start(
+    config: TrainConfig, job: TrainJob, module: str = __name__
+) -> list[subprocess.Popen[str]]:
+    """`config.workers.count` processes that run the training loop, or this module."""
     settings = {"config": config.model_dump(mode="json"), "job": job.to_dict()}
     port = free_port()
     processes = []
@@ -39,7 +41,7 @@ def start(config: TrainConfig, job: TrainJob) -> list[subprocess.Popen[str]]:
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "tests.training.workers", json.dumps(settings)]
+        command = [sys.executable, "-m", module, json.dumps(settings)]
         processes.append(
             subprocess.Popen(
                 command,
@@ -53,9 +55,9 @@ def start(config: TrainConfig, job: TrainJob) -> list[subprocess.Popen[str]]:
     return processes
 
 
-def run(config: TrainConfig, job: TrainJob) -> None:
+def run(config: TrainConfig, job: TrainJob, module: str = __name__) -> None:
     """Start, wait, and fail with the workers' own words if they fail."""
-    processes = start(config, job)
+    processes = start(config, job, module)
     try:
         errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
     finally:

@@ -5,6 +5,7 @@
     errors.py    `FlowreelError`, the root of every error that a user can mend
     files.py     files that are there whole or not at all
     locks.py     locks of files, gone with the process that holds them
+    version.py   the version's number
     values.py    digests of plain values, nested maps made flat
 
 Every name of `__all__` is fetched from its file at first use (PEP 562), so that `import flowreel`,
@@ -24,6 +25,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from flowreel.version import VERSION
+
 if TYPE_CHECKING:
     from data_prep.latents.dataset import LatentDataset
     from flowreel.errors import FlowreelError
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from flowreel.run import prepare, serve, train
     from pipeline.recipes import Recipe, load_recipe
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "FlowreelError",

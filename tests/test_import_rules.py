@@ -13,8 +13,8 @@ from tests.places import ROOT
 
 OURS = ("flowreel", "flow", "media", "data_prep", "training", "serving", "pipeline", "benchmarks")
 SHARED = (
-    "flowreel.__version__", "flowreel.errors", "flowreel.files", "flowreel.locks",
-    "flowreel.values",
+    "flowreel.errors", "flowreel.files", "flowreel.locks", "flowreel.values",
+    "flowreel.version",
 )  # fmt: skip
 """Standard library only; every package may import them, and nothing else of `flowreel`."""
 MAY_IMPORT: dict[str, tuple[str, ...]] = {

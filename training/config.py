@@ -280,6 +280,12 @@ class WorkerConfig(Section):
         "hsdp: every group of shard_size workers holds all of them; ddp: every worker does",
     )
     count: int = Field(default=1, ge=1, description="training processes")
+    min_count: int | None = Field(
+        default=None,
+        ge=1,
+        description="fewest training processes: on Ray, as many train as there is room for, from "
+        "this to count; null: count",
+    )
     shard_size: int | None = Field(
         default=None,
         ge=2,
@@ -298,6 +304,20 @@ class WorkerConfig(Section):
     max_failures: int = Field(
         default=0, ge=0, description="times the worker group is restarted from the last checkpoint"
     )
+
+    @property
+    def counts(self) -> range:
+        """Every number of processes that this run may have."""
+        return range(self.min_count or self.count, self.count + 1)
+
+    @model_validator(mode="after")
+    def _fewest_is_no_more(self) -> WorkerConfig:
+        if self.min_count is not None and self.min_count > self.count:
+            raise ValueError(
+                f"workers.min_count is {self.min_count}, more than workers.count {self.count}; "
+                "lower the one or raise the other"
+            )
+        return self
 
     @model_validator(mode="after")
     def _single_is_one(self) -> WorkerConfig:
@@ -472,15 +492,18 @@ class TrainConfig(Section):
         if batches.tokens is not None or batches.image_tokens is not None:
             sizes["multiple_of"] = batches.multiple_of
         for key, size in sizes.items():
-            if size % self.workers.count:
+            uneven = [count for count in self.workers.counts if size % count]
+            if uneven:
+                name = "workers.count" if self.workers.min_count is None else "a worker count"
                 raise ValueError(
-                    f"batches.{key} {size} must be a multiple of workers.count "
-                    f"{self.workers.count}, so that every worker has an equal share"
+                    f"batches.{key} {size} must be a multiple of {name} "
+                    f"{uneven[0]}, so that every worker has an equal share"
                 )
-            if size % (self.workers.count * accumulate):
+            uneven = [count for count in self.workers.counts if size % (count * accumulate)]
+            if uneven:
                 raise ValueError(
                     f"batches.{key} {size} must be a multiple of workers.count "
-                    f"{self.workers.count} times batches.accumulate {accumulate}, so that all "
+                    f"{uneven[0]} times batches.accumulate {accumulate}, so that all "
                     "micro-batches are equal; change one of the three"
                 )
         return self

@@ -146,6 +146,11 @@ def _first_failure(error: TrainingFailedError) -> TrainingFailed:
     return TrainingFailed(f"training worker {ranks[0]} failed: {reason}", ranks[0])
 
 
+def _number(workers: WorkerConfig) -> int | tuple[int, int]:
+    """The number of processes, or the fewest and the most of an elastic run."""
+    return workers.count if workers.min_count is None else (workers.min_count, workers.count)
+
+
 def _choose_backend(workers: WorkerConfig) -> WorkerConfig:
     """`backend: auto` decided by what the cluster has, so that driver and workers agree."""
     gpus = ray.cluster_resources().get("GPU", 0)
@@ -167,7 +172,7 @@ def _trainer(run: TrainingRun) -> TorchTrainer:
         train_loop_config=_settings(run.job, run.config.model_copy(update={"workers": workers})),
         torch_config=TorchConfig(backend=workers.backend),
         scaling_config=ScalingConfig(
-            num_workers=workers.count,
+            num_workers=_number(workers),
             use_gpu=workers.backend == "nccl",
             resources_per_worker={"CPU": workers.threads},
         ),

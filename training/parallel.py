@@ -109,7 +109,7 @@ def choose_backend(config: WorkerConfig, gpus: float, workers: int | None = None
     """
     if config.backend == "gloo" or (config.backend == "auto" and not gpus):
         return "gloo"
-    workers = config.count if workers is None else workers
+    workers = config.counts.start if workers is None else workers
     if workers > gpus:
         raise ParallelError(
             f"{workers} training workers, but {gpus:g} GPUs: a worker needs one of its own; "
@@ -163,10 +163,11 @@ def join_workers(config: WorkerConfig) -> Iterator[Parallel]:
         dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     try:
         world = dist.get_world_size()
-        if world != config.count:
+        if world not in config.counts:
+            fewest = "" if config.min_count is None else f"{config.min_count} to "
             raise ParallelError(
-                f"{world} processes were started, but train.workers.count is {config.count}; "
-                "start as many as that"
+                f"{world} processes were started, but train.workers.count is {fewest}"
+                f"{config.count}; start as many as that"
             )
         mesh = _mesh(config, device, world)
         replicas = world // mesh.size(mesh.ndim - 1)

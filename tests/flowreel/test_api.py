@@ -263,7 +263,7 @@ def test_what_a_user_can_mend_has_one_root(
             mistake()
 
 
-INTERNAL = {"LockHeld", "PassingFailure", "Refusal"}
+INTERNAL = {"Damaged", "LockHeld", "PassingFailure", "Refusal"}
 """Errors that are caught where they are made, so no user meets them."""
 
 

@@ -85,9 +85,17 @@ def processes_with(mark: str) -> list[psutil.Process]:
 
 
 def interrupted(
-    *arguments: str, when: Callable[[int], bool], mark: str, stderr: Path, timeout_s: float = 240
+    *arguments: str,
+    when: Callable[[int], bool],
+    mark: str,
+    stderr: Path,
+    timeout_s: float = 240,
+    number: signal.Signals = signal.SIGINT,
 ) -> tuple[int, str]:
-    """Exit code and standard output of a command that gets SIGINT as soon as `when(pid)` holds."""
+    """Exit code and standard output of a command that gets a signal as soon as `when(pid)` holds.
+
+    By default it is that of Ctrl-C.
+    """
     with stderr.open("w") as errors:
         process = subprocess.Popen(
             [*PYTHON, *arguments],
@@ -105,7 +113,7 @@ def interrupted(
             assert process.poll() is None, f"ended first: {stderr.read_text()}"
             assert time.monotonic() < give_up, f"never so far: {stderr.read_text()}"
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         output, _ = process.communicate(timeout=120)
         return process.returncode, output
     finally:

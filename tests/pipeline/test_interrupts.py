@@ -18,6 +18,8 @@ from tests.data_prep.in_process import prepare_locally
 from tests.pipeline.command import interrupted, none_left, one_line, processes_with
 from tests.places import ROOT, TINY_CODEC
 from tests.serving.conftest import model_dir as model_dir
+from training.record.history import read_history
+from training.state.checkpoint import latest_complete
 
 AGAIN = "interrupted; run the same command again to go on"
 
@@ -78,15 +80,28 @@ def test_while_ray_starts(training: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_while_workers_train(training: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "exit_code", "said"),
+    [
+        (signal.SIGINT, 130, AGAIN),
+        (signal.SIGTERM, 143, "terminated, and saved; run the same command again to go on"),
+    ],
+)
+def test_while_workers_train(
+    training: list[str], tmp_path: Path, number: signal.Signals, exit_code: int, said: str
+) -> None:
     mark, stderr = secrets.token_hex(8), tmp_path / "stderr"
     code, _ = interrupted(
-        *training, "--out", str(tmp_path / "run"),
+        *training, "--out", str(tmp_path / "run"), number=number,
         when=lambda _pid: "  training " in stderr.read_text(), mark=mark, stderr=stderr,
     )  # fmt: skip
-    assert code == 130
+    assert code == exit_code
     *progress, last = stderr.read_text().splitlines()
-    assert one_line(last) == AGAIN
+    assert one_line(last) == said
+    saved = latest_complete(tmp_path / "run/checkpoints")
+    assert saved is not None, "it saved before it left"
+    history = read_history(tmp_path / "run/history.jsonl")
+    assert [r["step"] for r in history] == list(range(saved.step))
     assert all(line.startswith("  training ") for line in progress), progress
     assert none_left(mark)
 

@@ -17,6 +17,9 @@ from training.config import FREE_ON_RESUME, Section, TrainConfig
 # What a resumed run may change: where and how long it computes, and what is recorded of it.
 FREE = {
     "steps",
+    "extend",
+    "memory",
+    "batches.accumulate",
     "batches.cache_bytes",
     "batches.prefetch",
     "optimizer.max_consecutive_skips",

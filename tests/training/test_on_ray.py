@@ -13,6 +13,7 @@ from flow.model_folder import load_model
 from tests.training.world import small_config, small_request, two_workers, write_dataset
 from training.on_ray import TrainingFailed, train_on_ray
 from training.run import train_in_process
+from training.state.checkpoint import latest_complete
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORKERS = two_workers(shard_granularity="model")
@@ -58,3 +59,18 @@ def test_a_failing_worker_is_one_clear_error(cluster: None, tmp_path: Path) -> N
     with pytest.raises(TrainingFailed, match="SkippedTooOften: 2 steps in a row") as caught:
         train_on_ray(small_request(dataset, tmp_path / "out", config))
     assert "\n" not in str(caught.value)
+
+
+def test_an_elastic_run_trains_on_the_workers_that_there_is_room_for(
+    cluster: None, tmp_path: Path
+) -> None:
+    dataset = write_dataset(tmp_path / "data")
+    config = small_config(
+        batches={"batch_size": 12, "image_batch_size": 12},
+        workers=two_workers(count=4, min_count=1, shard_granularity="model"),
+    )
+    result = train_on_ray(small_request(dataset, tmp_path / "out", config))
+    assert result.steps == 6
+    checkpoint = latest_complete(tmp_path / "out/checkpoints")
+    assert checkpoint is not None
+    assert len([name for name in checkpoint.files if name.endswith(".distcp")]) == 2, "two CPUs"

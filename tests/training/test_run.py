@@ -12,6 +12,7 @@ from flow.config import tiny
 from flow.flow import FlowModel
 from flow.model_folder import VideoSpec, load_model
 from flow.text import TextSpec
+from tests.training.workers import free_port
 from tests.training.world import (
     CODEC,
     TEXT,
@@ -20,6 +21,8 @@ from tests.training.world import (
     two_workers,
     write_dataset,
 )
+from training.loop import TrainJob, train
+from training.parallel import ParallelError
 from training.record.history import History, HistoryTail, read_history
 from training.run import RunError, check_run, train_in_process
 from training.state.checkpoint import (
@@ -108,6 +111,14 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
             {"workers": two_workers(count=3)},
             r"batches\.batch_size 4 must be a multiple of workers\.count 3",
         ),
+        (
+            {"workers": two_workers(min_count=3)},
+            r"workers\.min_count is 3, more than workers\.count 2",
+        ),
+        (
+            {"workers": two_workers(count=4, min_count=2)},
+            r"batches\.batch_size 4 must be a multiple of a worker count 3",
+        ),
         ({"optimizer": {"adam_betas": (0.9, 1.0)}}, r"must lie in \[0, 1\)"),
         ({"optimizer": {"learning_rate": 1.0}}, "Extra inputs are not permitted"),
     ],
@@ -172,3 +183,22 @@ def test_history_drops_what_a_resumed_run_does_again(tmp_path: Path) -> None:
     assert tail.new_records() == [{"step": 3, "again": True}]
     resumed.append([{"step": 4}])
     assert [r["step"] for r in tail.new_records()] == [4]
+
+
+def test_an_elastic_run_goes_on_with_any_of_its_numbers_of_workers(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun by one process without FSDP, gone on with as the only one left of at most two."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    whole, halves = (TrainJob(tiny(), TEXT, dataset, tmp_path / n) for n in ("whole", "halves"))
+    train(small_config(), whole)
+    train(small_config(steps=3, optimizer={"schedule_steps": 6}), halves)
+    elastic = two_workers(shard_granularity="model", min_count=1)
+    assert train(small_config(workers=elastic), halves).resumed_from == 3
+    losses = [[r["loss_nats_per_dim"] for r in read_history(j.history)] for j in (whole, halves)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    with pytest.raises(ParallelError, match=r"1 processes were started, .* is 2; start"):
+        train(small_config(workers=two_workers()), halves)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ import pytest
 import torch
 
 from flow.config import tiny
-from tests.training.world import TEXT, small_config, write_dataset
+from tests.training import full_disk_workers, workers
+from tests.training.full_disk_workers import small_files
+from tests.training.world import TEXT, small_config, two_workers, write_dataset
 from training.config import CheckpointConfig
 from training.data.batches import TrainBatch
 from training.loop import TrainJob, train
@@ -54,17 +55,6 @@ def before_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[],
         return take(self, step, batch)
 
     monkeypatch.setattr(TrainStep, "take", act_and_take)
-
-
-@contextmanager
-def small_files(limit_bytes: int) -> Iterator[None]:
-    """No file of this process grows over this size meanwhile, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_is_written_is_the_state_as_it_was_staged(
@@ -154,6 +144,22 @@ def test_training_goes_on_through_a_full_disk_and_the_next_checkpoint_is_tried(
     assert "File too large" in history[3]["warnings"][0]
     one, two = (complete_checkpoints(w.checkpoints)[-1] for w in (work, whole))
     assert one.files["__0_0.distcp"] == two.files["__0_0.distcp"]
+
+
+@pytest.mark.slow
+def test_all_workers_go_on_when_one_finds_the_disk_full(dataset: Path, tmp_path: Path) -> None:
+    work = job(dataset, tmp_path)
+    config = small_config(
+        workers=two_workers(shard_granularity="model"),
+        checkpoints={"every_steps": 2, "keep": 9},
+    )
+    workers.run(config, work, full_disk_workers.__name__)
+    steps = [c.step for c in complete_checkpoints(work.checkpoints)]
+    assert steps == [4, 6]
+    assert sorted(p.name for p in work.checkpoints.iterdir()) == [f"step_{s:08d}" for s in steps]
+    noted = [r for r in read_history(work.history) if "warnings" in r]
+    assert len(noted) == 1
+    assert "File too large" in noted[0]["warnings"][0]
 
 
 def test_a_last_checkpoint_that_finds_no_room_is_an_error_and_takes_nothing_away(

@@ -17,16 +17,19 @@ from training.state.stop import stop_signals
 TIMEOUT_S = 280
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on just now."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
 
 
-def start(config: TrainConfig, job: TrainJob) -> list[subprocess.Popen[str]]:
-    """`config.workers.count` processes that run the training loop."""
+def start(
+    config: TrainConfig, job: TrainJob, module: str = __name__
+) -> list[subprocess.Popen[str]]:
+    """`config.workers.count` processes that run the training loop, or this module."""
     settings = {"config": config.model_dump(mode="json"), "job": job.to_dict()}
-    port = _free_port()
+    port = free_port()
     processes = []
     for rank in range(config.workers.count):
         env = {
@@ -38,7 +41,7 @@ def start(config: TrainConfig, job: TrainJob) -> list[subprocess.Popen[str]]:
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "tests.training.workers", json.dumps(settings)]
+        command = [sys.executable, "-m", module, json.dumps(settings)]
         processes.append(
             subprocess.Popen(
                 command,
@@ -52,9 +55,9 @@ def start(config: TrainConfig, job: TrainJob) -> list[subprocess.Popen[str]]:
     return processes
 
 
-def run(config: TrainConfig, job: TrainJob) -> None:
+def run(config: TrainConfig, job: TrainJob, module: str = __name__) -> None:
     """Start, wait, and fail with the workers' own words if they fail."""
-    processes = start(config, job)
+    processes = start(config, job, module)
     try:
         errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
     finally:

@@ -38,9 +38,9 @@ from torch.futures import Future
 
 from flow.flow import FlowModel
 from flow.model_folder import ModelSpec, save_model
-from flowreel import __version__
 from flowreel.errors import FlowreelError
 from flowreel.values import digest_of, flattened
+from flowreel.version import VERSION
 from training.config import TrainConfig
 from training.parallel import Parallel, networks
 from training.state.group import HostGroup
@@ -129,7 +129,7 @@ def read_checkpoint(marker: Path) -> Checkpoint:
     if number > FORMAT_VERSION:
         raise CheckpointMismatch(
             f"{marker.parent} is a checkpoint of format {number}, this version "
-            f"({__version__}) reads {OLDEST_FORMAT} to {FORMAT_VERSION}: go on with Flowreel "
+            f"({VERSION}) reads {OLDEST_FORMAT} to {FORMAT_VERSION}: go on with Flowreel "
             f"{values.get('flowreel', 'of a later version')}, which wrote it"
         )
     files = {name: FileDigest(*about) for name, about in values.get("files", {}).items()}
@@ -274,7 +274,7 @@ def write_checkpoint(
     files = {name: about for part in parts for name, about in part.items()}
     values = {
         "format": FORMAT_VERSION,
-        "flowreel": __version__,
+        "flowreel": VERSION,
         "step": step,
         "world": group.world,
         "digest": digest_of(description),

@@ -17,11 +17,13 @@ from training.config import FREE_ON_RESUME, Section, TrainConfig
 # What a resumed run may change: where and how long it computes, and what is recorded of it.
 FREE = {
     "steps",
+    "batches.accumulate",
     "batches.cache_bytes",
     "batches.prefetch",
     "optimizer.max_consecutive_skips",
     "checkpoints",
     "evaluation",
+    "memory",
     "workers",
     "tracking",
 }
@@ -52,10 +54,11 @@ def test_what_may_change_on_resumption_is_marked_where_it_is_defined() -> None:
     "changes",
     [
         {"steps": 7},
-        {"batches": {"prefetch": True, "cache_bytes": 0}},
+        {"batches": {"prefetch": True, "cache_bytes": 0, "accumulate": 2}},
         {"optimizer": {"max_consecutive_skips": 1}},
         {"checkpoints": {"every_steps": 1, "keep": 9}},
         {"evaluation": {"every_steps": 1, "clips": 2, "draws": 3}},
+        {"memory": {"checkpointing": "full", "offload_optimizer": True}},
         {"workers": {"strategy": "fsdp", "count": 2, "threads": 3, "max_failures": 1}},
         {"tracking": {"enabled": True, "uri": "sqlite:///x.db", "every_steps": 1}},
     ],

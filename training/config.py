@@ -260,6 +260,12 @@ class MemoryConfig(Section):
         "pass reads; selective computes all but attention again (about a third of the "
         "activations); full keeps only what goes into a layer (about a twentieth)",
     )
+    offload_optimizer: bool = Field(
+        default=False,
+        description="keep AdamW's moments and the averaged weights in the host's memory, and take "
+        "the step there: 12 bytes a parameter less on the device, at the cost of sending gradients "
+        "and weights over the bus in every step",
+    )
     compile: bool = Field(
         default=False,
         description="compile every transformer layer by torch.compile: minutes at the start, and "
@@ -465,6 +471,15 @@ class TrainConfig(Section):
                 f"every {every} steps and evaluations every {measured} (0: never); every "
                 "checkpoint must be measured: make checkpoints.every_steps a multiple of "
                 "evaluation.every_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _muon_stays_on_the_device(self) -> TrainConfig:
+        if self.memory.offload_optimizer and self.optimizer.kind == "muon":
+            raise ValueError(
+                "memory.offload_optimizer is true but optimizer.kind is 'muon', which gathers "
+                "whole matrices on the device; set optimizer.kind to 'adamw' or do not offload"
             )
         return self
 

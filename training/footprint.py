@@ -4,7 +4,8 @@ P is the number of parameters, S the workers that share one copy of them, M the 
 C the channels of a token, H the heads of a layer.
 
     weights, gradients, averaged weights   4P/S each: masters are fp32
-    optimizer        8P/S: two moments (muon keeps one for inner matrices)
+    optimizer        8P/S: two moments (muon keeps one for inner matrices); with
+                     `offload_optimizer` neither these nor the averages lie on the GPU
     gathered         by layer: two of them in the compute dtype, the gradient of one (in fp32 beside
                      its own dtype), and what is outside of layers; by block or model: the largest
                      such group in fp32
@@ -161,6 +162,8 @@ def memory_of(
         moving = there + max(kept[n] + max(casts[n], again) for n in sizes)
     optimizer = share * (2 * total - by_muon)
     average = share * total if averaged else 0.0
+    if config.memory.offload_optimizer:
+        optimizer = average = 0.0
     gathered = gathered_bytes(model, config)
     return Memory(
         weights=share * total,

@@ -207,7 +207,11 @@ def _advice(job: Job, model: FlowModel, hardware: Hardware) -> Iterator[str]:
         workers = WorkerConfig(strategy="fsdp", count=hardware.count)
         shared = shared.model_copy(update={"workers": workers})
     smallest = min(kind.batch for kind in _kinds(job)) // hardware.count
-    for config in (job.config, shared):
+    offloaded = shared
+    if job.config.optimizer.kind == "adamw":
+        memory = shared.memory.model_copy(update={"offload_optimizer": True})
+        offloaded = shared.model_copy(update={"memory": memory})
+    for config in (job.config, shared, offloaded):
         for accumulate in (n for n in range(1, smallest + 1) if n >= config.batches.accumulate):
             for how in ways:
                 trial = _changed(config, how, accumulate)
@@ -222,8 +226,8 @@ def _advice(job: Job, model: FlowModel, hardware: Hardware) -> Iterator[str]:
         kinds = [replace(kind, batch=count) for kind in _kinds(job)]
         config = _changed(_on(shared, count), "full", 1)
         more = Hardware(hardware.name, count)
-        memory = [memory_of(model, config, _micro(kind, config)) for kind in kinds]
-        if max(m.peak for m in memory) <= USABLE * more.gpu.memory_bytes:
+        peaks = [memory_of(model, config, _micro(kind, config)).peak for kind in kinds]
+        if max(peaks) <= USABLE * more.gpu.memory_bytes:
             yield (
                 f"{count} GPUs with train.workers.strategy=fsdp, "
                 "train.memory.checkpointing=full and one clip a GPU"
@@ -250,5 +254,10 @@ def _in_words(config: TrainConfig, trial: TrainConfig) -> str:
         ),
         "train.batches.accumulate": (config.batches.accumulate, trial.batches.accumulate),
         "train.workers.strategy": (config.workers.strategy, trial.workers.strategy),
+        "train.memory.offload_optimizer": (
+            config.memory.offload_optimizer,
+            trial.memory.offload_optimizer,
+        ),
     }
-    return ", ".join(f"{key}={new}" for key, (old, new) in pairs.items() if old != new)
+    changed = {key: new for key, (old, new) in pairs.items() if old != new}
+    return ", ".join(f"{key}={str(new).lower()}" for key, new in changed.items())

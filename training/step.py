@@ -104,6 +104,7 @@ class TrainStep:
                 optimizer,
                 LearningRate.of(optimizer, peaks[name], config.steps),
                 torch.bfloat16 if config.precision == "bf16" else torch.float32,
+                offload=config.memory.offload_optimizer,
             )
             for name, parameters in trained.items()
             if parameters

@@ -55,10 +55,11 @@ def test_what_may_change_on_resumption_is_marked_where_it_is_defined() -> None:
     "changes",
     [
         {"steps": 7},
-        {"batches": {"prefetch": True, "cache_bytes": 0}},
+        {"batches": {"prefetch": True, "cache_bytes": 0, "accumulate": 2}},
         {"optimizer": {"max_consecutive_skips": 1}},
         {"checkpoints": {"every_steps": 1, "keep": 9}},
         {"evaluation": {"every_steps": 1, "clips": 2, "draws": 3}},
+        {"memory": {"checkpointing": "full", "offload_optimizer": True}},
         {"workers": {"strategy": "fsdp", "count": 2, "threads": 3, "max_failures": 1}},
         {"tracking": {"enabled": True, "uri": "sqlite:///x.db", "every_steps": 1}},
     ],

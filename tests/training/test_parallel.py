@@ -31,6 +31,7 @@ def few(world: int) -> list[dict[str, Any]]:
             "memory": {"checkpointing": "selective"},
         },
         {**BF16, "workers": fsdp(world)},
+        {"batches": BATCHES, "workers": fsdp(world), "memory": {"offload_optimizer": True}},
     ]
 
 

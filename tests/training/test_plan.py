@@ -128,11 +128,21 @@ def test_the_7b_does_not_fit_without_checkpointing_and_the_plan_says_what_makes_
     assert 1.1 < fitting.hours / plan.hours < 4 / 3
 
 
-def test_what_no_setting_makes_fit_asks_for_more_gpus() -> None:
-    job = seven_b()
-    plan = make_plan(job, Hardware.of("a100-40x8"))
+@pytest.mark.parametrize(
+    ("hardware", "kind", "words"),
+    [
+        ("a100-40x8", "adamw", "train.memory.offload_optimizer=true"),
+        ("a100-40x8", "muon", "GPUs with train.workers.strategy=fsdp"),
+        ("rtx4090x8", "adamw", "no number of these GPUs"),
+    ],
+)
+def test_what_is_too_small_asks_for_the_host_for_more_gpus_or_for_less(
+    hardware: str, kind: str, words: str
+) -> None:
+    plan = make_plan(seven_b(optimizer={"kind": kind}), Hardware.of(hardware))
     assert not plan.fits
-    assert "GPUs with train.workers.strategy=fsdp" in plan.advice[0]
+    assert len(plan.advice) == 1
+    assert words in plan.advice[0]
 
 
 def test_hardware_is_named_and_batches_must_divide() -> None:

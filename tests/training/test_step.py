@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from flow.config import tiny
 from flow.flow import FlowModel, FlowOutput
 from flow.released_checkpoint import import_released
 from tests.places import TRAINED_SMALL
 from tests.training.steps import random_batch, random_model
-from tests.training.world import small_config, two_workers
+from tests.training.world import TEXT, small_config, two_workers, write_dataset
+from training.loop import TrainJob, train
 from training.objective import flow_backward
 from training.parallel import Parallel
+from training.state.checkpoint import latest_complete, load_averaged
 from training.step import TrainStep
 
 
@@ -54,6 +59,36 @@ def test_micro_batches_must_be_equal() -> None:
     two["batches"]["accumulate"] = 4
     with pytest.raises(ValidationError, match=r"workers\.count 2 times batches\.accumulate 4"):
         small_config(**two)
+
+
+def test_a_step_taken_on_the_host_is_the_same_step_also_after_a_resumption(tmp_path: Path) -> None:
+    """Where states lie is free: a run with them on the host goes on from one without."""
+
+    def run(out: Path, *halves: bool) -> dict[str, torch.Tensor]:
+        for number, offload in enumerate(halves, start=1):
+            config = small_config(
+                steps=6 * number // len(halves),
+                optimizer={"schedule_steps": 6},
+                memory={"offload_optimizer": offload},
+            )
+            job = TrainJob(tiny(), TEXT, dataset, out)
+            train(config, job)
+        model = FlowModel(tiny())
+        checkpoint = latest_complete(job.checkpoints)
+        assert checkpoint is not None
+        load_averaged(checkpoint, model)
+        return model.state_dict()
+
+    dataset = write_dataset(tmp_path / "data")
+    whole = run(tmp_path / "whole", False)
+    for name, halves in (("host", (True,)), ("both", (False, True)), ("back", (True, False))):
+        other = run(tmp_path / name, *halves)
+        assert all(torch.equal(whole[key], other[key]) for key in whole), name
+
+
+def test_muon_is_not_taken_on_the_host() -> None:
+    with pytest.raises(ValidationError, match=r"set optimizer\.kind to 'adamw'"):
+        small_config(optimizer={"kind": "muon"}, memory={"offload_optimizer": True})
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

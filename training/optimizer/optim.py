@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from training.config import OptimizerConfig
 from training.optimizer.muon import ShardedMuon, is_inner
-from training.optimizer.sharded import like_parameter, local_tensor
+from training.optimizer.sharded import like_parameter, local_tensor, on_host
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class ShardedOptimizer:
         config: β, ε, weight decay, clipping and the decay of the averaged weights.
         learning_rate: of every step.
         dtype: of the products of Muon.
+        offload: moments and averaged weights lie in the host's memory, beside a copy of the weights
+            that is stepped there.
 
     >>> layer = nn.Linear(2, 1)
     >>> rates = LearningRate(peak=0.1, warmup_steps=0, steps=10)
@@ -96,14 +98,27 @@ class ShardedOptimizer:
         config: OptimizerConfig,
         learning_rate: LearningRate,
         dtype: torch.dtype = torch.float32,
+        *,
+        offload: bool = False,
     ) -> None:
         self.config = config
+        self.offload = offload
         self.learning_rate = learning_rate
         self.parameters = dict(parameters)
         self.locals = {
             name: nn.Parameter(local_tensor(p.detach())) for name, p in self.parameters.items()
         }
-        self.ema = {name: p.detach().clone() for name, p in self.locals.items()}
+        # What is stepped: the weights themselves, or copies in the host's memory.
+        self.masters = self.locals
+        if offload:
+            self.masters = {
+                name: nn.Parameter(p.detach().to("cpu", copy=True))
+                for name, p in self.locals.items()
+            }
+        # Dressed as their parameters, for checkpoints; the optimizer works on the local parts.
+        self._averages = {name: self._zeros_like(p) for name, p in self.parameters.items()}
+        self.ema = {name: local_tensor(p) for name, p in self._averages.items()}
+        torch._foreach_copy_(list(self.ema.values()), [p.detach() for p in self.locals.values()])
         inner = {
             name: p
             for name, p in self.parameters.items()
@@ -111,9 +126,9 @@ class ShardedOptimizer:
         }
         self.muon = ShardedMuon(inner, self.locals, config.weight_decay, dtype)
         outer = {name: p for name, p in self.parameters.items() if name not in inner}
-        matrices = [self.locals[name] for name, p in outer.items() if p.ndim >= 2]
-        vectors = [self.locals[name] for name, p in outer.items() if p.ndim < 2]
-        self._adams = {name: self.locals[name] for name in outer}
+        matrices = [self.masters[name] for name, p in outer.items() if p.ndim >= 2]
+        vectors = [self.masters[name] for name, p in outer.items() if p.ndim < 2]
+        self._adams = {name: self.masters[name] for name in outer}
         self.adam = torch.optim.AdamW(
             [
                 {"params": group, "weight_decay": decay}
@@ -124,13 +139,24 @@ class ShardedOptimizer:
             eps=config.adam_eps,
             fused=True,
         )
-        for parameter in self._adams.values():
+        self._moments = {
+            f"{kind}.{name}": self._zeros_like(self.parameters[name])
+            for name in outer
+            for kind in ("exp_avg", "exp_avg_sq")
+        }
+        for name, parameter in self._adams.items():
             # Made now rather than at the first step, so that a checkpoint can be read into them.
             self.adam.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                "exp_avg": local_tensor(self._moments[f"exp_avg.{name}"]),
+                "exp_avg_sq": local_tensor(self._moments[f"exp_avg_sq.{name}"]),
             }
+
+    def _zeros_like(self, parameter: Tensor) -> Tensor:
+        """A state of a parameter, sharded as it is, where states lie."""
+        if self.offload:
+            return on_host(parameter)
+        return like_parameter(torch.zeros_like(local_tensor(parameter.detach())), parameter)
 
     def take_gradients(self) -> Tensor:
         """Take the parameters' gradients over; returns the sum of their squares, 0-dim.
@@ -158,28 +184,34 @@ class ShardedOptimizer:
         for group in self.adam.param_groups:
             group["lr"] = rate
         scale = (norm / self.config.clip_norm).nan_to_num(1.0).clamp(min=1.0)
+        if self.offload:
+            for name, master in self.masters.items():
+                gradient = self.locals[name].grad
+                master.grad = None if gradient is None else gradient.cpu()
+        where = next((p.device for p in self.masters.values()), norm.device)
         # The fused kernel divides gradients by grad_scale and does nothing where found_inf is 1.
-        self.adam.grad_scale = scale  # type: ignore[attr-defined]
-        self.adam.found_inf = skip.float()  # type: ignore[attr-defined]
+        self.adam.grad_scale = scale.to(where)  # type: ignore[attr-defined]
+        self.adam.found_inf = skip.float().to(where)  # type: ignore[attr-defined]
         self.adam.step()
         self.muon.step(rate, scale, skip.float())
-        for parameter in self.locals.values():
-            parameter.grad = None
+        for name, parameter in self.locals.items():
+            parameter.grad = self.masters[name].grad = None
+            if self.offload:
+                parameter.copy_(self.masters[name])
         weight = 1 - ema_decay(self.config.ema_decay, step)
-        torch._foreach_lerp_(list(self.ema.values()), list(self.locals.values()), weight)
+        torch._foreach_lerp_(list(self.ema.values()), list(self.masters.values()), weight)
         return rate
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint holds of it, each tensor sharded as its parameter is."""
         out: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            out[f"ema.{name}"] = like_parameter(self.ema[name], parameter)
+            out[f"ema.{name}"] = self._averages[name]
             if name in self.muon.momentum:
                 out[f"momentum.{name}"] = like_parameter(self.muon.momentum[name], parameter)
                 continue
-            moments = self.adam.state[self.locals[name]]
-            out[f"exp_avg.{name}"] = like_parameter(moments["exp_avg"], parameter)
-            out[f"exp_avg_sq.{name}"] = like_parameter(moments["exp_avg_sq"], parameter)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                out[f"{kind}.{name}"] = self._moments[f"{kind}.{name}"]
         if self._adams:
             # All parameters are stepped together, so one count stands for all.
             first = next(iter(self._adams.values()))
@@ -187,7 +219,11 @@ class ShardedOptimizer:
         return out
 
     def after_load(self) -> None:
-        """Spread the one loaded step count over all parameters."""
+        """Spread the one loaded step count over all parameters; copies on the host follow."""
+        if self.offload:
+            with torch.no_grad():
+                for name, master in self.masters.items():
+                    master.copy_(self.locals[name])
         if not self._adams:
             return
         first = next(iter(self._adams.values()))

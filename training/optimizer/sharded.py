@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -32,3 +33,8 @@ def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
     mesh = parameter.device_mesh
     everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(mesh, parameter.placements).to_local()
+
+
+def on_host(parameter: Tensor) -> Tensor:
+    """Zeros in the host's memory, of which this worker has the part that it has of `parameter`."""
+    return torch.zeros_like(parameter.detach(), device="cpu", requires_grad=False)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from data_prep.world.prompts import Prompt
 from data_prep.world.prompts import prompts as world_prompts
 from data_prep.world.shards import write_world
 from flow.codec_factors import read_factors
-from flowreel.errors import FlowreelWarning
 from flowreel.files import write_whole
 from media.frames import Frames
 from media.write import encode_mp4
@@ -44,14 +41,14 @@ from pipeline.recipes import Recipe, save_recipe
 from pipeline.report import Sample, write_report
 from pipeline.run_samples import samples_of
 from pipeline.tables import progress_words, say_captioned, say_prepared, say_summary
-from pipeline.watch import RunView
+from pipeline.watch import training_shown
 from serving.config import ServiceSpec
 from serving.on_ray import ServedApp, serve_model
 from training.curriculum import check_stages, stage_requests, walk
 from training.on_ray import train_on_ray
 from training.record.feed import add_to_record
 from training.record.history import read_history
-from training.run import HistoryProgress, TrainRequest, TrainResult, check_run
+from training.run import TrainRequest, TrainResult, check_run
 from training.stage import Stage
 
 
@@ -210,7 +207,7 @@ def train(
     def one(request: TrainRequest, title: str) -> TrainResult:
         for note in check_run(request).notes:
             reporter.say(f"  {note}")
-        with _training_shown(request, reporter, title, watch) as progress, interrupts_kept():
+        with training_shown(request, reporter, title, watch=watch) as progress, interrupts_kept():
             result = train_on_ray(request, progress=progress, look=look)
         _say_resumed(result, reporter)
         return result
@@ -395,22 +392,7 @@ def training_to_do(recipe: Recipe, latents: str | Path, out: Path) -> bool:
     )
 
 
-# How the stages' own progress is shown.
-
-
-@contextmanager
-def _training_shown(
-    request: TrainRequest, reporter: Reporter, title: str, watch: bool
-) -> Iterator[HistoryProgress | None]:
-    """A panel of the run, which reads its history itself, or one line that takes new records."""
-    steps = request.config.steps
-    if watch:
-        with reporter.live(RunView(request.out, steps).panel) as is_live:
-            if is_live:
-                yield None
-                return
-    with reporter.progress(title) as update:
-        yield _steps(update, steps)
+# How preparing's own progress becomes one line.
 
 
 def _samples(update: Callable[[int, int, str], None]) -> RunProgress:
@@ -420,22 +402,5 @@ def _samples(update: Callable[[int, int, str], None]) -> RunProgress:
     def show(state: RunState) -> None:
         pace.take(state)
         update(state.shards, state.of_shards, f"shards, {progress_words(state, pace)}")
-
-    return show
-
-
-def _steps(update: Callable[[int, int, str], None], steps: int) -> HistoryProgress:
-    """The progress of training: steps of steps, and the loss of the last video step."""
-    loss = ""
-
-    def show(records: list[dict[str, Any]]) -> None:
-        nonlocal loss
-        for record in records:
-            for sentence in record.get("warnings", ()):
-                warnings.warn(sentence, FlowreelWarning, stacklevel=2)
-            # A step whose loss was not finite was skipped; its line keeps the loss before.
-            if record["mode"] == "video" and record["loss_nats_per_dim"] is not None:
-                loss = f"{record['loss_nats_per_dim']:.3f} nats/dim"
-        update(records[-1]["step"] + 1, steps, loss)
 
     return show

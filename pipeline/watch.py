@@ -11,8 +11,10 @@ import itertools
 import json
 import statistics
 import time
+import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,17 @@ from rich.console import RenderableType
 from rich.panel import Panel
 from rich.table import Table
 
+from flowreel.errors import FlowreelWarning
 from pipeline.console import Reporter, duration, size
-from training.loop import CHECKPOINTS_NAME
 from training.record.history import HISTORY_NAME, HistoryPlace, records_after
-from training.run import CONFIG_NAME, FINISHED_NAME, SAMPLES_NAME
-from training.state.checkpoint import MARKER_NAME
+from training.run import (
+    CONFIG_NAME,
+    FINISHED_NAME,
+    SAMPLES_NAME,
+    HistoryProgress,
+    TrainRequest,
+)
+from training.state.checkpoint import CHECKPOINTS_NAME, MARKER_NAME
 
 RECENT_STEPS = 50
 """Speeds and waits are over so many steps."""
@@ -227,3 +235,39 @@ def watch(out: Path, reporter: Reporter) -> None:
     rows = view.rows(time.time())
     reporter.table(str(out), ["", ""], [list(row) for row in rows], left=True)
     reporter.document(dict(rows))
+
+
+@contextmanager
+def training_shown(
+    request: TrainRequest, reporter: Reporter, title: str, *, watch: bool
+) -> Iterator[HistoryProgress | None]:
+    """A panel of the run, which reads its history itself, or one line that takes new records.
+
+    title: what the line is called.
+    watch: the panel is wanted; without a terminal it is the line all the same.
+    """
+    steps = request.config.steps
+    if watch:
+        with reporter.live(RunView(request.out, steps).panel) as is_live:
+            if is_live:
+                yield None
+                return
+    with reporter.progress(title) as update:
+        yield _steps(update, steps)
+
+
+def _steps(update: Callable[[int, int, str], None], steps: int) -> HistoryProgress:
+    """The progress of training: steps of steps, and the loss of the last video step."""
+    loss = ""
+
+    def show(records: list[dict[str, Any]]) -> None:
+        nonlocal loss
+        for record in records:
+            for sentence in record.get("warnings", ()):
+                warnings.warn(sentence, FlowreelWarning, stacklevel=2)
+            # A step whose loss was not finite was skipped; its line keeps the loss before.
+            if record["mode"] == "video" and record["loss_nats_per_dim"] is not None:
+                loss = f"{record['loss_nats_per_dim']:.3f} nats/dim"
+        update(records[-1]["step"] + 1, steps, loss)
+
+    return show

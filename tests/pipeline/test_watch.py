@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from pipeline.console import Reporter
-from pipeline.watch import RunView, watch
+from pipeline.watch import RunView, training_shown, watch
+from tests.training.world import small_config, small_request
 from training.record.history import HISTORY_NAME, History
 from training.run import CONFIG_NAME, FINISHED_NAME
 
@@ -117,3 +118,18 @@ def test_nothing_is_drawn_where_there_is_no_terminal(capsys: pytest.CaptureFixtu
     with Reporter().live(lambda: "a picture") as is_live:
         assert not is_live
     assert capsys.readouterr() == ("", "")
+
+
+def test_train_watched_shows_the_panel_in_a_terminal_and_lines_elsewhere(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = small_request(run, run, small_config(steps=300))
+    with training_shown(request, Reporter(), watch=True) as progress:
+        assert progress is not None
+        progress(lines(298, 299))
+    assert capsys.readouterr() == ("", "  training 300/300 1.003 nats/dim\n")
+    terminal, shown = Reporter(), io.StringIO()
+    terminal._errors = Console(file=shown, force_terminal=True, width=120)
+    with training_shown(request, terminal, watch=True) as progress:
+        assert progress is None
+    assert "200/300" in shown.getvalue()

@@ -32,21 +32,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("latents") / "data")
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store without a run; making its tables takes MLflow seconds, so it is copied."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow_client(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def uri(empty_store: Path, tmp_path: Path) -> str:
-    """A store of this test's own."""
-    shutil.copy(empty_store, tmp_path / "store.db")
-    return f"sqlite:///{tmp_path / 'store.db'}"
-
-
 def free_port() -> int:
     """A port of this machine at which nobody answers."""
     with socket.socket() as server:
@@ -295,9 +280,9 @@ def wait_until(true: Callable[[], bool]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_server_that_is_killed_and_started_again_has_every_step_once(
-    empty_store: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    empty_mlflow_store: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    shutil.copy(empty_mlflow_store, tmp_path / "mlflow.db")
     port, out, real = free_port(), tmp_path / "out", tmp_path / "real"
     uri = f"http://127.0.0.1:{port}"
 

@@ -26,7 +26,7 @@ from training.record.tracking import (
     TRACKING_NAME,
     Tracking,
     artifact_folder,
-    is_server,
+    is_file,
     mlflow_client,
     opened_run,
     send_figures,
@@ -157,7 +157,7 @@ class Feed:
     ) -> None:
         set_deadlines()
         self.retry_s = retry_s
-        self.end_s = end_s or (END_S if is_server(tracking.uri) else FILE_END_S)
+        self.end_s = end_s or (FILE_END_S if is_file(tracking.uri) else END_S)
         self._sender = Sender(out, tracking)
         self._sender.note()
         self._wake, self._given_up = threading.Event(), threading.Event()

@@ -141,7 +141,16 @@ def tracking_uri(config: TrackingConfig, out: Path) -> str:
 
 def is_server(uri: str) -> bool:
     """Whether a store is asked over HTTP."""
-    return uri.startswith(("http://", "https://"))
+    return uri.startswith(("http://", "https://", "databricks"))
+
+
+def is_file(uri: str) -> bool:
+    """Whether a store is on a disk, and so may be busy but is never away.
+
+    >>> [is_file(uri) for uri in ("sqlite:////runs/mlflow.db", "postgresql://host/db", "mlruns")]
+    [True, False, True]
+    """
+    return uri.startswith(("sqlite:", "file:")) or not (is_server(uri) or "://" in uri)
 
 
 def plain_params(values: Mapping[str, Any]) -> dict[str, str]:

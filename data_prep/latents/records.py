@@ -5,6 +5,7 @@
     ROOT/manifests.parquet             the manifests of many shards in one file
     ROOT/latents/SHARD.TxHxW.parquet   one row per (key, window): moments of the codec's posterior
     ROOT/captions/SHARD.parquet        one row per (key, window): original and synthetic caption
+    ROOT/texts/SHARD.parquet           one row per prompt: its vectors (`data_prep.texts.records`)
     ROOT/status/SHARD.parquet          one row per sample that went in, kept or not
 
 A shard counts only once its manifest stands. Captions and latents are separate files, so that new
@@ -43,6 +44,8 @@ GROUP_BYTES = 1 << 20
 """About how many bytes of moments a row group holds."""
 MOMENTS = ("mean", "logvar")
 """The columns that hold megabytes."""
+_AS_THEY_ARE = (*MOMENTS, "vectors")
+"""The columns of any file that are not compressed; the last is that of encoded prompts."""
 HELD_OUT_SHARE = 16
 """One key in so many is held out."""
 
@@ -222,7 +225,7 @@ def write_groups(path: Path, groups: Iterable[pa.Table], schema: pa.Schema) -> t
     takes as long over them as everything else that a sink does, to save a twelfth of a Gaussian
     mean and a third of a log-variance (`python -m benchmarks.prepare --scale`).
     """
-    compression = {_leaf(field): "none" if field.name in MOMENTS else "zstd" for field in schema}
+    compression = {_leaf(f): "none" if f.name in _AS_THEY_ARE else "zstd" for f in schema}
     digest, count = _GrowingDigest(), 0
     with pq.ParquetWriter(
         path, schema, compression=compression, use_dictionary=False, write_statistics=False

@@ -7,32 +7,28 @@ stopped. Takes `report` as a callable. Knows nothing of Ray or MLflow.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_prep.latents.dataset import LatentDataset
 from data_prep.latents.records import Bucket
 from flow.codec_factors import WAN_FACTORS, CodecFactors
 from flow.config import FlowConfig
 from flow.device import has_quick_bf16
-from flow.likelihood import noise_floor
 from flow.text import TextSpec
 from training.config import TrainConfig
-from training.data.batch_sampler import BatchSampler, StepPlan
+from training.data.batch_sampler import BatchSampler
 from training.data.batches import BatchMaker, LatentStore, Prompts
 from training.data.latents import open_latents
 from training.data.texts import open_text
 from training.held_out import HeldOut
 from training.parallel import Parallel, join_workers
-from training.record.device import StepClock, StepTime, memory_of
-from training.record.history import HISTORY_NAME, History
-from training.record.metrics import StepCost, step_cost
+from training.record.device import StepTime
+from training.record.history import HISTORY_NAME
+from training.record.recorder import Recorder, cost_of
 from training.start.frozen import Frozen, frozen_of
 from training.start.load import load_start
 from training.start.source import StartPoint
@@ -42,13 +38,13 @@ from training.state.checkpoint import (
     check_fits,
     load_checkpoint,
 )
-from training.state.choice import CheckpointWarning, Choice, choose_checkpoint
+from training.state.choice import Choice, choose_checkpoint
 from training.state.group import HostGroup
 from training.state.pins import changed_rate, pinned_data, pinned_schedule
 from training.state.run_lock import lock_writing
 from training.state.saver import Saver, want_of_room
 from training.state.stop import Ask, Notice, Vote, nothing
-from training.step import StepMetrics, StepWarning, TrainStep
+from training.step import TrainStep
 from training.weights import build_model
 
 Report = Callable[[dict[str, Any]], None]
@@ -174,114 +170,6 @@ def settle_precision(
     return config.model_copy(update={"precision": "bf16" if is_quick else "fp32"})
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """A step that was taken, and not written down yet."""
-
-    metrics: StepMetrics
-    when: StepTime
-    cost: StepCost
-    ids: tuple[str, ...]
-    extra: dict[str, Any]
-
-
-class _Recorder:
-    """Gathers a worker's step metrics and writes them out (worker 0) at reports."""
-
-    def __init__(self, job: TrainJob, step: TrainStep, start: int) -> None:
-        first = step.parallel.is_first
-        self.step = step
-        self.noise_floor = noise_floor(job.flow.noise_std)
-        self.history = History(job.history, start) if first else None
-        self.clock = StepClock(step.parallel.device)
-        self.last: dict[str, Any] = {}
-        self._pending: list[_Pending] = []
-        self._notes: list[str] = []
-
-    def add(
-        self, metrics: StepMetrics, when: StepTime, cost: StepCost, ids: tuple[str, ...]
-    ) -> None:
-        """Take a step's metrics, without waiting for the device, and the ids of its samples."""
-        extra: dict[str, Any] = {"warnings": self._notes} if self._notes else {}
-        self._notes = []
-        self._pending.append(_Pending(metrics, when, cost, ids, extra))
-
-    def note(self, sentence: str | None, *, warn: bool = True) -> None:
-        """Warn, and write it into the history beside the next step, in `warnings`."""
-        if sentence is not None and self.history is not None:
-            self._notes.append(sentence)
-            if warn:
-                warnings.warn(sentence, CheckpointWarning, stacklevel=2)
-
-    def annotate(self, extra: dict[str, Any]) -> None:
-        """Add values to the newest step."""
-        self._pending[-1].extra.update(extra)
-
-    def _name_skipped(self, record: dict[str, Any], ids: tuple[str, ...]) -> None:
-        """Name the samples of a skipped step; of several in a row, the first warns."""
-        record["skipped_samples"] = list(ids)
-        if record["skipped_in_a_row"] == 1 and self.history is not None:
-            sentence = self.step.skip_sentence(record, ids)
-            record["warnings"] = [*record.get("warnings", []), sentence]
-            warnings.warn(sentence, StepWarning, stacklevel=2)
-
-    def flush(self, *, durable: bool = False) -> OSError | None:
-        """Write what was gathered; `durable` waits until it would outlive a power cut.
-
-        Every worker reads its metrics here, and so stops with the others. Gives what kept this one
-        from writing; the lines are written with the next ones then.
-        """
-        records: list[dict[str, Any]] = []
-        for one in self._pending:
-            record = {**one.metrics.record(), "noise_floor": self.noise_floor}
-            record |= {**self._speed(one.when, one.cost), **one.extra}
-            if record["skipped"]:
-                self._name_skipped(record, one.ids)
-            records.append(record)
-        self._pending.clear()
-        if records:
-            records[-1].update(memory_of(self.clock.device))
-            self.last = records[-1]
-        failure = None
-        if self.history is not None:
-            try:
-                self.history.append(records, durable=durable)
-            except OSError as error:
-                failure = error
-        for record in records:
-            self.step.check_skips(record)
-        return failure
-
-    def _speed(self, when: StepTime, cost: StepCost) -> dict[str, float]:
-        """Times of a step, tokens per second, and MFU where the peak is known."""
-        step_s = self.clock.seconds(when.start, when.end)
-        speed = {
-            "time_s": when.time_s,
-            "step_s": step_s,
-            "data_wait_s": when.data_wait_s,
-            "tokens_per_s": cost.tokens / step_s,
-            "flops_per_s": (cost.matmul_flops + cost.attention_flops) / step_s,
-        }
-        peak = self.step.config.tracking.peak_flops_per_device
-        if peak is not None:
-            speed.update(cost.utilisation(step_s, peak * self.step.parallel.world))
-        return speed
-
-
-def _cost(step: TrainStep, plan: StepPlan, shape: torch.Size) -> StepCost:
-    """What a step on a share of this shape costs all workers."""
-    frames = shape[1] if len(shape) == 5 else 1
-    return step_cost(
-        step.model,
-        step.model.config,
-        batch=len(plan.ids),
-        frames=frames,
-        height=shape[-2],
-        width=shape[-1],
-        with_denoiser=step.trains_denoiser(plan.step),
-    )
-
-
 def train(
     config: TrainConfig,
     job: TrainJob,
@@ -328,7 +216,7 @@ def train(
             frozen.check_loaded(latest)
         description = {**description, **frozen.described()}
         start = latest.step if latest else 0
-        recorder = _Recorder(job, step, start)
+        recorder = Recorder(step, job.history, start)
         for damage in choice.damage:
             recorder.note(damage, warn=False)  # said when it was found
         recorder.note(changed_rate(config, latest))
@@ -362,7 +250,7 @@ class _Worker:
     job: TrainJob
     step: TrainStep
     dataset: LatentDataset
-    recorder: _Recorder
+    recorder: Recorder
     frozen: Frozen
     saver: Saver
     vote: Vote
@@ -384,7 +272,7 @@ class _Worker:
             data_wait_s = time.perf_counter() - began_s
             metrics = self.step.take(plan.step, batch.to(parallel.device))
             when = StepTime(mark, clock.mark(), data_wait_s, time.time())
-            cost = _cost(self.step, plan, batch.x_noisy.shape)
+            cost = cost_of(self.step, plan, batch.x_noisy.shape)
             self.recorder.add(metrics, when, cost, plan.ids)
             count = plan.step + 1
             nats: float | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,16 @@ def weights_digest(spec: TextSpec) -> str:
     paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
     # Beside safetensors, the older form of the same weights is not read by anybody.
     weights = ".safetensors" if any(p.suffix == ".safetensors" for p in paths) else ".bin"
+    paths = [path for path in paths if path.suffix in (".json", ".model", ".txt", weights)]
+    return _digest_of_files(tuple(paths), tuple(path.stat().st_mtime_ns for path in paths))
+
+
+@lru_cache(maxsize=8)
+def _digest_of_files(paths: tuple[Path, ...], _times_ns: tuple[int, ...]) -> str:
+    """Of names and contents; gigabytes are read once by a process, while their times stay."""
     digest = hashlib.sha256()
     for path in paths:
-        if path.suffix in (".json", ".model", ".txt", weights):
-            digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
+        digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -12,10 +12,12 @@ from data_prep.latents.records import Bucket
 from flow.codec_factors import SD_FACTORS, WAN_FACTORS, CodecFactors, read_factors
 from pipeline.console import Reporter, duration, size
 from pipeline.recipes import Recipe
+from training.data.batch_sampler import Mode, batch_of
 from training.data.latents import is_of
 from training.footprint import StepShape
 from training.hardware import USABLE, Hardware
 from training.plan import Job, Plan, make_plan
+from training.stage import Stage
 
 TFLOP = 1e12
 KINDS = {
@@ -32,36 +34,40 @@ KINDS = {
 """What the plan calls the kinds of memory; not all are there at once."""
 
 
-def plan_training(recipe: Recipe, hardware: Hardware) -> Plan:
-    """What training the recipe on the hardware takes.
+def plan_training(recipe: Recipe, hardware: Hardware) -> dict[str, Plan]:
+    """What training the recipe on the hardware takes, by stage; one of its name without stages.
 
     Raises:
         PlanError: a batch that the GPUs cannot share equally.
+        BatchSamplerError: a budget of tokens that is too small for a clip.
     """
-    return make_plan(job_of(recipe), hardware)
+    stages = recipe.curriculum or (Stage(recipe.name, recipe.model, recipe.train),)
+    return {stage.name: make_plan(job_of(recipe, stage), hardware) for stage in stages}
 
 
-def job_of(recipe: Recipe) -> Job:
-    """The recipe's model, settings and kinds of steps: one for every length and size of clips."""
-    bucket, batches = recipe.prepare.bucket, recipe.train.batches
+def job_of(recipe: Recipe, stage: Stage) -> Job:
+    """A stage's model, settings and kinds of steps: one for every length and size of clips."""
+    bucket, batches, flow = recipe.prepare.bucket, stage.train.batches, stage.flow
     factors = _factors(recipe)
     sizes = bucket.all_sizes(factors.space)
     if batches.resolution is not None:
         sizes = [s for s in sizes if is_of(Bucket(1, *s), batches.resolution)] or sizes
-    grids = {factors.grid(*size) for size in sizes}
-    rows, columns = max(grids, key=lambda grid: grid[0] * grid[1])
-    image = StepShape(1, rows, columns, batches.image_batch_size)
-    videos = tuple(
-        StepShape(factors.latent_frames(length), *grid, batches.batch_size)
-        for length in bucket.lengths
-        for grid in sorted(grids)
-    )
-    only_images = not recipe.model.video or batches.image_ratio == 1
+
+    def shape(mode: Mode, frames: int, size: tuple[int, int]) -> StepShape:
+        latent_frames, grid = factors.latent_frames(frames), factors.grid(*size)
+        tokens = latent_frames * (grid[0] // flow.patch_size) * (grid[1] // flow.patch_size)
+        batch = batch_of(batches, mode, Bucket(frames, *size), tokens)
+        return StepShape(latent_frames, *grid, batch)
+
+    lengths = {min(n, batches.frames or n) for n in bucket.lengths}
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    videos = {shape("video", n, size) for n in lengths if n > 1 for size in sizes}
+    only_images = not flow.video or batches.image_ratio == 1
     return Job(
-        recipe.model,
-        recipe.train,
-        () if only_images else videos,
-        image if only_images or batches.image_ratio > 0 else None,
+        flow,
+        stage.train,
+        () if only_images else tuple(sorted(videos)),
+        shape("image", 1, largest) if only_images or batches.image_ratio > 0 else None,
         recipe.prepare.keep_logvar,
     )
 

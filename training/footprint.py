@@ -40,7 +40,7 @@ from training.optimizer.muon import is_inner
 from training.parallel import networks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class StepShape:
     """The clips, or images, of one kind of step: latent frames, rows and columns of cells."""
 

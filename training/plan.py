@@ -117,7 +117,8 @@ def _micro(shape: StepShape, config: TrainConfig) -> StepShape:
     if shape.batch % parts:
         raise PlanError(
             f"a batch of {shape.batch} is no multiple of {config.workers.count} GPUs times "
-            f"batches.accumulate {config.batches.accumulate}; change train.batches"
+            f"batches.accumulate {config.batches.accumulate}; change train.batches "
+            "(multiple_of, where it has a budget of tokens)"
         )
     return replace(shape, batch=shape.batch // parts)
 

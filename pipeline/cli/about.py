@@ -99,6 +99,12 @@ def plan(
 
     made = plan_training(loaded, gpus)
     said = reporter(json_)
-    show_plan(made, said)
-    said.document(made.to_dict())
-    raise typer.Exit(0 if made.fits else 1)
+    for name, one in made.items():
+        if len(made) > 1:
+            said.outcome(f"\nstage {name}")
+        show_plan(one, said)
+    hours = sum(one.hours for one in made.values())
+    if len(made) > 1:
+        said.outcome(f"\nall stages: {hours:,.0f} hours, {hours * gpus.count:,.0f} GPU hours")
+    said.document({"stages": {k: v.to_dict() for k, v in made.items()}, "hours": hours})
+    raise typer.Exit(0 if all(one.fits for one in made.values()) else 1)

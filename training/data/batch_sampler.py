@@ -155,6 +155,38 @@ def uneven(views: Sequence[BucketViews]) -> list[str]:
     return lines
 
 
+def budget_of(config: BatchConfig, mode: Mode) -> int | None:
+    """Tokens of a step of this mode; None where it has a number of samples."""
+    return config.image_tokens if mode == "image" else config.tokens
+
+
+def batch_of(config: BatchConfig, mode: Mode, bucket: Bucket, tokens: int) -> int:
+    """Samples in a step's batch, over all workers.
+
+    Args:
+        bucket: of a record as it is used, for words.
+        tokens: that the flow makes of one.
+
+    Raises:
+        BatchSamplerError: the budget does not hold `multiple_of` of them.
+
+    >>> batch_of(BatchConfig(tokens=1000, multiple_of=4), "video", Bucket(17, 64, 64), 80)
+    12
+    """
+    budget = budget_of(config, mode)
+    if budget is None:
+        return config.image_batch_size if mode == "image" else config.batch_size
+    size = budget // tokens // config.multiple_of * config.multiple_of
+    if size < 1:
+        key = "image_tokens" if mode == "image" else "tokens"
+        raise BatchSamplerError(
+            f"batches.{key} is {budget}, but {config.multiple_of} samples of bucket {bucket} "
+            f"have {config.multiple_of * tokens}; give at least so many, or cut the clips "
+            "(batches.frames)"
+        )
+    return size
+
+
 class BatchSampler:
     """Plans of all steps.
 
@@ -221,22 +253,10 @@ class BatchSampler:
 
     def _size(self, mode: Mode, bucket: Bucket, tokens_of: TokensOf | None) -> int:
         """Samples in a batch of this bucket."""
-        config, is_image = self.config, mode == "image"
-        budget = config.image_tokens if is_image else config.tokens
-        if budget is None:
-            return config.image_batch_size if is_image else config.batch_size
-        if tokens_of is None:
+        cut = bucket._replace(frames=self._frames(mode, bucket))
+        if tokens_of is None and budget_of(self.config, mode) is not None:
             raise BatchSamplerError("a budget of tokens needs to know how many a clip has")
-        tokens = tokens_of(bucket._replace(frames=self._frames(mode, bucket)))
-        size = budget // tokens // config.multiple_of * config.multiple_of
-        if size < 1:
-            key = "image_tokens" if is_image else "tokens"
-            raise BatchSamplerError(
-                f"batches.{key} is {budget}, but {config.multiple_of} samples of bucket {bucket} "
-                f"have {config.multiple_of * tokens}; give at least so many, or cut the clips "
-                "(batches.frames)"
-            )
-        return size
+        return batch_of(self.config, mode, cut, 0 if tokens_of is None else tokens_of(cut))
 
     def _mode(self, step: int) -> tuple[Mode, int]:
         """The mode of a step, and how many steps of that mode came before it."""

@@ -39,10 +39,10 @@ def test_a_curriculum_is_planned_stage_by_stage_by_its_budget_of_tokens() -> Non
     recipe = load_recipe("single-gpu")
     plans = plan_training(recipe, Hardware.of("rtx4090"))
     assert [*plans] == [stage.name for stage in recipe.curriculum]
-    largest = plans["two-seconds"].largest
     # 441 or 448 tokens of each of nine latent frames, 32,768 of them.
-    assert (largest.frames, largest.batch) == (9, 8)
-    assert plans["images"].largest.frames == 1
+    last = job_of(recipe, recipe.curriculum[-1])
+    assert {shape.batch for shape in last.videos if shape.frames == 9} == {8}
+    assert job_of(recipe, recipe.curriculum[0]).videos == ()
     assert all(plan.fits for plan in plans.values())
 
 

@@ -343,7 +343,7 @@ def train_codec_command(
         Path, typer.Option("--out", "-o", help="Folder for config.json, weights and quality.json.")
     ],
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps on clips; default 3000 (80 minutes on a core).")
+        int | None, typer.Option(min=1, help="Steps on clips; default 4600 (80 minutes of a core).")
     ] = None,
     image_steps: Annotated[
         int | None, typer.Option(min=0, help="Steps on single frames before; default 600.")

@@ -135,7 +135,7 @@ def test_the_codec_that_ships_is_small_and_as_good_as_it_says() -> None:
         return render_clip(random_scene(seed), num_frames, (8.0, 16.0)[seed % 2])
 
     measured = measure(VideoCodec.load(SHAPES_CODEC), clip, 32, 33)["psnr_db"]
-    assert measured >= 27
+    assert measured >= 29.5
     assert measured == pytest.approx(stated, abs=0.05)
 
 
@@ -147,4 +147,4 @@ def test_shapes_are_still_shapes_after_the_codec_that_ships() -> None:
         [codec.decode(codec.convention.to_model(codec.encode(part)[0])) for part in real.split(4)]
     )
     right = [judge(clip.numpy()).shape == p.shape for clip, p in zip(back, asked, strict=True)]
-    assert np.mean(right) >= 0.8, f"{np.mean(right):.0%} of the shapes are read back"
+    assert np.mean(right) >= 0.95, f"{np.mean(right):.0%} of the shapes are read back"

@@ -43,7 +43,7 @@ class CodecConfig(BaseModel):
     image_steps: int = Field(
         default=600, ge=0, description="optimizer steps on single frames, before those on clips"
     )
-    steps: int = Field(default=3000, ge=1, description="optimizer steps on clips")
+    steps: int = Field(default=4600, ge=1, description="optimizer steps on clips")
     image_batch_size: int = Field(default=16, ge=1, description="frames per step on single frames")
     frames_per_step: int = Field(default=66, ge=1, description="frames per step on clips, at most")
     muon_learning_rate: float = Field(

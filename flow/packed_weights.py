@@ -40,7 +40,7 @@ def can_pack(block: AffineBlock) -> bool:
     weight = block.proj_in.weight
     # An adapter that is not merged is a layer of its own around a product.
     products = (block.proj_in, *(p for a in block.layers for p in _products(a)), block.proj_out)
-    return all(type(product) is nn.Linear for product in products) and (
+    return all(isinstance(product, nn.Linear) for product in products) and (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()

@@ -224,6 +224,8 @@ def _guess(
         before = slice(low + cold - window.period, high - window.period)
         mu, sigma = (y[:, before] for y in both)
         guess[:, cold:] = mu + sigma * z[:, cold:]
+    # As in `_settle`: what is not finite would reach the tokens before it through a masked place.
+    guess.nan_to_num_(nan=0.0).clamp_(-GUESS_MAX, GUESS_MAX)
     inverter.guessed = high
 
 

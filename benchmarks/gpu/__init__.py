@@ -23,7 +23,8 @@ It runs where there is only torch (2.11 or newer), einops, numpy, safetensors an
 this project it imports:
 
 - `flow.*`, which needs no more than that;
-- `flowreel.errors`, `flowreel.files`, `flowreel.values` (standard library only);
+- `flowreel.errors`, `flowreel.files`, `flowreel.values`, `flowreel.version` (which need the
+  standard library only);
 - `benchmarks.iteration`: the cost of a pass, against which a pass is held;
 - `training.objective` and `training.record.metrics`: a step's backward and its operations.
 

@@ -30,11 +30,12 @@ OURS = (
     "flowreel.errors",
     "flowreel.files",
     "flowreel.values",
+    "flowreel.version",
     "training.record.metrics",
     "training.objective",
 )
 """All that the benchmark may import of this project: the list in the docstring of the package."""
-PACKAGES = ("benchmarks", "flowreel", "training")
+PACKAGES = ("benchmarks", "flowreel", "training", "training.record")
 
 
 def with_needs(names: tuple[str, ...]) -> set[str]:

@@ -11,6 +11,7 @@ import pytest
 import pipeline.stages as stages
 from flowreel.errors import FlowreelWarning
 from pipeline.recipes import load_recipe
+from pipeline.watch import _steps
 
 
 def test_the_story_begins_with_the_demo_and_follows_its_order() -> None:
@@ -52,7 +53,7 @@ def test_the_shipped_recipes_leave_the_port_open() -> None:
 
 def test_what_a_worker_warned_of_is_said_by_the_driver() -> None:
     shown: list[tuple[int, int, str]] = []
-    show = stages._steps(lambda *progress: shown.append(progress), 9)
+    show = _steps(lambda *progress: shown.append(progress), 9)
     record = {"step": 3, "mode": "video", "loss_nats_per_dim": 1.0}
     show([record])
     with pytest.warns(FlowreelWarning, match="^step_00000006 is damaged$"):

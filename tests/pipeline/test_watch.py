@@ -124,12 +124,12 @@ def test_train_watched_shows_the_panel_in_a_terminal_and_lines_elsewhere(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     request = small_request(run, run, small_config(steps=300))
-    with training_shown(request, Reporter(), watch=True) as progress:
+    with training_shown(request, Reporter(), "training", watch=True) as progress:
         assert progress is not None
         progress(lines(298, 299))
     assert capsys.readouterr() == ("", "  training 300/300 1.003 nats/dim\n")
     terminal, shown = Reporter(), io.StringIO()
     terminal._errors = Console(file=shown, force_terminal=True, width=120)
-    with training_shown(request, terminal, watch=True) as progress:
+    with training_shown(request, terminal, "training", watch=True) as progress:
         assert progress is None
     assert "200/300" in shown.getvalue()

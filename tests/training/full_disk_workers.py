@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from tests.training import workers
 from training.state import saver as savers
@@ -33,11 +32,12 @@ def small_files(limit_bytes: int) -> Iterator[None]:
 
 def write(root: Path, step: int, *arguments: Any) -> Checkpoint:
     """A checkpoint as it is written, but for the second worker's full disk."""
-    is_full = step == FULL_AT and os.environ["RANK"] == "1"
+    is_full = step == FULL_AT and dist.get_rank() == 1
     with small_files(4096) if is_full else nullcontext():
         return write_checkpoint(root, step, *arguments)
 
 
-if __name__ == "__main__":
+def main(settings: dict[str, Any]) -> None:
+    """What `workers.run` runs, in a process of its own."""
     savers.write_checkpoint = write
-    workers.main(json.loads(sys.argv[1]))
+    workers.main(settings)

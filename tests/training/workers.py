@@ -1,4 +1,4 @@
-"""Starts real training processes (gloo between them), and is what those processes run."""
+"""Real training processes (gloo between them): started, or forked, and what they run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from tests.places import ROOT
+from tests.training.group import TIMEOUT_S, results
 from training.config import TrainConfig
 from training.loop import TrainJob, train
 from training.state.stop import stop_signals
 
-TIMEOUT_S = 280
+__all__ = ["TIMEOUT_S", "free_port", "main", "run", "start"]
 
 
 def free_port() -> int:
@@ -56,15 +59,11 @@ def start(
 
 
 def run(config: TrainConfig, job: TrainJob, module: str = __name__) -> None:
-    """Start, wait, and fail with the workers' own words if they fail."""
-    processes = start(config, job, module)
-    try:
-        errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, error in zip(processes, errors, strict=True):
-        assert process.returncode == 0, error
+    """The same, forked of one process, to their end; fails with their own words if they fail."""
+    settings = {"config": config.model_dump(mode="json"), "job": job.to_dict()}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "group")
+        results(f"{module}:main", config.workers.count, place, settings=settings)
 
 
 def main(settings: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return local
     return DTensor.from_local(
-        local,
+        local.detach(),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,

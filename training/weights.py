@@ -74,8 +74,9 @@ def _start_values(
     drawn = {key: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for key, p in own.items()}
     if not drawn:
         return {}
-    # In the place of the module's own while it draws.
-    kept, module.__dict__["_parameters"] = module.__dict__["_parameters"], drawn
+    # In the place of the module's own while it draws; what it does without stays None.
+    kept = module.__dict__["_parameters"]
+    module.__dict__["_parameters"] = {**dict.fromkeys(kept), **drawn}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -31,7 +31,9 @@ def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return whole
     mesh = parameter.device_mesh
-    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    everywhere = DTensor.from_local(
+        whole.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False
+    )
     return everywhere.redistribute(mesh, parameter.placements).to_local()
 
 

@@ -50,10 +50,10 @@ from flow.latent_convention import LatentConvention
 from flow.text import build_text_encoder
 from flow.text_spec import TextSpec
 from pipeline.recipes import load_recipe
-from training.config import BatchConfig
 from training.data.batch_sampler import BatchSampler
 from training.data.batches import BatchMaker, LatentStore, Prompts
 from training.record.metrics import step_cost
+from training.sections import BatchConfig
 
 BAR = 10.0
 """Batches are made so many times as fast as a step takes them."""

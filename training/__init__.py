@@ -2,7 +2,8 @@
 
 The files, in the order to read them:
 
-    config.py           every setting, in a section for each part that reads it
+    config.py           every setting of a run
+    sections.py         a section of them for each part that reads it
     stage.py            a curriculum as data: what each stage changes
     run.py              START HERE: one whole run: checked, tracked, trained, exported
     stated_video.py     which videos a dataset teaches, held against what a user states

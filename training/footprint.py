@@ -35,9 +35,10 @@ from torch import nn
 from flow.attention import TransformerLayer
 from flow.config import FlowConfig
 from flow.flow import FlowModel
-from training.config import Checkpointing, TrainConfig
+from training.config import TrainConfig
 from training.optimizer.muon import is_inner
 from training.parallel import networks
+from training.sections import Checkpointing
 
 
 @dataclass(frozen=True, order=True)

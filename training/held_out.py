@@ -26,11 +26,11 @@ from flow.flow import DeepShallowFlow
 from flow.likelihood import check_noise_floor, over_draws
 from flow.text import TextEncoder
 from flowreel.errors import FlowreelError
-from training.config import EvaluationConfig
 from training.data.batch_sampler import Mode, random_stream
 from training.data.batches import LatentStore, Prompts, noised_latents
 from training.objective import RunFlow
 from training.parallel import Parallel
+from training.sections import EvaluationConfig
 
 Captions = Literal["true", "shuffled", "null"]
 CACHE_BYTES = 1 << 30

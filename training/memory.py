@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from flow.attention import TransformerLayer
 from flow.flow import FlowModel
-from training.config import MemoryConfig
+from training.sections import MemoryConfig
 
 
 def transformer_layers(model: FlowModel) -> Iterator[TransformerLayer]:

@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from flowreel.errors import FlowreelError
-from training.config import TrainConfig, WorkerConfig
+from training.config import TrainConfig
 from training.loop import TrainJob, train
 from training.parallel import choose_backend
 from training.record.history import HistoryTail
@@ -41,6 +41,7 @@ from training.run import (
     conclude,
     mlflow_record,
 )
+from training.sections import WorkerConfig
 from training.state.run_lock import lock_run
 from training.state.stop import STOP_NAME, Ask, Notice, stop_signals
 

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from flow.denoiser import Denoiser
 from flow.flow import FlowModel
 from flowreel.errors import FlowreelError
-from training.config import Precision, ShardGranularity, WorkerConfig
+from training.sections import Precision, ShardGranularity, WorkerConfig
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 Backend = Literal["gloo", "nccl"]

@@ -18,10 +18,11 @@ import torch
 
 from flow.config import FlowConfig
 from flow.flow import FlowModel
-from training.config import Checkpointing, TrainConfig, WorkerConfig
+from training.config import TrainConfig
 from training.footprint import Memory, StepShape, activation_bytes, count_of, memory_of
 from training.hardware import USABLE, Hardware, PlanError
 from training.record.metrics import step_cost
+from training.sections import Checkpointing, WorkerConfig
 
 ASSUMED_MFU = 0.4
 """Share of the peak that steps are assumed to reach; an H200 reached 0.35 to 0.48 (docs/gpu.md)."""

@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from flow.config import ConfigError, FlowConfig
-from training.config import Section, TrainConfig
+from training.config import TrainConfig
+from training.sections import Section
 
 STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from data_prep.latents.records import Bucket
-from training.config import BatchConfig
 from training.data.batch_sampler import (
     BatchSampler,
     BatchSamplerError,
@@ -18,6 +17,7 @@ from training.data.batch_sampler import (
     random_stream,
     uneven,
 )
+from training.sections import BatchConfig
 
 VIDEO, WIDE, IMAGE = Bucket(9, 64, 64), Bucket(9, 64, 96), Bucket(1, 64, 64)
 BUCKETS = {

@@ -12,9 +12,9 @@ from data_prep.latents.dataset import LatentDataset
 from flow.config import tiny
 from flow.text import HashedText, build_text_encoder
 from tests.training.world import SMALL, TEXT, write_dataset
-from training.config import BatchConfig
 from training.data.batch_sampler import BatchSampler
 from training.data.batches import BatchMaker, LatentStore, Prompts
+from training.sections import BatchConfig
 
 
 @pytest.fixture(scope="module")

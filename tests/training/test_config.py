@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from tests.places import ROOT
 from tests.training.world import small_config
-from training.config import FREE_ON_RESUME, Section, TrainConfig
+from training.config import TrainConfig
+from training.sections import FREE_ON_RESUME, Section
 
 # What a resumed run may change: where and how long it computes, and what is recorded of it.
 FREE = {

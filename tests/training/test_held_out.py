@@ -16,7 +16,6 @@ from flow.flow import DeepShallowFlow, FlowModel
 from flow.likelihood import NoiseFloorWarning, noise_floor
 from flow.text import build_text_encoder
 from tests.training.world import TEXT, write_dataset
-from training.config import EvaluationConfig
 from training.data.batches import LatentStore, Prompts
 from training.held_out import (
     EvaluationError,
@@ -26,6 +25,7 @@ from training.held_out import (
     gaussian_nats_per_dim,
 )
 from training.parallel import Parallel
+from training.sections import EvaluationConfig
 
 
 @pytest.fixture(scope="module")

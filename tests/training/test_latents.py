@@ -11,9 +11,9 @@ from data_prep.latents.records import Bucket, LatentDatasetError
 from flow.aspects import ASPECTS, area_of, size_of
 from flow.aspects import ratio_of as ratio
 from tests.training.world import write_dataset
-from training.config import BatchConfig
 from training.data.batch_sampler import BatchSampler
 from training.data.latents import is_of, open_latents
+from training.sections import BatchConfig
 
 
 @pytest.fixture(scope="module")

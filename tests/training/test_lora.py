@@ -26,8 +26,9 @@ from flow.tokens import unpatchify
 from tests.flow.models import latents, shaken, texts, tiny_model
 from tests.training import workers
 from tests.training.world import small_config, small_request, two_workers, write_dataset
-from training.config import LoraConfig, TrainConfig
+from training.config import TrainConfig
 from training.run import TrainResult, check_run, train_in_process
+from training.sections import LoraConfig
 from training.start.lora import LoraError, adapter_tensors, add_adapters, merged_tensors
 from training.start.source import StartError
 from training.state.checkpoint import latest_complete

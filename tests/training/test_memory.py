@@ -16,9 +16,9 @@ from flow.attention import FrameReach, attend_frames
 from flow.config import tiny
 from tests.training.steps import random_batch, random_model
 from tests.training.world import small_config
-from training.config import MemoryConfig
 from training.memory import set_memory
 from training.parallel import Parallel
+from training.sections import MemoryConfig
 from training.step import TrainStep
 
 

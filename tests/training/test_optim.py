@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.training.world import small_config
-from training.config import OptimizerConfig
 from training.optimizer.optim import LearningRate, ShardedOptimizer, SkipRule
+from training.sections import OptimizerConfig
 
 
 def network() -> nn.Sequential:

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from tests.training import group
 from tests.training.steps import difference, laws
 from tests.training.world import small_config
-from training.config import WorkerConfig
 from training.parallel import ParallelError, choose_backend
+from training.sections import WorkerConfig
 
 BATCHES = {"batch_size": 8, "image_batch_size": 8}
 BF16 = {"batches": BATCHES, "precision": "bf16"}

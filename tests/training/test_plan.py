@@ -13,12 +13,12 @@ from flow.flow import FlowModel
 from tests.training.steps import random_model
 from tests.training.test_memory import KeptBytes
 from tests.training.world import small_config
-from training.config import MemoryConfig
 from training.footprint import StepShape, activation_bytes, memory_of
 from training.hardware import Hardware, PlanError
 from training.memory import set_memory
 from training.parallel import Parallel
 from training.plan import Job, make_plan
+from training.sections import MemoryConfig
 from training.step import TrainStep
 
 CLIP = StepShape(frames=21, rows=30, columns=53, batch=1)

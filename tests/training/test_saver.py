@@ -15,11 +15,11 @@ from flow.config import tiny
 from tests.training import full_disk_workers, workers
 from tests.training.full_disk_workers import small_files
 from tests.training.world import TEXT, small_config, two_workers, write_dataset
-from training.config import CheckpointConfig
 from training.data.batches import TrainBatch
 from training.loop import TrainJob, train
 from training.parallel import Parallel
 from training.record.history import History, read_history
+from training.sections import CheckpointConfig
 from training.state import saver as savers
 from training.state.checkpoint import (
     Checkpoint,

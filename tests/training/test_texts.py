@@ -19,7 +19,6 @@ from flow.text_spec import TextError
 from tests.flow.tiny_t5 import byte_t5
 from tests.training import workers
 from tests.training.world import TEXT, small_config, small_request, two_workers, write_dataset
-from training.config import BatchConfig
 from training.data import texts
 from training.data.batch_sampler import BatchSampler
 from training.data.batches import BatchMaker, LatentStore, Prompts
@@ -28,6 +27,7 @@ from training.held_out import PromptedClips
 from training.loop import TrainJob
 from training.record.history import read_history
 from training.run import check_run, train_in_process
+from training.sections import BatchConfig
 
 FLOW = tiny(prompt_fps=True, prompt_aspect=True, prompt_noise=True)
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from data_prep.latents.records import Bucket
 from flowreel.errors import FlowreelError
-from training.config import BatchConfig
+from training.sections import BatchConfig
 
 Mode = Literal["image", "video"]
 # Independent random streams of one sample; the numbers are part of a run's identity.

@@ -26,8 +26,8 @@ from flow.codec_factors import WAN_FACTORS, CodecFactors
 from flow.config import FlowConfig
 from flow.prompt import EXTEND_PREFIX, prompt_for
 from flow.text import TextEncoder, without_padding
-from training.config import BatchConfig
 from training.data.batch_sampler import BatchSampler, Mode, StepPlan, random_stream
+from training.sections import BatchConfig
 
 PROMPT_CACHE_BYTES = 1 << 30
 """Bytes of encoded prompts that a worker keeps in memory."""

@@ -15,9 +15,9 @@ from data_prep.texts.records import Forms
 from flow.config import FlowConfig
 from flow.prompt import CAPTION, EXTEND_PREFIX, prompt_for
 from flow.text import TextEncoder, TextSpec, build_text_encoder
-from training.config import BatchConfig
 from training.data.latents import open_latents
 from training.parallel import Parallel
+from training.sections import BatchConfig
 
 
 def prompt_forms(flow: FlowConfig, batches: BatchConfig, root: str | Path) -> Forms:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training.config import OptimizerConfig
 from training.optimizer.muon import ShardedMuon, is_inner
 from training.optimizer.sharded import like_parameter, local_tensor, on_host
+from training.sections import OptimizerConfig
 
 
 @dataclass(frozen=True)

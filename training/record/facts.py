@@ -16,7 +16,6 @@ import torch
 from data_prep.latents.dataset import LatentDataset
 from flow.config import FlowConfig
 from flow.flow import FlowModel
-from training.config import TrackingConfig
 from training.record.history import read_history
 from training.record.registry import DATA_TAG, LOSS_TAG, STEPS_TAG
 from training.record.tracking import (
@@ -26,6 +25,7 @@ from training.record.tracking import (
     plain_params,
     tracking_uri,
 )
+from training.sections import TrackingConfig
 
 
 def count_parameters(flow: FlowConfig) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowreel.files import write_json
 from flowreel.values import flattened
-from training.config import TrackingConfig
+from training.sections import TrackingConfig
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run

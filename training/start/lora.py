@@ -23,7 +23,7 @@ from flow.adapter import FIRST, SECOND, AdapterSpec, merged_weight
 from flow.flow import FlowModel
 from flow.model_folder import ModelSpec, read_spec, write_model
 from flowreel.errors import FlowreelError
-from training.config import LoraConfig
+from training.sections import LoraConfig
 from training.start.source import StartPoint
 from training.state.checkpoint import CODEC_FOLDER, Checkpoint, load_averaged
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from flowreel.errors import FlowreelError
-from training.config import CheckpointConfig
 from training.optimizer.sharded import local_tensor
 from training.parallel import Parallel
+from training.sections import CheckpointConfig
 from training.state.checkpoint import (
     SINGLE_PROCESS,
     Checkpoint,

@@ -202,18 +202,7 @@ def train(
         config = settle_precision(config, latest, parallel)
         # Worker 0 alone reads every manifest.
         description = group.of_first(describe(config, job, dataset) if group.is_first else {})
-        model = build_model(job.flow, config, parallel)
-        if latest is None and job.start is not None:
-            load_start(model, job.start)
-        step = TrainStep(model, config, parallel)
-        if latest is not None:
-            fitting = {**description, **frozen_of(latest)}
-            check_fits(latest, fitting, extend=config.extend)
-            load_checkpoint(latest, step.state(), parallel)
-            step.after_load()
-        frozen = Frozen.of(model)
-        if latest is not None:
-            frozen.check_loaded(latest)
+        step, frozen = _ready(config, job, parallel, latest, description)
         description = {**description, **frozen.described()}
         start = latest.step if latest else 0
         recorder = Recorder(step, job.history, start)
@@ -234,6 +223,28 @@ def train(
             resumed_from=latest.step if latest else None,
             stopped=checkpoint.step < config.steps,
         )
+
+
+def _ready(
+    config: TrainConfig,
+    job: TrainJob,
+    parallel: Parallel,
+    latest: Checkpoint | None,
+    description: dict[str, Any],
+) -> tuple[TrainStep, Frozen]:
+    """The model with its optimizers, as a checkpoint left them or as the run begins; what stays."""
+    model = build_model(job.flow, config, parallel)
+    if latest is None and job.start is not None:
+        load_start(model, job.start)
+    step = TrainStep(model, config, parallel)
+    if latest is not None:
+        check_fits(latest, {**description, **frozen_of(latest)}, extend=config.extend)
+        load_checkpoint(latest, step.state(), parallel)
+        step.after_load()
+    frozen = Frozen.of(model)
+    if latest is not None:
+        frozen.check_loaded(latest)
+    return step, frozen
 
 
 def _choose(job: TrainJob, group: HostGroup) -> Choice:

@@ -69,6 +69,7 @@ def test_smaller_thresholds_are_more_exact(
     assert (tmp_path / "jacobi.png").is_file()
 
 
+@pytest.mark.slow
 def test_denoising_gives_back_more_than_the_decoder_alone(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_denoising_gives_back_more_than_the_decoder_alone(
     assert psnr_db["score (Tweedie)"] > psnr_db["the decoder alone"]
 
 
+@pytest.mark.slow
 def test_every_motion_has_a_row(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

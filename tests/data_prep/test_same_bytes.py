@@ -139,13 +139,13 @@ def test_each_odd_video_of_real_crawls_has_one_outcome_over_fifty_decodings(
     assert_one_outcome(samples_of(odd_videos), times=25, processes=5)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_each_odd_input_has_one_outcome_over_fifty_decodings(odd_inputs: Path) -> None:
     assert_one_outcome(samples_of(odd_inputs), times=25, processes=5)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_each_made_kind_has_one_outcome_over_fifty_decodings() -> None:
     samples = {name: ("mp4", make()) for name, make in MADE.items()}

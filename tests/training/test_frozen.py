@@ -94,6 +94,7 @@ def test_a_resumed_run_with_frozen_parameters_is_bit_equal(
         check_run(small_request(dataset, tmp_path, small_config(**SCHEDULE)))
 
 
+@pytest.mark.slow
 def test_two_workers_freeze_as_one_does(run: Path, dataset: Path, tmp_path: Path) -> None:
     config = frozen_config(workers=two_workers())
     workers.run(config, check_run(small_request(dataset, tmp_path, config)).job)

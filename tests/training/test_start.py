@@ -85,6 +85,7 @@ def test_a_fresh_run_begins_with_these_weights_and_a_fresh_optimizer(
     assert checkpoint.description["start"] == {"digest": open_start(run).digest()}
 
 
+@pytest.mark.slow
 def test_two_workers_start_where_one_does_grown_or_not(
     run: Path, dataset: Path, tmp_path: Path
 ) -> None:

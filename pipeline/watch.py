@@ -24,10 +24,12 @@ from rich.table import Table
 
 from flowreel.errors import FlowreelWarning
 from pipeline.console import Reporter, duration, size
+from training.curriculum import stage_in_work
 from training.record.history import HISTORY_NAME, HistoryPlace, records_after
 from training.run import (
     CONFIG_NAME,
     FINISHED_NAME,
+    MODEL_NAME,
     SAMPLES_NAME,
     HistoryProgress,
     TrainRequest,
@@ -222,18 +224,25 @@ class RunView:
         return Panel(table, title=str(self.out), title_align="left", expand=False)
 
 
+def _has_model(out: Path) -> bool:
+    return (out / MODEL_NAME).is_dir()
+
+
 def watch(out: Path, reporter: Reporter) -> None:
-    """Show a run until it is finished; without a terminal, once."""
-    view = RunView(out)
+    """Show a run until it is finished, its stages in turn; without a terminal, once."""
+    view = RunView(stage_in_work(out))
     if not reporter.as_json:
-        with reporter.live(view.panel) as is_live:
-            while is_live and not view.is_finished:
+        with reporter.live(lambda: view.panel()) as is_live:
+            # A run that walks stages has its own model when the last of them is done.
+            while is_live and not (view.is_finished and (view.out == out or _has_model(out))):
                 time.sleep(POLL_S)
+                if view.out != (newest := stage_in_work(out)):
+                    view = RunView(newest)
         if is_live:
             return
     view.refresh()
     rows = view.rows(time.time())
-    reporter.table(str(out), ["", ""], [list(row) for row in rows], left=True)
+    reporter.table(str(view.out), ["", ""], [list(row) for row in rows], left=True)
     reporter.document(dict(rows))
 
 

@@ -53,6 +53,12 @@ def stage_folder(out: Path, number: int, stage: Stage) -> Path:
     return out / STAGES_NAME / f"{number:02d}-{stage.name}"
 
 
+def stage_in_work(out: Path) -> Path:
+    """The folder of the newest stage of a run that walks some; of any other run its own."""
+    folders = sorted(path for path in (out / STAGES_NAME).glob("*") if path.is_dir())
+    return folders[-1] if folders else out
+
+
 def stage_requests(request: TrainRequest, stages: Sequence[Stage]) -> Iterator[TrainRequest]:
     """What each stage asks of training; all but the first start from the model before them."""
     before: Path | None = None

@@ -119,10 +119,11 @@ def model_or_shipped(path: str | None) -> Path:
 
 
 def run_folder(path: Path) -> Path:
-    """The folder of a training run: it has a history, or has begun to have one."""
+    """The folder of a training run: it has a history, has begun to have one, or walks stages."""
     if not path.is_dir():
         raise ArgumentError(f"{path}: no such folder; give the --out of a `flowreel train`")
-    if not any((path / name).is_file() for name in ("history.jsonl", "train.json")):
+    files = ("history.jsonl", "train.json")
+    if not any((path / name).is_file() for name in files) and not (path / "stages").is_dir():
         inside = (path / "train" / "train.json").is_file()
         hint = f"; did you mean {path / 'train'}?" if inside else ""
         raise ArgumentError(f"{path} is no training run: it has no history.jsonl{hint}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from pipeline.cli import arguments
 from pipeline.console import Reporter
 from pipeline.watch import RunView, training_shown, watch
 from tests.training.world import small_config, small_request
@@ -112,6 +114,22 @@ def test_a_terminal_is_kept_up_to_date_and_anything_else_is_told_once(
     assert "\x1b" not in out + err
     watch(run, Reporter(as_json=True))
     assert json.loads(capsys.readouterr().out)["state"] == "finished"
+
+
+def test_of_a_run_in_stages_the_newest_one_is_shown(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "staged"
+    for name in ("01-images", "02-video"):
+        shutil.copytree(run, out / "stages" / name, ignore=shutil.ignore_patterns("staged"))
+    step = out / "stages" / "02-video" / "checkpoints" / "step_00000150"
+    step.mkdir(parents=True)
+    (step / "complete.json").write_text("{}")
+    # As the command takes it, before the first stage has left a history of the whole.
+    watch(arguments.run_folder(out), Reporter())
+    said = capsys.readouterr().out
+    assert "02-video" in said
+    assert "step 150" in said
 
 
 def test_nothing_is_drawn_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
